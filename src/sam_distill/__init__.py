@@ -1,0 +1,20 @@
+"""Distil Segment Anything into a small image encoder."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sam_distill.models.checkpoints import load_sam as load_sam
+    from sam_distill.predict.predictor import SamPredictor as SamPredictor
+
+_HOMES = {"load_sam": "sam_distill.models.checkpoints", "SamPredictor": "sam_distill.predict.predictor"}
+__all__ = ["SamPredictor", "load_sam"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: torch takes seconds, which `sam-distill --help` should not cost."""
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__} has no attribute {name}")

@@ -1,0 +1,244 @@
+"""Run a command: `sam-distill <command> [overrides]`. Compose, check all, then build and call; mistakes are one line.
+
+Exit status: 0 the job was done, 1 it failed, 2 the command line or a file of conf/ is wrong, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+import os
+import pkgutil
+import random
+import secrets
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
+from hydra.types import RunMode
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from sam_distill.cli.compose import compose_jobs
+from sam_distill.cli.config import check, parameters
+from sam_distill.cli.sources import task_overrides
+
+PROGRAM = "sam-distill"
+tracebacks = logging.getLogger("sam_distill.tracebacks")  # goes to the log file only: conf/hydra/common.yaml
+
+
+def default_conf_dir() -> Path:
+    """conf/ inside the installed package, or at the root of a checkout."""
+    packaged = Path(__file__).resolve().parents[1] / "conf"
+    return packaged if packaged.is_dir() else Path(__file__).resolve().parents[3] / "conf"
+
+
+def main(argv: Sequence[str] | None = None, conf_dir: Path | None = None) -> int:
+    """The console script."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    known = commands(conf_dir or default_conf_dir())
+    try:
+        if not arguments or arguments[0] in ("-h", "--help", "help"):
+            _print_help(known)
+            return 0
+        name, *rest = arguments
+        if name in known:
+            return run(name, rest, conf_dir)
+        guess = difflib.get_close_matches(name, known, 1)
+        hint = f"did you mean {guess[0]}?" if guess else f"commands: {', '.join(known)}"
+        return _fail(f"{name}: no such command; {hint}", status=2)
+    except BrokenPipeError:  # the reader of our output, such as `head`, has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def commands(conf_dir: Path) -> dict[str, str]:
+    """Every command and its one-line description: the first line of its file in conf/."""
+    return {path.stem: path.read_text().partition("\n")[0].lstrip("# ") for path in sorted(conf_dir.glob("*.yaml"))}
+
+
+def run(command: str, argv: Sequence[str], conf_dir: Path | None = None) -> int:
+    """Run one command with Hydra's flags and overrides, and return the exit status."""
+    conf_dir = (conf_dir or default_conf_dir()).resolve()
+    token = secrets.token_hex(3)
+    OmegaConf.register_new_resolver("run_token", lambda: token, replace=True)
+    try:
+        return _run(command, list(argv), conf_dir)
+    except KeyboardInterrupt:
+        return _fail("interrupted", status=130)
+    except SystemExit as stop:  # Hydra's flags such as --help end this way
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except BrokenPipeError:
+        raise
+    except Exception as error:  # before any job has begun, so there is no log: a folder that can't be made, for one
+        return _fail(_describe(error))
+
+
+def _run(command: str, argv: list[str], conf_dir: Path) -> int:
+    args, unknown = get_args_parser().parse_known_intermixed_args(argv)
+    if unknown:
+        return _fail(*(f"{flag}: no such flag; see {PROGRAM} {command} --help" for flag in unknown), status=2)
+    extra = [f"hydra.searchpath=['file://{Path(args.config_dir).resolve()}']"] if args.config_dir else []
+    jobs, mistakes = compose_jobs(conf_dir, command, args.overrides + extra, args.multirun)
+    if not (args.help or args.hydra_help or args.cfg or args.info or args.shell_completion):
+        for job in jobs:
+            mistakes += check(job)
+        mistakes += _forbidden_sweep(jobs, command, args.multirun)
+    if mistakes:
+        return _fail(*dict.fromkeys(mistakes), status=2)
+
+    failed: list[str] = []
+    original = list(sys.argv)
+
+    def task(cfg: DictConfig) -> None:
+        sys.argv[:] = original  # Lightning starts the other processes of a DDP job by this
+        _run_job(cfg, command, argv, failed)
+
+    flags = [word for word in argv if word not in args.overrides]
+    with _hydra_sees([original[0], *flags, *args.overrides]):
+        hydra.main(config_path=str(conf_dir), config_name=command, version_base="1.3")(task)()
+    if failed and len(jobs) > 1:
+        return _fail(f"{len(failed)} of {len(jobs)} jobs failed: {', '.join(failed)}")
+    return int(bool(failed))
+
+
+def _forbidden_sweep(jobs: list[DictConfig], command: str, multirun: bool) -> Iterator[str]:
+    """Lightning's processes for further devices replay the command line: each would start the whole sweep anew."""
+    for job in jobs:
+        devices = OmegaConf.select(job, "trainer.devices", default=1)
+        several = len(devices) > 1 if OmegaConf.is_list(devices) else str(devices) not in ("auto", "0", "1", "None")
+        if several and (multirun or job.hydra.mode == RunMode.MULTIRUN):
+            own = " ".join(task_overrides(job.hydra))
+            yield (
+                f"trainer.devices={devices} in a multirun (-m): use trainer.devices=1, or run the jobs one by one"
+                f" without -m: {PROGRAM} {command} {own}"
+            )
+
+
+def _run_job(cfg: DictConfig, command: str, argv: list[str], failed: list[str]) -> None:
+    """One job in its run folder. Failures are told, recorded and added to `failed`; a multirun goes on."""
+    settings = HydraConfig.get()
+    run_dir = Path(settings.runtime.output_dir)
+    log = run_dir / f"{settings.job.name}.log"
+    swept = settings.mode == RunMode.MULTIRUN
+    recorded = "run_dir" in parameters(pkgutil.resolve_name(cfg._target_))
+    with _status_of(run_dir, [command, *(task_overrides(settings) if swept else argv)], recorded) as status:
+        try:
+            if recorded and _is_first_process():
+                _write_atomically(run_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+            _seed(cfg.get("seed"))
+            instantiate(cfg, _convert_="all", **({"run_dir": run_dir} if recorded else {}))
+        except Exception as error:
+            from sam_distill.types import UserError  # brings torch, which --help should not wait for
+
+            cause = _unwrap(error)
+            status["why"] = str(cause) if isinstance(cause, UserError) else _describe(cause)
+            tracebacks.exception(status["why"])
+            where = f"job {settings.job.num} ({settings.job.override_dirname}): " if swept else ""
+            _fail(where + status["why"] + ("" if isinstance(cause, UserError) else f" (traceback in {log})"))
+            failed.append(str(settings.job.num) if swept else command)
+
+
+@contextmanager
+def _status_of(run_dir: Path, command: list[str], recorded: bool) -> Iterator[dict[str, Any]]:
+    """Keep status.json true while a job runs, whatever ends it. `why` set by the body means that it failed."""
+    status: dict[str, Any] = {"status": "running", "why": None, "command": command, "pid": os.getpid()}
+    status |= {"started": _now(), "ended": None}
+
+    def write() -> None:
+        if recorded and _is_first_process():
+            _write_atomically(run_dir / "status.json", json.dumps(status, indent=2) + "\n")
+
+    write()
+    try:
+        yield status
+    except BaseException as stop:  # Ctrl-C or sys.exit: not caught by the body
+        status["why"] = "interrupted" if isinstance(stop, KeyboardInterrupt) else _describe(stop)
+        raise
+    finally:
+        status |= {"status": "failed" if status["why"] else "finished", "ended": _now()}
+        write()
+
+
+@contextmanager
+def _hydra_sees(argv: list[str]) -> Iterator[None]:
+    """hydra.main reads sys.argv, and raises errors as they are rather than printing them only if told so."""
+    before, full_error = list(sys.argv), os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv[:] = argv
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    finally:
+        sys.argv[:] = before
+        os.environ.pop("HYDRA_FULL_ERROR")
+        if full_error is not None:
+            os.environ["HYDRA_FULL_ERROR"] = full_error
+
+
+def _seed(seed: int | None) -> None:
+    """The same on every rank, so that all build the same model; 0 is a seed."""
+    if seed is not None:
+        import numpy as np
+        import torch
+
+        for start in (random.seed, np.random.seed, torch.manual_seed):
+            start(seed)
+
+
+def _unwrap(error: BaseException) -> BaseException:
+    """The error that Hydra's instantiate wrapped."""
+    while isinstance(error, InstantiationException) and error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _is_first_process() -> bool:
+    """Whether this is the process of a distributed job that keeps the records."""
+    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_text(text)
+    draft.replace(path)
+
+
+def _now() -> str:
+    return datetime.now().astimezone().isoformat(timespec="seconds")
+
+
+def _describe(error: BaseException) -> str:
+    """Type and message on one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
+
+
+def _fail(*lines: str, status: int = 1) -> int:
+    for line in lines:
+        print(f"error: {line}", file=sys.stderr)
+    return status
+
+
+def _print_help(known: dict[str, str]) -> None:
+    table = Table.grid(padding=(0, 2))
+    for name, description in known.items():
+        table.add_row(f"  {name}", description)
+    console = Console(highlight=False)
+    console.print(f"usage: {PROGRAM} <command> [key=value ...]\n", markup=False)
+    console.print(table)
+    console.print(
+        f"\nexamples:\n  {PROGRAM} train strategy=decoupled encoder=tinyvit"
+        f"\n  {PROGRAM} evaluate checkpoint=outputs/train/RUN data=photos"
+        f"\n  {PROGRAM} train --help          the choices and keys of a command"
+        f"\n  {PROGRAM} train --cfg job       the configuration, without running",
+        markup=False,
+    )

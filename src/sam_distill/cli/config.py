@@ -1,0 +1,243 @@
+"""Check a composed configuration against the signatures of what it builds, before anything is built.
+
+A node's `_target_` names a class or function, and that callable's typed signature is the only schema there is:
+unknown keys, missing ones, and values of the wrong type or range are all found here, each told in one line.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+import json
+import pkgutil
+import re
+import types
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
+from pydantic import ConfigDict, PydanticSchemaGenerationError, PydanticUserError, TypeAdapter, ValidationError
+
+from sam_distill.cli.sources import Sources
+
+RESERVED = {"_target_", "_partial_", "_recursive_", "_convert_", "_args_"}
+SUPPLIED = {"run_dir"}  # parameters of a command that cli/app.py fills in, not the configuration
+_WANTS_OBJECT = {"needs_python_object", "dataclass_type", "callable_type"}  # pydantic's names for "not plain data"
+_ABSENT = object()
+
+
+class Mistake(NamedTuple):
+    """One wrong key, what was given there (_ABSENT: nothing) and what should have been."""
+
+    key: str
+    given: Any
+    said: str
+
+
+def check(cfg: DictConfig) -> list[str]:
+    """All mistakes of a composed command, one line each. Imports the targets, builds nothing."""
+    sources = Sources(cfg)
+    lines = []
+    for key, given, said in _check_call(cfg, "", Any):
+        head = key if given is _ABSENT else f"{key}={show(given)}"
+        comment = sources.comment(key) if given == "???" else ""
+        lines.append(f"{head} ({sources.where(key)}): {said}{comment and f' ({comment})'}")
+    return list(dict.fromkeys(lines))
+
+
+def parameters(target: Any) -> dict[str, inspect.Parameter]:
+    """A callable's parameters by name, annotations evaluated where they can be; none known: anything goes."""
+    return dict(_signature(target).parameters)
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """The most likely meant of dotted `names`, or "". A full last part (`lr` for `optim.lr`) beats likeness."""
+    known = sorted(names, key=lambda n: (n.count("."), n))
+    last = name.rpartition(".")[2]
+    same = [n for n in known if n.rpartition(".")[2] == last]
+    alike = difflib.get_close_matches(name, known, 1) or [
+        n for part in difflib.get_close_matches(last, [n.rpartition(".")[2] for n in known], 1)
+        for n in known if n.rpartition(".")[2] == part
+    ]  # fmt: skip
+    return next(iter(same + alike), "")
+
+
+def show(value: Any) -> str:
+    """A value as it would be typed, shortened."""
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _check_call(node: DictConfig, key: str, expected: Any) -> Iterator[Mistake]:
+    """Check one `_target_` node, `expected` being the annotation of the parameter it is given to."""
+    name = _raw(node).get("_target_")
+    try:
+        target = pkgutil.resolve_name(name)
+    except Exception as error:  # whatever importing a module may raise
+        yield Mistake(_join(key, "_target_"), name, f"can't be imported: {one_line(error)}")
+        target = _unknown  # what lies within is still checked
+    partial = bool(node.get("_partial_"))
+    made = target if inspect.isclass(target) else _signature(target).return_annotation
+    produced = functools.partial if partial else made
+    if not _fits(produced, expected):
+        yield Mistake(key, name, f"builds a {type_name(produced)}, expected {type_name(expected)}")
+
+    known = {n: p for n, p in parameters(target).items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+    anything = any(p.kind is p.VAR_KEYWORD for p in parameters(target).values())
+    accepted = {n: p for n, p in known.items() if key or n not in SUPPLIED}
+    for field in node:
+        field = str(field)
+        if field in RESERVED or (not key and field == "hydra"):
+            continue
+        if field in accepted or anything:
+            parameter = accepted.get(field, inspect.Parameter(field, inspect.Parameter.KEYWORD_ONLY))
+            yield from _check_value(node, field, _join(key, field), parameter.annotation, parameter.default)
+        else:
+            guess = nearest(field, accepted)
+            hint = f"did you mean {_join(key, guess)}?" if guess else f"it takes: {', '.join(accepted) or 'nothing'}"
+            yield Mistake(_join(key, field), _raw(node)[field], f"{_name(target)} has no parameter {field}; {hint}")
+    if not partial and "_args_" not in node:
+        for field, parameter in accepted.items():
+            if parameter.default is parameter.empty and field not in list(node):
+                full = _join(key, field)
+                wanted = type_name(parameter.annotation)
+                yield Mistake(full, _ABSENT, f"missing, {_name(target)} needs it, expected {wanted}; give +{full}=...")
+
+
+def _check_value(
+    parent: DictConfig | ListConfig, field: Any, key: str, expected: Any, default: Any
+) -> Iterator[Mistake]:
+    if OmegaConf.is_missing(parent, field):
+        yield Mistake(key, "???", f"no value given, expected {type_name(expected)}; give {key}=...")
+        return
+    try:
+        value = parent[field]
+        if isinstance(value, DictConfig) and "_target_" in value:
+            yield from _check_call(value, key, expected)
+            return
+        plain = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+    except InterpolationToMissingValueError:
+        return  # the missing value is reported where it is
+    except OmegaConfBaseException as error:
+        yield Mistake(key, _raw(parent)[field], f"can't be resolved: {one_line(error)}")
+        return
+    if isinstance(value, (DictConfig, ListConfig)) and _holds_nodes(plain):
+        entry = _entry(expected, type(plain))
+        if entry is None:
+            yield Mistake(key, plain, f"a {type(plain).__name__} of nodes, expected {type_name(expected)}")
+            return
+        for child in value if isinstance(value, DictConfig) else range(len(value)):
+            yield from _check_value(value, child, _join(key, str(child)), entry, inspect.Parameter.empty)
+    elif plain is not default and (said := _leaf_mistake(plain, expected)):
+        yield Mistake(key, plain, said)
+
+
+def _leaf_mistake(value: Any, expected: Any) -> str:
+    """What is wrong with plain data for an annotation; "" if nothing is."""
+    if isinstance(value, dict) and _entry(expected, dict) is None:
+        return f"a mapping without _target_, expected {type_name(expected)}"
+    try:
+        # Strict JSON is YAML's own idea of types: a list serves a tuple, an int a float, a string a Path; no more.
+        _adapter(expected).validate_json(json.dumps(value, default=str), strict=True)
+    except PydanticSchemaGenerationError:
+        return ""  # an annotation pydantic can't read allows anything
+    except ValidationError as failed:
+        errors = failed.errors()
+        if any(error["type"] in _WANTS_OBJECT for error in errors):
+            return f"expected {type_name(expected)}, a node with _target_"
+        said = " or ".join(dict.fromkeys(error["msg"].removeprefix("Input ") for error in errors))
+        choices = [str(c) for m in _members(expected) if get_origin(m) is Literal for c in get_args(m)]
+        guess = nearest(str(value), choices)
+        return f"{said}; did you mean {guess}?" if guess else said
+    return ""
+
+
+def _adapter(annotation: Any) -> TypeAdapter[Any]:
+    annotation = Any if annotation is inspect.Parameter.empty or isinstance(annotation, str) else annotation
+    try:
+        return TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True))
+    except PydanticUserError:  # dataclasses and the like bring a config of their own
+        return TypeAdapter(annotation)
+
+
+def _unknown(**_: Any) -> Any:
+    """Stands for a target that can't be imported: takes anything, may be anything."""
+
+
+def _signature(target: Any) -> inspect.Signature:
+    try:
+        return inspect.signature(target, eval_str=True)
+    except NameError:  # a name imported for type checkers only: such annotations stay strings, which allow anything
+        return inspect.signature(target)
+    except (TypeError, ValueError):  # not callable in Python's own terms, such as some built-ins
+        return inspect.signature(_unknown)
+
+
+def _members(annotation: Any) -> list[Any]:
+    """The alternatives of an annotation, without the constraints of `Annotated`."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _members(get_args(annotation)[0])
+    if origin in (Union, types.UnionType):
+        return [member for part in get_args(annotation) for member in _members(part)]
+    return [annotation]
+
+
+def _fits(produced: Any, expected: Any) -> bool:
+    """Whether an object of class `produced` may be given for an annotation; in doubt, yes."""
+    produced = get_origin(produced) or produced
+    if not inspect.isclass(produced) or produced in (Any, inspect.Parameter.empty):
+        return True
+    return any(_is_subclass(produced, get_origin(member) or member) for member in _members(expected))
+
+
+def _is_subclass(produced: type, expected: Any) -> bool:
+    if expected in (Any, inspect.Parameter.empty) or not inspect.isclass(expected):
+        return expected is not Literal
+    try:
+        return issubclass(produced, expected)
+    except TypeError:  # a protocol that can't be checked at run time
+        return True
+
+
+def _entry(annotation: Any, container: type) -> Any:
+    """What the entries of a list or dict should be; None where the annotation takes no such container."""
+    for member in _members(annotation):
+        origin = get_origin(member) or member
+        if _is_subclass(container, Sequence if origin is tuple else origin):
+            args = get_args(member)
+            return Any if not args else args[-1] if container is dict else args[0]
+    return None
+
+
+def _holds_nodes(plain: Any) -> bool:
+    if isinstance(plain, dict):
+        return "_target_" in plain or any(map(_holds_nodes, plain.values()))
+    return isinstance(plain, list) and any(map(_holds_nodes, plain))
+
+
+def _raw(node: DictConfig | ListConfig) -> Any:
+    """The content as written, interpolations included."""
+    return OmegaConf.to_container(node, resolve=False)
+
+
+def type_name(annotation: Any) -> str:
+    if annotation is inspect.Parameter.empty:
+        return "anything"
+    names = [_name(m) if inspect.isclass(m) and not get_args(m) else str(m) for m in _members(annotation)]
+    return re.sub(r"\b(\w+\.)+(?=\w)", "", " or ".join(names)).replace("NoneType", "null")
+
+
+def _name(target: Any) -> str:
+    return getattr(target, "__name__", str(target))
+
+
+def _join(key: str, field: str) -> str:
+    return f"{key}.{field}" if key else field
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type where it has none."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,57 @@
+"""`sam-distill train`, which is `python train.py`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from sam_distill.data.base import DataSource
+from sam_distill.engine.hardware import Hardware
+from sam_distill.engine.loggers import CsvOnly, WandB
+from sam_distill.engine.optim import AdamW
+from sam_distill.engine.training import fit, new_student
+from sam_distill.evaluate.agreement import Agreement
+from sam_distill.models.encoders import ImageEncoder
+from sam_distill.strategies.base import Strategy
+from sam_distill.teachers import LiveTeacher
+
+
+def train(
+    *,
+    strategy: Strategy,
+    encoder: ImageEncoder,
+    teacher: LiveTeacher,
+    data: DataSource,
+    optim: AdamW,
+    protocol: Agreement,
+    trainer: Hardware,
+    logger: WandB | CsvOnly,
+    budget: Annotated[str, Field(pattern=r"^\d+(\.\d+)? ?(epoch|step|image)s?$")],
+    validate_every: Annotated[str, Field(pattern=r"^\d+(\.\d+)? ?(epoch|step|image)s?$")] | None,
+    batch_size: Annotated[int, Field(gt=0)],
+    seed: int,
+    image_size: Annotated[int, Field(ge=64, le=1024, multiple_of=64)],
+    init: str | None,
+    resume: str | None,
+    run_dir: Path,
+) -> None:
+    """Distil `teacher` into `encoder`; conf/train.yaml says what each option means."""
+    fit(
+        strategy=strategy,
+        student=new_student(encoder, teacher.sam, image_size),
+        teacher=teacher,
+        source=data,
+        optim=optim,
+        protocol=protocol,
+        hardware=trainer,
+        logger=logger,
+        budget=budget,
+        validate_every=validate_every,
+        batch_size=batch_size,
+        seed=seed,
+        init=init,
+        resume=resume,
+        run_dir=run_dir,
+    )

@@ -1,0 +1,265 @@
+"""What every data source offers: an endless, resumable training stream and a small fixed validation set.
+
+A source with random access subclasses `IndexedSource` and says how to load one item. The functions here choose images
+by a hash of their keys, so that a choice depends neither on the order of files nor on the machine, and images=100 is
+part of images=1000.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property, partial
+from itertools import count, islice
+from typing import Annotated, Generic, Literal, TypeVar
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch.utils.data import IterableDataset, get_worker_info
+
+from sam_distill.types import FRAME, Batch, Sample, UserError
+
+logger = logging.getLogger(__name__)
+
+Item = TypeVar("Item")
+
+# the options that all sources share, as their signatures name them
+ValImages = Annotated[int, Field(ge=0)]
+Images = Annotated[int, Field(ge=1)] | None
+Fraction = Annotated[float, Field(gt=0, le=1)] | None
+
+Split = Literal["all", "val"]  # what to evaluate on: everything there is, or what training holds out
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
+
+
+class Damage:
+    """What could not be read: a warning and a count for each, once, whichever process of a loader comes across it.
+
+    unreadable: [images] bool in shared memory, a flag per training image. Other ranks have flags of their own.
+    """
+
+    def __init__(self, train_images: int) -> None:
+        self.unreadable = torch.zeros(train_images, dtype=torch.bool).share_memory_()
+        self.others: set[str] = set()
+
+    def report(self, index: int, reason: str) -> None:
+        """A training image is skipped; when none is left to train on, that is the end."""
+        if not self.unreadable[index]:
+            self.unreadable[index] = True
+            logger.warning("skipped: %s", reason)
+        if self.unreadable.all():
+            raise UserError(f"not one of {len(self.unreadable)} training images can be read; for one, {reason}")
+
+    def note(self, reason: str) -> None:
+        """Anything else is skipped: a validation or evaluation image, the end of a truncated tar."""
+        if reason not in self.others:
+            self.others.add(reason)
+            logger.warning("skipped: %s", reason)
+
+    def __len__(self) -> int:
+        return int(self.unreadable.sum()) + len(self.others)
+
+
+class DataSource(ABC):
+    """Images to train on and, disjoint from them, a few to validate on."""
+
+    @property
+    @abstractmethod
+    def num_train_images(self) -> int:
+        """Images in one epoch, over all ranks, damaged ones included."""
+
+    @property
+    @abstractmethod
+    def val_images(self) -> int:
+        """How many are held out for validation, which may be fewer than were asked for."""
+
+    @abstractmethod
+    def train_stream(
+        self, start: int, seed: int, rank: int, world_size: int, batch_size: int
+    ) -> IterableDataset[Sample]:
+        """Samples without end, epoch after epoch, each in an order of its own that (seed, epoch) decides.
+
+        Ranks and loader workers share the images out. start: images that this rank has consumed already, where a
+        resumed run goes on. batch_size: per rank; the loader takes batches of it from its workers in turn.
+        """
+
+    @abstractmethod
+    def val_samples(self) -> list[Sample]:
+        """The validation images, the same ones in every run, decoded and held in memory (2 MB each)."""
+
+    @abstractmethod
+    def eval_loads(self, split: Split) -> Iterator[Callable[[], Sample]]:
+        """Each image to evaluate on, not yet decoded; data.images or data.fraction choose among `all`."""
+
+    @abstractmethod
+    def num_eval_images(self, split: Split) -> int:
+        """How many of them there are, damaged ones included."""
+
+    @cached_property
+    def damage(self) -> Damage:
+        """What had to be skipped so far."""
+        return Damage(self.num_train_images)
+
+    @property
+    def skipped(self) -> int:
+        """How many damaged images and tars were found so far."""
+        return len(self.damage)
+
+
+class IndexedSource(DataSource, Generic[Item]):
+    """A source whose images can be loaded one by one, in any order. A subclass sets `train` and `val`."""
+
+    train: Sequence[Item]
+    val: Sequence[Item]
+
+    @abstractmethod
+    def load(self, item: Item) -> Sample:
+        """Decode one image; a UserError says that it is damaged."""
+
+    @property
+    def num_train_images(self) -> int:
+        return len(self.train)
+
+    @property
+    def val_images(self) -> int:
+        return len(self.val)
+
+    def eval_items(self, split: Split) -> Sequence[Item]:
+        """The held-out images, where the others are of no interest; a subclass may know better."""
+        return self.val
+
+    def eval_loads(self, split: Split) -> Iterator[Callable[[], Sample]]:
+        return (partial(self.load, item) for item in self.eval_items(split))
+
+    def num_eval_images(self, split: Split) -> int:
+        return len(self.eval_items(split))
+
+    def train_stream(self, start: int, seed: int, rank: int, world_size: int, batch_size: int) -> IndexedStream[Item]:
+        return IndexedStream(self, start, seed, rank, world_size, batch_size)
+
+    def val_samples(self) -> list[Sample]:
+        samples = []
+        for item in self.val:
+            try:
+                samples.append(self.load(item))
+            except UserError as error:
+                self.damage.note(str(error))
+        return samples
+
+
+class IndexedStream(IterableDataset[Sample], Generic[Item]):
+    """The training stream of an `IndexedSource`.
+
+    Epochs, each a permutation, follow one another in one endless sequence; ranks take its images in turn. Batch b
+    of a rank is therefore the same set of images whatever the number of workers, before and after a resume. A
+    damaged image is left out, and the batches after it move up by one.
+    """
+
+    def __init__(
+        self, source: IndexedSource[Item], start: int, seed: int, rank: int, world_size: int, batch_size: int
+    ) -> None:
+        self.source = source
+        self.damage = source.damage  # made here, before there are workers, so that they share it
+        self.start = start
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.batch_size = batch_size
+
+    def __iter__(self) -> Iterator[Sample]:
+        for index in self._indices():
+            try:
+                yield self.source.load(self.source.train[index])
+            except UserError as error:
+                self.damage.report(index, str(error))
+
+    def _indices(self) -> Iterator[int]:
+        """Indices into `source.train`, for the batches that fall to this worker."""
+        worker, workers = loader_worker()
+        images, order, order_epoch = len(self.source.train), np.empty(0, np.int64), -1
+        for batch in count(worker, workers):
+            first = self.start + batch * self.batch_size
+            for position in range(first, first + self.batch_size):
+                epoch, place = divmod(position * self.world_size + self.rank, images)
+                if epoch != order_epoch:
+                    order, order_epoch = np.random.default_rng((self.seed, epoch)).permutation(images), epoch
+                yield int(order[place])
+
+
+class EvalStream(IterableDataset[Sample]):
+    """Every image to evaluate on, once, shared out to loader workers; damaged ones are told and left out."""
+
+    def __init__(self, source: DataSource, split: Split) -> None:
+        self.source = source
+        self.split = split
+
+    def __iter__(self) -> Iterator[Sample]:
+        worker, workers = loader_worker()
+        for load in islice(self.source.eval_loads(self.split), worker, None, workers):
+            try:
+                yield load()
+            except UserError as error:
+                self.source.damage.note(str(error))
+
+
+def loader_worker() -> tuple[int, int]:
+    """(number of this loader worker, how many there are); (0, 1) where the loader has none."""
+    info = get_worker_info()
+    return (info.id, info.num_workers) if info else (0, 1)
+
+
+def collate(samples: list[Sample]) -> Batch:
+    """Lay each image into the top-left corner of a black frame: B samples -> images [B, 3, 1024, 1024] uint8."""
+    images = torch.zeros(len(samples), 3, FRAME, FRAME, dtype=torch.uint8)
+    for frame, sample in zip(images, samples, strict=True):
+        height, width = sample.image.shape[-2:]
+        frame[:, :height, :width] = sample.image
+    return Batch(
+        keys=[sample.key for sample in samples],
+        images=images,
+        sizes=torch.tensor([sample.image.shape[-2:] for sample in samples]),
+        original_sizes=torch.tensor([sample.original_size for sample in samples]),
+    )
+
+
+def is_image(name: str) -> bool:
+    """Whether a file's name, without its folders, is that of an image; hidden files are not."""
+    stem, dot, suffix = name.rpartition(".")
+    return bool(stem) and not stem.startswith(".") and (dot + suffix).lower() in IMAGE_SUFFIXES
+
+
+def unique_keys(short: Sequence[str], long: Sequence[str]) -> list[str]:
+    """The short key of each image, or the long one where several images share the short one."""
+    uses = Counter(short)
+    return [brief if uses[brief] == 1 else full for brief, full in zip(short, long, strict=True)]
+
+
+def affordable_val(images: int, val_images: int, where: str) -> int:
+    """How many of all images to hold out: what was asked for, or a fifth if that would leave nothing to train on."""
+    if images > val_images:
+        return val_images
+    fewer = max(1, images // 5) if images > 1 else 0
+    logger.warning("%s has only %d images: %d, not %d, are held out for validation", where, images, fewer, val_images)
+    return fewer
+
+
+def by_hash(keys: Sequence[str]) -> list[int]:
+    """Indices of the keys in an order that looks random and never changes."""
+    return sorted(range(len(keys)), key=lambda index: hashlib.blake2b(keys[index].encode(), digest_size=8).digest())
+
+
+def choose(keys: Sequence[str], images: int | None, fraction: float | None) -> list[int]:
+    """Indices, in their order, of the training images that data.images or data.fraction keeps."""
+    if images is not None and fraction is not None:
+        raise UserError("data.images and data.fraction exclude each other: give one of them")
+    wanted = len(keys) if images is None else images
+    if fraction is not None:
+        wanted = max(1, round(fraction * len(keys)))
+    if wanted > len(keys):
+        logger.warning("data.images=%d, but there are only %d to train on: all are used", wanted, len(keys))
+    return sorted(by_hash(keys)[:wanted])

@@ -1,0 +1,70 @@
+"""Images in a folder and its subfolders."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sam_distill.data.base import (
+    Fraction,
+    Images,
+    IndexedSource,
+    Split,
+    ValImages,
+    affordable_val,
+    by_hash,
+    choose,
+    is_image,
+    unique_keys,
+)
+from sam_distill.images import decode, to_frame
+from sam_distill.types import Sample, UserError
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """key: the path below the folder, without its suffix unless two images differ in nothing else."""
+
+    key: str
+    path: Path
+
+
+class Folder(IndexedSource[ImageFile]):
+    """Every jpg, png, webp, bmp and tif below `path`; those whose keys hash lowest are held out for validation.
+
+    images, fraction: train on so many of the rest, chosen by hash as well.
+    """
+
+    def __init__(self, path: str, val_images: ValImages = 16, images: Images = None, fraction: Fraction = None) -> None:
+        files = _find(Path(path).expanduser())
+        order = by_hash([file.key for file in files])
+        held_out = affordable_val(len(files), val_images, path)
+        rest = [files[index] for index in sorted(order[held_out:])]
+        self.files, self.images, self.fraction = files, images, fraction
+        self.val = [files[index] for index in order[:held_out]]
+        self.train = [rest[index] for index in choose([file.key for file in rest], images, fraction)]
+
+    def eval_items(self, split: Split) -> Sequence[ImageFile]:
+        if split == "val":
+            return self.val
+        return [self.files[i] for i in choose([file.key for file in self.files], self.images, self.fraction)]
+
+    def load(self, item: ImageFile) -> Sample:
+        image, original_size = decode(item.path)
+        return Sample(item.key, to_frame(image, original_size), original_size)
+
+
+def _find(folder: Path) -> list[ImageFile]:
+    if not folder.is_dir():
+        reason = "is not a folder" if folder.exists() else "does not exist"
+        raise UserError(f"data.path={folder} {reason}; expected a folder of images")
+    paths = sorted(
+        Path(parent, name) for parent, _, names in os.walk(folder, followlinks=True) for name in names if is_image(name)
+    )
+    if not paths:
+        raise UserError(f"data.path={folder} holds no image; expected jpg, png, webp, bmp or tif files, at any depth")
+    names = [path.relative_to(folder).as_posix() for path in paths]
+    keys = unique_keys([name.rpartition(".")[0] for name in names], names)
+    return [ImageFile(key, path) for key, path in zip(keys, paths, strict=True)]

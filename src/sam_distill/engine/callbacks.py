@@ -1,0 +1,124 @@
+"""What happens beside training: throughput, the run folder's files, progress lines and pictures."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.loggers import WandbLogger
+
+from sam_distill.engine.module import Distillation
+from sam_distill.engine.record import History, write_curves, write_json
+from sam_distill.models.checkpoints import save_sam
+from sam_distill.predict.overlays import column
+from sam_distill.types import Batch
+
+log = logging.getLogger(__name__)
+
+
+class Throughput(pl.Callback):
+    """Logs images per second over all devices, the share of time spent waiting for data, and the learning rate."""
+
+    def __init__(self) -> None:
+        self._reset()
+
+    def _reset(self) -> None:
+        self._images, self._waited, self._worked = 0, 0.0, 0.0
+        self._mark = time.perf_counter()
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._reset()
+
+    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._mark = time.perf_counter()  # validation is neither waiting nor working
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Batch, index: int) -> None:
+        now = time.perf_counter()
+        self._waited += now - self._mark
+        self._mark = now
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Batch, index: int
+    ) -> None:
+        now = time.perf_counter()
+        self._worked += now - self._mark
+        self._mark = now
+        self._images += len(batch) * trainer.world_size
+        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            seconds = self._waited + self._worked
+            module.log("train/images_per_second", self._images / seconds)
+            module.log("train/data_wait", self._waited / seconds)
+            module.log("train/lr", trainer.optimizers[0].param_groups[0]["lr"])
+            self._reset()
+
+
+class RunFolder(pl.Callback):
+    """Keeps student.pt, metrics.json and pictures/ up to date at every validation, and tells how it goes."""
+
+    def __init__(self, run_dir: Path, history: History, facts: dict[str, Any]) -> None:
+        self.run_dir = run_dir
+        self.history = history
+        self.facts = facts
+        self.before: dict[str, float] = {}
+        self._started = time.perf_counter()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"before": self.before, "seconds": self.seconds}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.before = state["before"]
+        self._started = time.perf_counter() - state["seconds"]
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._started
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.history.forget_after(trainer.global_step)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Batch, index: int
+    ) -> None:
+        step = trainer.global_step
+        if step % trainer.log_every_n_steps == 0 and trainer.is_global_zero:  # type: ignore[attr-defined]
+            m = trainer.callback_metrics
+            log.info(
+                "step %d/%d  loss %.4f  %.1f images/s  data wait %.0f%%  lr %.2e",
+                step, trainer.max_steps, m["train/loss"], m["train/images_per_second"],
+                100 * m["train/data_wait"], m["train/lr"],
+            )  # fmt: skip
+
+    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        assert isinstance(module, Distillation)
+        if not trainer.is_global_zero or trainer.sanity_checking:
+            return
+        step = trainer.global_step
+        if step == 0:
+            self.before = {f"before/{name}": value for name, value in module.metrics.items() if "miou" in name}
+        metrics = module.metrics | self.before | self.facts
+        metrics |= {"steps": step, "images": step * self.facts["images_per_step"], "seconds": round(self.seconds, 1)}
+        metrics["images_per_second"] = round(metrics["images"] / self.seconds, 2)
+        write_json(self.run_dir / "metrics.json", metrics)
+        save_sam(module.student, self.run_dir / "student.pt")
+        self._draw(trainer, module, step)
+        log.info(
+            "step %d/%d  val mIoU point %.3f  box %.3f  embedding MSE %.5f  cosine %.3f",
+            step, trainer.max_steps, module.metrics["miou/point"], module.metrics["miou/box"],
+            module.metrics["embedding_mse"], module.metrics["embedding_cosine"],
+        )  # fmt: skip
+
+    def _draw(self, trainer: pl.Trainer, module: Distillation, step: int) -> None:
+        pictures = self.run_dir / "pictures"
+        pictures.mkdir(parents=True, exist_ok=True)
+        sheet = column([row for _, row in module.judge.pictures])
+        sheet.save(pictures / f"masks_{step:07d}.png")
+        write_curves(self.history.rows, pictures / "curves.png")
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_image("val/masks", [sheet])
+                told = [asdict(comparison) for comparison in module.judge.comparisons]
+                logger.log_table("val/prompts", list(told[0]), [[str(v) for v in row.values()] for row in told])

@@ -1,0 +1,88 @@
+"""What to run on, and how precisely."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+
+from sam_distill.types import UserError
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """accelerator: auto takes a GPU if there is one. devices, nodes: how many; more than one device means DDP.
+    precision: auto is bf16 wherever the hardware computes it natively, else fp32.
+    workers: processes that decode images, per device; auto leaves a core to the training process.
+    """
+
+    accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
+    devices: Annotated[int, Field(gt=0)] = 1
+    nodes: Annotated[int, Field(gt=0)] = 1
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+
+    @property
+    def kind(self) -> str:
+        """`cuda`, `mps` or `cpu`."""
+        available = {"gpu": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+        chosen = next(n for n, ok in available.items() if ok) if self.accelerator == "auto" else self.accelerator
+        if not available[chosen]:
+            raise UserError(
+                f"trainer.accelerator={chosen}: this machine has none that PyTorch can use; try trainer=cpu"
+            )
+        if chosen == "gpu" and self.devices > torch.cuda.device_count():
+            raise UserError(f"trainer.devices={self.devices}: this machine has {torch.cuda.device_count()} GPUs")
+        return "cuda" if chosen == "gpu" else chosen
+
+    @property
+    def num_format(self) -> Literal["fp32", "bf16", "fp16"]:
+        """The precision in force."""
+        if self.precision != "auto":
+            return self.precision
+        native = {"cuda": _gpu_has_bf16, "cpu": _cpu_has_bf16, "mps": lambda: False}[self.kind]()
+        return "bf16" if native else "fp32"
+
+    @property
+    def num_workers(self) -> int:
+        if self.workers != "auto":
+            return self.workers
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        if self.kind == "cpu":  # the training itself wants the cores
+            return 1 if cores > 1 else 0
+        return max(1, min(12, cores // self.devices - 1))
+
+    def trainer_arguments(self) -> dict[str, Any]:
+        """For Lightning's Trainer."""
+        return {
+            "accelerator": {"cuda": "gpu"}.get(self.kind, self.kind),
+            "devices": self.devices,
+            "num_nodes": self.nodes,
+            "strategy": "ddp" if self.devices * self.nodes > 1 else "auto",
+            "precision": {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}[self.num_format],
+            "use_distributed_sampler": False,
+        }
+
+    def autocast(self) -> torch.autocast:
+        """The same precision outside a trainer."""
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.num_format]
+        return torch.autocast(self.kind, dtype=dtype, enabled=self.num_format != "fp32")
+
+
+def _gpu_has_bf16() -> bool:
+    return torch.cuda.get_device_capability()[0] >= 8
+
+
+def _cpu_has_bf16() -> bool:
+    """Emulated bf16 is slower than fp32, so ask for the instructions."""
+    capabilities = torch.backends.cpu.get_cpu_capability()
+    if not capabilities.startswith("AVX512"):
+        return False
+    try:
+        with open("/proc/cpuinfo") as file:
+            return "avx512_bf16" in file.read()
+    except OSError:
+        return False

@@ -1,0 +1,73 @@
+"""Agreement summed up over batches, with a row per prompt and a few pictures, for validation and `evaluate` alike."""
+
+from __future__ import annotations
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+
+from sam_distill.evaluate.agreement import Agreement, Comparison, Outcome, Target
+from sam_distill.losses import embedding_cosine, embedding_mse
+from sam_distill.metrics import MeanIoU
+from sam_distill.models.sam import Sam, valid_area
+from sam_distill.predict.overlays import comparison
+from sam_distill.types import GRID, Batch
+
+KINDS = ("point", "box")
+PICTURES = 8  # rows drawn per judgement: one prompt per image, points and boxes in turn
+
+
+class Judge(nn.Module):
+    """Compares students with the answers of one teacher."""
+
+    def __init__(self, agreement: Agreement) -> None:
+        super().__init__()
+        self.agreement = agreement
+        self.miou = nn.ModuleDict({kind: MeanIoU() for kind in KINDS})
+        self.errors = nn.ModuleDict({"embedding_mse": MeanMetric(), "embedding_cosine": MeanMetric()})
+        self.reset()
+
+    def reset(self) -> None:
+        self.comparisons: list[Comparison] = []
+        self.pictures: list[tuple[Comparison, Image.Image]] = []
+        self._wanted: dict[str, str] = {}  # image -> the kind of prompt to draw
+        for metric in (*self.miou.values(), *self.errors.values()):
+            metric.reset()  # type: ignore[operator]
+
+    @torch.no_grad()
+    def update(
+        self, student: Sam, embedding: Tensor, batch: Batch, teacher_embedding: Tensor, targets: list[Target]
+    ) -> None:
+        """embedding, teacher_embedding: [B, 256, 64, 64]; targets: the teacher's answers, from `agreement.ask`."""
+        area = valid_area(batch.sizes, GRID)
+        for name, measure in (("embedding_mse", embedding_mse), ("embedding_cosine", embedding_cosine)):
+            self.errors[name].update(measure(embedding, teacher_embedding, area), weight=len(batch))  # type: ignore[operator]
+        for target in targets:
+            for outcome in self.agreement.compare(student, embedding, batch, target):
+                self.comparisons.append(outcome.comparison)
+                self.miou[target.kind].update(torch.tensor(outcome.comparison.iou))  # type: ignore[operator]
+                self._draw(outcome, batch)
+
+    def compute(self) -> dict[str, float]:
+        """Flat metrics by their names in metrics.json; summed over all ranks."""
+        result = {f"miou/{kind}": float(metric.compute()) for kind, metric in self.miou.items()}  # type: ignore[operator]
+        result |= {name: float(metric.compute()) for name, metric in self.errors.items()}  # type: ignore[operator]
+        counts = [metric for metric in self.miou.values() if isinstance(metric, MeanIoU)]
+        result["prompts"] = sum(int(metric.prompts) for metric in counts)
+        result["prompts_skipped"] = sum(int(metric.skipped) for metric in counts)
+        return result
+
+    def _draw(self, outcome: Outcome, batch: Batch) -> None:
+        told = outcome.comparison
+        if told.image not in self._wanted and len(self._wanted) < PICTURES:
+            self._wanted[told.image] = KINDS[len(self._wanted) % len(KINDS)]
+        if self._wanted.get(told.image) != told.kind:
+            return
+        self._wanted[told.image] = ""  # done
+        i = batch.keys.index(told.image)
+        height, width = batch.sizes[i].tolist()
+        frame = batch.images[i, :, :height, :width].permute(1, 2, 0).cpu().numpy()
+        original = Image.fromarray(frame).resize((outcome.teacher.shape[1], outcome.teacher.shape[0]))
+        teacher, student = outcome.teacher.numpy(), outcome.student.numpy()
+        self.pictures.append((told, comparison(original, teacher, student, told.kind, told.prompt, told.iou)))

@@ -1,0 +1,100 @@
+"""The one LightningModule, host to every strategy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from sam_distill.engine.judge import Judge
+from sam_distill.engine.optim import AdamW
+from sam_distill.evaluate.agreement import Agreement, Target
+from sam_distill.models.checkpoints import DESCRIPTION, describe
+from sam_distill.models.sam import Sam
+from sam_distill.strategies.base import Strategy
+from sam_distill.teachers import LiveTeacher
+from sam_distill.types import Batch, UserError
+
+
+class Distillation(pl.LightningModule):
+    """Trains `student` by `strategy`, validates it by `agreement`. The teacher is not part of the module's state."""
+
+    def __init__(
+        self, student: Sam, strategy: Strategy, teacher: LiveTeacher, optim: AdamW, agreement: Agreement
+    ) -> None:
+        super().__init__()
+        missing = strategy.requires - teacher.provides
+        if missing:
+            raise UserError(
+                f"strategy {type(strategy).__name__} needs {', '.join(sorted(missing))}, which no one provides"
+            )
+        self.student = student.to(memory_format=torch.channels_last)
+        self.strategy = strategy
+        self.optim = optim
+        self.judge = Judge(agreement)
+        self.metrics: dict[str, float] = {}  # of the latest validation
+        self._teacher = (teacher,)  # in a tuple, where nn.Module does not find it
+        self._answers: dict[tuple[str, ...], tuple[Tensor, list[Target]]] = {}
+        self._trainable = strategy.trainable(student)
+        student.requires_grad_(False)
+        for part in self._trainable.values():
+            part.requires_grad_(True)
+
+    @property
+    def teacher(self) -> LiveTeacher:
+        return self._teacher[0]
+
+    def train(self, mode: bool = True) -> Distillation:
+        """Frozen parts stay in eval mode whoever calls this: BatchNorm's statistics would drift."""
+        super().train(False)
+        for part in self._trainable.values():
+            part.train(mode)
+        self.training = mode
+        return self
+
+    def training_step(self, batch: Batch, _: int) -> Tensor:
+        out = self.strategy.step(self.student, self.teacher.fill(batch))
+        if not torch.isfinite(out.loss):
+            raise UserError(
+                f"the loss is {out.loss.item()} at step {self.global_step} (images {', '.join(batch.keys)}): "
+                "try a smaller optim.lr, or trainer.precision=fp32"
+            )
+        self.log("train/loss", out.loss, prog_bar=True, batch_size=len(batch))
+        self.log_dict({f"train/{name}": value for name, value in out.logs.items()}, batch_size=len(batch))
+        return out.loss
+
+    def on_validation_epoch_start(self) -> None:
+        self.judge.reset()
+
+    def validation_step(self, batch: Batch, _: int) -> None:
+        teacher_embedding, targets = self._ask_teacher(batch)
+        embedding = self.student.encode(batch.images, batch.sizes)
+        self.judge.update(self.student, embedding, batch, teacher_embedding, targets)
+
+    def on_validation_epoch_end(self) -> None:
+        self.metrics = self.judge.compute()
+        self.log_dict({f"val/{name}": float(value) for name, value in self.metrics.items()})
+
+    def _ask_teacher(self, batch: Batch) -> tuple[Tensor, list[Target]]:
+        """The teacher's embedding and masks. The validation set is small and fixed: it is asked once per batch."""
+        keys = tuple(batch.keys)
+        if keys not in self._answers:
+            self.teacher.sam.to(self.device)
+            embedding = self.teacher.sam.encode(batch.images, batch.sizes)
+            self._answers[keys] = embedding, self.judge.agreement.ask(self.teacher.sam, embedding, batch)
+        return self._answers[keys]
+
+    def configure_optimizers(self) -> Any:
+        optimizer, schedule = self.optim.build(self._trainable, self.trainer.max_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint[DESCRIPTION] = describe(self.student)
+
+    def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
+        held = checkpoint.get(DESCRIPTION)
+        if held != describe(self.student):
+            raise UserError(f"resume: the checkpoint holds {held}, but this run builds {describe(self.student)}")

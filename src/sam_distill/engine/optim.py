@@ -1,0 +1,61 @@
+"""AdamW with a warm-up and a cosine, and the parameters that take no weight decay."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+_NO_DECAY = ("bias", "attention_biases", "pos_embed", "rel_pos_h", "rel_pos_w")
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class AdamW:
+    """lr: peak learning rate. weight_decay: on matrices and filters only.
+    warmup: share of the steps over which the rate climbs linearly. final: rate at the end, as a share of lr.
+    clip: largest norm of the gradient; 0 for none.
+    """
+
+    def __init__(
+        self,
+        lr: Annotated[float, Field(gt=0)] = 1e-3,
+        weight_decay: Annotated[float, Field(ge=0)] = 0.05,
+        betas: tuple[Fraction, Fraction] = (0.9, 0.999),
+        warmup: Fraction = 0.05,
+        final: Fraction = 0.01,
+        clip: Annotated[float, Field(ge=0)] = 1.0,
+    ) -> None:
+        self.lr = lr
+        self.weight_decay = weight_decay
+        self.betas = (betas[0], betas[1])
+        self.warmup = warmup
+        self.final = final
+        self.clip = clip
+
+    def build(self, parts: Mapping[str, nn.Module], total_steps: int) -> tuple[torch.optim.AdamW, LambdaLR]:
+        """Optimizer over the trainable parts, and its per-step schedule."""
+        groups = [group for name, part in parts.items() for group in self._groups(name, part)]
+        optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=self.betas)
+        return optimizer, LambdaLR(optimizer, lambda step: self._factor(step, total_steps))
+
+    def _groups(self, name: str, part: nn.Module) -> Iterator[dict[str, Any]]:
+        decayed: list[nn.Parameter] = []
+        free: list[nn.Parameter] = []
+        for key, parameter in part.named_parameters():
+            is_free = parameter.ndim <= 1 or key.split(".")[-1] in _NO_DECAY
+            (free if is_free else decayed).append(parameter)
+        yield {"name": name, "params": decayed, "weight_decay": self.weight_decay}
+        yield {"name": f"{name}, no decay", "params": free, "weight_decay": 0.0}
+
+    def _factor(self, step: int, total_steps: int) -> float:
+        warmup_steps = round(self.warmup * total_steps)
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+        return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * progress))

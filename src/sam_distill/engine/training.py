@@ -1,0 +1,174 @@
+"""Train a student: build the LightningModule and its surroundings, run them, leave a complete run folder."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import yaml
+from pytorch_lightning.callbacks import ModelCheckpoint, RichProgressBar
+from rich.console import Console
+from rich.table import Table
+
+from sam_distill.data.base import DataSource
+from sam_distill.engine.callbacks import RunFolder, Throughput
+from sam_distill.engine.datamodule import Loaders
+from sam_distill.engine.durations import in_steps
+from sam_distill.engine.hardware import Hardware
+from sam_distill.engine.loggers import CsvOnly, WandB
+from sam_distill.engine.module import Distillation
+from sam_distill.engine.optim import AdamW
+from sam_distill.engine.record import History, write_prompts
+from sam_distill.evaluate.agreement import Agreement
+from sam_distill.models.checkpoints import load_weights
+from sam_distill.models.encoders import ImageEncoder
+from sam_distill.models.sam import Sam
+from sam_distill.strategies.base import Strategy
+from sam_distill.teachers import LiveTeacher
+from sam_distill.types import UserError
+
+log = logging.getLogger(__name__)
+
+VALIDATIONS = 10  # per run, where nothing else is asked for
+LOG_LINES = 50  # per run, but at least one every 50 steps
+
+
+def new_student(encoder: ImageEncoder, teacher: Sam, image_size: int) -> Sam:
+    """A SAM of the student's encoder and copies of the teacher's prompt encoder and mask decoder."""
+    return Sam(encoder, copy.deepcopy(teacher.prompt_encoder), copy.deepcopy(teacher.mask_decoder), image_size)
+
+
+def fit(
+    *,
+    strategy: Strategy,
+    student: Sam,
+    teacher: LiveTeacher,
+    source: DataSource,
+    optim: AdamW,
+    protocol: Agreement,
+    hardware: Hardware,
+    logger: WandB | CsvOnly,
+    budget: str,
+    validate_every: str | None,
+    batch_size: int,
+    seed: int,
+    init: str | None,
+    resume: str | None,
+    run_dir: Path,
+) -> dict[str, Any]:
+    """Train `student` for `budget` and return the metrics of the last validation, which metrics.json holds too."""
+    checkpoint = None if resume is None else _last_checkpoint(Path(resume))
+    if init is not None:
+        load_weights(student, init)
+    images_per_step = batch_size * hardware.devices * hardware.nodes
+    steps = in_steps(budget, images_per_step, source.num_train_images)
+    interval = in_steps(validate_every, images_per_step, source.num_train_images) if validate_every else 0
+    interval = min(steps, interval or -(-steps // VALIDATIONS))
+
+    module = Distillation(student, strategy, teacher, optim, protocol)
+    loaders = Loaders(source, batch_size, seed, hardware)
+    history = History(run_dir / "history.csv", resume=checkpoint is not None)
+    facts: dict[str, Any] = {
+        "images_per_step": images_per_step,
+        "parameters": sum(p.numel() for p in student.image_encoder.parameters()),
+        "precision": hardware.num_format,
+        **protocol.description,
+    }
+    folder = RunFolder(run_dir, history, facts)
+    name = "-".join([type(strategy).__name__.lower(), *_words(student), f"seed{seed}"])
+    trainer = _trainer(hardware, optim, run_dir, steps, interval, [Throughput(), folder])
+    trainer.loggers = [history, *logger.build(run_dir, name, _config(run_dir))]
+    log.info(
+        "%s, %.1fM parameters at %d px: %d steps of %d images (%.1f epochs of %d), %s on %s",
+        name, facts["parameters"] / 1e6, student.image_size, steps, images_per_step,
+        steps * images_per_step / source.num_train_images, source.num_train_images, hardware.num_format, hardware.kind,
+    )  # fmt: skip
+    if checkpoint is None:
+        log.info("Validating before the first step (the teacher answers %d images)", source.val_images)
+        trainer.validate(module, loaders, verbose=False)
+    try:
+        trainer.fit(module, loaders, ckpt_path=checkpoint, weights_only=True)
+    except SystemExit as stop:  # how Lightning ends on Ctrl-C
+        raise KeyboardInterrupt from stop
+    if history.rows.keys() and "val/miou/point" not in history.rows.get(trainer.global_step, {}):
+        trainer.validate(module, loaders, verbose=False)
+    if trainer.is_global_zero:
+        write_prompts(run_dir / "prompts.csv", module.judge.comparisons)
+        _tell(folder, module, source.skipped, run_dir)
+    return module.metrics
+
+
+def _trainer(
+    hardware: Hardware, optim: AdamW, run_dir: Path, steps: int, interval: int, callbacks: list[pl.Callback]
+) -> pl.Trainer:
+    _quieten()
+    last: dict[str, Any] = {"dirpath": run_dir / "checkpoints", "filename": "last", "enable_version_counter": False}
+    callbacks = [
+        *callbacks,
+        ModelCheckpoint(**last, every_n_train_steps=interval, save_on_train_epoch_end=False),
+        ModelCheckpoint(**last, train_time_interval=timedelta(minutes=10), save_on_train_epoch_end=False),
+    ]
+    terminal = Console().is_terminal
+    if terminal:
+        callbacks.append(RichProgressBar(leave=True))
+    return pl.Trainer(
+        **hardware.trainer_arguments(),
+        max_steps=steps,
+        max_epochs=-1,
+        val_check_interval=interval,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        log_every_n_steps=max(1, min(50, steps // LOG_LINES)),
+        gradient_clip_val=optim.clip or None,
+        callbacks=callbacks,
+        enable_progress_bar=terminal,
+        enable_model_summary=False,
+        default_root_dir=run_dir,
+    )
+
+
+def _tell(folder: RunFolder, module: Distillation, skipped: int, run_dir: Path) -> None:
+    """The table a run ends with."""
+    table = Table("", "before", "after", title="Agreement with the teacher on images the student never trained on")
+    for kind in ("point", "box"):
+        before = folder.before.get(f"before/miou/{kind}", float("nan"))
+        table.add_row(f"mIoU, one {kind}", f"{before:.3f}", f"{module.metrics[f'miou/{kind}']:.3f}")
+    console = Console()
+    console.print(table)
+    console.print(f"{folder.seconds:.0f} seconds" + (f"; {skipped} damaged images skipped" if skipped else ""))
+    console.print(
+        f"pictures  {run_dir / 'pictures'}\nstudent   {run_dir / 'student.pt'}", highlight=False, soft_wrap=True
+    )
+
+
+def _last_checkpoint(run_dir: Path) -> Path:
+    path = run_dir / "checkpoints" / "last.ckpt"
+    if not path.is_file():
+        raise UserError(f"resume={run_dir}: there is no {path}; the run may have stopped before its first checkpoint")
+    return path
+
+
+def _config(run_dir: Path) -> dict[str, Any]:
+    """The resolved configuration that cli/ has left in the run folder, for W&B."""
+    path = run_dir / "config.yaml"
+    return yaml.safe_load(path.read_text()) if path.is_file() else {}
+
+
+def _words(student: Sam) -> list[str]:
+    spec = getattr(student.image_encoder, "spec", {})
+    return [str(v) for v in spec.values() if isinstance(v, str)] + [f"{student.image_size}px"]
+
+
+def _quieten() -> None:
+    """Lightning's advice is about choices that are made here on purpose."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="pytorch_lightning")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    torch.set_float32_matmul_precision("high")

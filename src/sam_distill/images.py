@@ -1,0 +1,99 @@
+"""Pixels in and masks out: the one resize used by caching, training, evaluation and prediction.
+
+An image is decoded, resized so that its long side is 1024, and laid into the top-left corner of the frame. Masks go
+the other way. Both follow segment-anything's own code to the last bit (utils/transforms.py, Sam.postprocess_masks).
+Decoding and resizing use Pillow and nothing else, so that loader workers start no threads of their own.
+"""
+
+from __future__ import annotations
+
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from sam_distill.types import FRAME, UserError
+
+Size = tuple[int, int]  # (height, width), pixels
+
+
+def decode(data: bytes | Path, name: str | None = None, full: bool = False) -> tuple[Image.Image, Size]:
+    """An encoded image, or the path of one, as upright 8-bit RGB, with its original (H, W).
+
+    A JPEG is decoded at 1/2, 1/4 or 1/8 size where that covers the frame: 1.5 to 2 times faster, resize included.
+    `original_size` is the file's own, after EXIF rotation, whatever was decoded. `full=True` decodes every pixel.
+    Transparent parts become white; 16-bit values are scaled, not clipped; of an animation the first picture is taken.
+    """
+    name = name or (str(data) if isinstance(data, Path) else "image")
+    try:
+        with Image.open(BytesIO(data) if isinstance(data, bytes) else data) as image:
+            stored = image.height, image.width
+            if not full:
+                height, width = frame_size(stored)
+                image.draft(None, (width, height))  # JPEG only: other formats ignore it
+            turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientations 5 to 8 lie on their side
+            ImageOps.exif_transpose(image, in_place=True)
+            rgb = _to_rgb(image)
+    except Image.DecompressionBombError:
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 1_000_000
+        raise UserError(f"{name}: larger than {limit} megapixels, which no photograph is; scale it down") from None
+    except Exception as error:  # Pillow's decoders raise anything from OSError to struct.error on damaged data
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or repr(error)
+        raise UserError(f"{name}: cannot be decoded ({' '.join(reason.split())})") from None
+    return rgb, stored[::-1] if turned else stored
+
+
+def to_frame(image: Image.Image, original_size: Size | None = None) -> Tensor:
+    """The image resized to the frame, unpadded: [3, h, w] uint8, antialiased bilinear as in ResizeLongestSide(1024).
+
+    original_size: (H, W) from `decode`, which a scaled JPEG has lost; by default the image's own.
+    """
+    height, width = frame_size(original_size or (image.height, image.width))
+    resized = image.resize((width, height), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()
+
+
+def frame_size(original_size: Size) -> Size:
+    """(h, w) that an (H, W) image takes up in the frame: long side 1024, the other rounded half up (at least 1)."""
+    scale = FRAME / max(original_size)
+    height, width = (max(1, int(side * scale + 0.5)) for side in original_size)
+    return height, width
+
+
+def scale_points(points: Tensor, original_size: Size) -> Tensor:
+    """[..., 2] (x, y) in pixels of the original -> pixels of the frame. Corners of boxes are points too."""
+    (height, width), (frame_height, frame_width) = original_size, frame_size(original_size)
+    return points * torch.tensor([frame_width / width, frame_height / height], device=points.device)
+
+
+def upscale_masks(low_res: Tensor, size: Size, original_size: Size) -> Tensor:
+    """Logits of the mask decoder at the original's size: [..., 256, 256] -> [..., H, W]; a mask is where they are > 0.
+
+    size: (h, w) of the image within the frame. Up to 1024, crop the padding away, then on to (H, W).
+    """
+    framed = F.interpolate(low_res.reshape(-1, 1, *low_res.shape[-2:]), (FRAME, FRAME), mode="bilinear")
+    masks = F.interpolate(framed[..., : size[0], : size[1]], original_size, mode="bilinear")
+    return masks.reshape(*low_res.shape[:-2], *original_size)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode[0] in "IF":  # 16-bit and 32-bit integers, floats
+        image = _to_8_bit(np.asarray(image, np.float32), ranges=(1, 255, 65535) if image.mode == "F" else (65535,))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _to_8_bit(gray: np.ndarray, ranges: tuple[int, ...]) -> Image.Image:
+    """[H, W] float32 of unstated range, scaled to 0..255 by the first of `ranges` that holds its values, or by its top.
+
+    So a dark 16-bit image stays dark, and a float image may be in 0..1 as well as in 0..255.
+    """
+    gray = np.nan_to_num(gray).clip(min=0)
+    top = next((top for top in ranges if gray.max() <= top), gray.max())
+    return Image.fromarray(np.uint8(gray * (255 / top) + 0.5))

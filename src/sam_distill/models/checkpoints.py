@@ -1,0 +1,185 @@
+"""Read and write SAM checkpoints in every layout, always through the official key names.
+
+Layouts read: SAM's (ViT-B/L/H), MobileSAM's, our own student.pt (the same names; other backbones keep timm's names
+under `image_encoder.`) and Lightning's .ckpt. What a file holds is read off its tensors, or off the description that
+rides in `state_dict._metadata`, where strict loaders don't look.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sam_distill.models import weights
+from sam_distill.models.encoders import ImageEncoder, SamViT, TinyViT, build_encoder
+from sam_distill.models.sam import Sam
+from sam_distill.types import FRAME, UserError
+
+DESCRIPTION = "sam_distill"  # where a file keeps our description of it
+STUDENT = "student."  # prefix of the student's tensors in Lightning's checkpoints
+_ENCODER = "image_encoder."
+_TINY_VIT_SIZES = {320: "5m", 448: "11m", 576: "21m"}  # by width of the last stage
+
+
+def load_sam(checkpoint: str | Path) -> Sam:
+    """A SAM of whatever architecture the checkpoint holds, in eval mode on the CPU.
+
+    checkpoint: a run folder, a .ckpt, a .pt/.pth with official names, or a name (`mobile_sam`, `sam_vit_h`, ...).
+    """
+    path = find_checkpoint(checkpoint)
+    state, description = _read(path)
+    sam = Sam(build_encoder(description["encoder"]), image_size=description["image_size"])
+    _load(sam, state, path)
+    return sam.eval()
+
+
+def load_weights(sam: Sam, checkpoint: str | Path) -> None:
+    """Start `sam` from a checkpoint of the same architecture (its image_size may differ)."""
+    path = find_checkpoint(checkpoint)
+    state, description = _read(path)
+    ours = describe(sam)["encoder"]
+    if description["encoder"] != ours:
+        raise UserError(f"{path} holds the encoder {_words(description['encoder'])}, but this is {_words(ours)}")
+    _load(sam, state, path)
+
+
+def save_sam(sam: Sam, path: str | Path) -> None:
+    """Write the official layout, whole or not at all. Their encoders load strictly in SAM's and MobileSAM's code."""
+    state = official_state(sam)
+    state._metadata = {DESCRIPTION: describe(sam)}  # type: ignore[attr-defined]
+    path = Path(path)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        torch.save(state, part)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def describe(sam: Sam) -> dict[str, Any]:
+    """What it takes to build `sam` again, in plain values."""
+    if not isinstance(sam.image_encoder, ImageEncoder):
+        raise UserError(f"can't save a {type(sam.image_encoder).__name__}: image encoders derive from ImageEncoder")
+    return {"encoder": sam.image_encoder.spec, "image_size": sam.image_size}
+
+
+def official_state(sam: Sam) -> OrderedDict[str, Tensor]:
+    """`sam`'s tensors on the CPU under official names, with the classifier that MobileSAM's strict loader asks for."""
+    names = _official_names(sam)
+    state = OrderedDict((names[key], value.detach().cpu().contiguous()) for key, value in sam.state_dict().items())
+    if isinstance(sam.image_encoder, TinyViT):
+        width = state[f"{_ENCODER}neck.0.weight"].shape[1]
+        state[f"{_ENCODER}norm_head.weight"] = torch.ones(width)
+        state[f"{_ENCODER}norm_head.bias"] = torch.zeros(width)
+        state[f"{_ENCODER}head.weight"] = torch.zeros(1000, width)
+        state[f"{_ENCODER}head.bias"] = torch.zeros(1000)
+    return state
+
+
+def find_checkpoint(checkpoint: str | Path) -> Path:
+    """The file that a name, a run folder or a path stands for; a name is downloaded if need be."""
+    if str(checkpoint) in weights.names():
+        return weights.fetch(str(checkpoint))
+    path = Path(checkpoint).expanduser()
+    if path.is_dir():
+        inside = [path / "student.pt", path / "checkpoints" / "last.ckpt"]
+        found = next((file for file in inside if file.is_file()), None)
+        if found is None:
+            raise UserError(f"{path} is not a run folder: it has neither student.pt nor checkpoints/last.ckpt")
+        return found
+    if not path.is_file():
+        nearest = difflib.get_close_matches(str(checkpoint), weights.names(), n=1)
+        hint = f"did you mean {nearest[0]}?" if nearest else f"the names known are {', '.join(weights.names())}"
+        raise UserError(f"no checkpoint {checkpoint}: it is neither a file, a run folder nor a name ({hint})")
+    return path
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors under official names (or ours, from a .ckpt) and the description of the model they belong to."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises whatever a broken file makes it raise
+        reason = str(error).strip().split("\n")[0][:120]
+        raise UserError(
+            f"{path} is not a PyTorch checkpoint that loads safely ({type(error).__name__}: {reason})"
+        ) from error
+    if not isinstance(content, Mapping):
+        raise UserError(f"{path} holds a {type(content).__name__}, not a state dict")
+    if DESCRIPTION in content and "state_dict" in content:
+        tensors = content["state_dict"].items()
+        return {k.removeprefix(STUDENT): v for k, v in tensors if k.startswith(STUDENT)}, content[DESCRIPTION]
+    description = getattr(content, "_metadata", {}).get(DESCRIPTION) or _recognise(content, path)
+    return dict(content), description
+
+
+def _recognise(state: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
+    """The architecture of an official file, read off its tensors."""
+    encoder = {k.removeprefix(_ENCODER): v for k, v in state.items() if k.startswith(_ENCODER)}
+    spec: dict[str, Any] | None = None
+    if "patch_embed.seq.0.c.weight" in encoder and "neck.0.weight" in encoder:
+        size = _TINY_VIT_SIZES.get(encoder["neck.0.weight"].shape[1])
+        spec = {"class": "TinyViT", "size": size} if size else None
+    elif "pos_embed" in encoder and "blocks.0.attn.rel_pos_h" in encoder:
+        tables = [encoder[f"blocks.{i}.attn.rel_pos_h"] for i in range(sum(".attn.rel_pos_h" in k for k in encoder))]
+        width, side = encoder["pos_embed"].shape[-1], encoder["pos_embed"].shape[1]
+        spec = {"class": "SamViT", "width": width, "depth": len(tables), "heads": width // tables[0].shape[1]}
+        spec["global_blocks"] = [i for i, table in enumerate(tables) if len(table) == 2 * side - 1]
+    if spec is None:
+        raise UserError(
+            f"{path} holds no SAM we know: its tensors match neither SAM's ViTs, MobileSAM's TinyViT nor ours"
+        )
+    return {"encoder": spec, "image_size": FRAME}
+
+
+def _load(sam: Sam, state: dict[str, Tensor], path: Path) -> None:
+    """Strict but for the two tensors pairs of MobileSAM's unused classifier and SAM's pixel statistics."""
+    unused = ("image_encoder.head.", "image_encoder.norm_head.", "pixel_mean", "pixel_std")
+    ours = {official: key for key, official in _official_names(sam).items()}
+    state = {ours.get(key, key): value for key, value in state.items() if not key.startswith(unused)}
+    own = sam.state_dict()
+    missing = sorted(own.keys() - state.keys())
+    unexpected = sorted(state.keys() - own.keys())
+    misshapen = sorted(key for key in own.keys() & state.keys() if own[key].shape != state[key].shape)
+    problems = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
+    told = [f"{len(keys)} tensors {what} ({keys[0]}, ...)" for what, keys in problems.items() if keys]
+    if told:
+        raise UserError(f"{path} does not fit {_words(describe(sam)['encoder'])}: {'; '.join(told)}")
+    sam.load_state_dict(state)
+
+
+def _official_names(sam: Sam) -> dict[str, str]:
+    """Our key -> official key, for every tensor of `sam`."""
+    rules: list[tuple[str, str]] = []
+    if isinstance(sam.image_encoder, TinyViT | SamViT):
+        rules += [(r"^neck\.reduce\.0\.", "neck.0."), (r"^neck\.norm1\.", "neck.1."), (r"^neck\.conv\.", "neck.2.")]
+        rules += [(r"^neck\.norm2\.", "neck.3."), (r"^backbone\.", "")]
+    if isinstance(sam.image_encoder, TinyViT):
+        rules += [(r"^patch_embed\.conv1\.", "patch_embed.seq.0."), (r"^patch_embed\.conv2\.", "patch_embed.seq.2.")]
+        # MobileSAM counts a down-sampling to the stage before it, timm to the stage after it.
+        rules += [(rf"^stages\.{i}\.downsample\.", f"layers.{i - 1}.downsample.") for i in (1, 2, 3)]
+        rules += [(r"^stages\.", "layers."), (r"\.conv\.", ".c.")]
+    if isinstance(sam.image_encoder, SamViT):
+        rules += [(r"\.mlp\.fc(\d)\.", r".mlp.lin\1.")]
+
+    def official(key: str) -> str:
+        if not key.startswith(_ENCODER):
+            return key
+        key = key.removeprefix(_ENCODER)
+        for pattern, replacement in rules:
+            key = re.sub(pattern, replacement, key)
+        return _ENCODER + key
+
+    return {key: official(key) for key in sam.state_dict()}
+
+
+def _words(spec: Mapping[str, Any]) -> str:
+    details = ", ".join(f"{name}={value}" for name, value in spec.items() if name != "class")
+    return f"{spec['class']}({details})"

@@ -1,0 +1,212 @@
+"""Image encoders behind one interface: [B, 3, S, S] -> [B, 256, 64, 64], for any S that is a multiple of 64.
+
+All backbones come from timm; this is the only module that knows it. Each encoder is a backbone and a neck:
+
+    tinyvit            TinyViT with the last down-sampling at stride 1, as MobileSAM has it (paper, section 4.1)
+    vit_b, vit_l, ...  SAM's own ViT with windowed attention
+    efficientvit       MSRA's EfficientViT (Liu et al., the one the paper cites)
+    efficientvit_mit   MIT's EfficientViT (Cai et al., the one EfficientViT-SAM uses)
+    timm               any backbone of timm that gives feature maps
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Literal, cast
+from urllib.parse import urlsplit
+
+import timm
+from huggingface_hub import constants as hub
+from timm.models import tiny_vit
+from timm.models.vision_transformer_sam import VisionTransformerSAM
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sam_distill.models.layers import LayerNorm2d
+from sam_distill.types import EMBED_DIM, FRAME, GRID, UserError
+
+log = logging.getLogger(__name__)
+
+
+class Neck(nn.Module):
+    """Feature maps of one or more levels -> 256 channels on the grid of the first level given.
+
+    With one level this is SAM's neck (1x1, norm, 3x3, norm); further levels are resized to the first and added.
+    """
+
+    def __init__(self, widths: Sequence[int]) -> None:
+        super().__init__()
+        self.reduce = nn.ModuleList(nn.Conv2d(width, EMBED_DIM, kernel_size=1, bias=False) for width in widths)
+        self.norm1 = LayerNorm2d(EMBED_DIM)
+        self.conv = nn.Conv2d(EMBED_DIM, EMBED_DIM, kernel_size=3, padding=1, bias=False)
+        self.norm2 = LayerNorm2d(EMBED_DIM)
+
+    def forward(self, levels: Sequence[Tensor], grid: int) -> Tensor:
+        """levels: maps [B, width, h, h]; grid: side of the output, S / 16."""
+        x = sum(_resize(reduce(level), grid) for reduce, level in zip(self.reduce, levels, strict=True))
+        return self.norm2(self.conv(self.norm1(x)))
+
+
+class ImageEncoder(nn.Module):
+    """A backbone and a neck. `spec` says how to build it again: the class's name and its arguments."""
+
+    spec: dict[str, Any]
+
+    def __init__(self, backbone: nn.Module, widths: Sequence[int]) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.neck = Neck(widths)
+
+    def features(self, x: Tensor) -> Sequence[Tensor]:
+        return [self.backbone(x)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, 3, S, S] -> [B, 256, 64, 64]. Below S = 1024 the embedding is up-sampled, not the features: cheaper."""
+        embedding = self.neck(self.features(x), grid=x.shape[-1] // (FRAME // GRID))
+        return _resize(embedding, GRID)
+
+
+class TinyViT(ImageEncoder):
+    """TinyViT 5M/11M/21M (Wu et al., ECCV 2022), its last stage kept at stride 16."""
+
+    def __init__(self, size: Literal["5m", "11m", "21m"] = "5m", pretrained: bool = True) -> None:
+        # The module's own function, not the registry: importing MobileSAM's code overwrites timm's entry.
+        build = getattr(tiny_vit, f"tiny_vit_{size}_224")
+        backbone: Any = _with_weights(lambda load: build(pretrained=load, num_classes=0), pretrained)
+        assert isinstance(backbone, tiny_vit.TinyVit)
+        backbone = cast(Any, backbone)
+        backbone.stages[-1].downsample.conv2.conv.stride = (1, 1)
+        backbone.head = nn.Identity()
+        super().__init__(backbone, [backbone.num_features])
+        self.spec = {"class": "TinyViT", "size": size}
+        self.register_load_state_dict_post_hook(_forget_attention_biases)
+
+    def features(self, x: Tensor) -> Sequence[Tensor]:
+        return [self.backbone.forward_features(x)]  # type: ignore[operator]
+
+
+class SamViT(ImageEncoder):
+    """SAM's ViT (Kirillov et al. 2023): windows of 14, and global attention in the blocks named.
+
+    It starts from random weights: SAM's own ViT-B IS the paper's coupled baseline (Table 2), so a student
+    may start from it only on purpose, with `init=`.
+    """
+
+    def __init__(self, width: int, depth: int, heads: int, global_blocks: list[int]) -> None:
+        backbone: Any = VisionTransformerSAM(
+            img_size=FRAME,
+            embed_dim=width,
+            depth=depth,
+            num_heads=heads,
+            num_classes=0,
+            norm_layer=partial(nn.LayerNorm, eps=1e-6),  # type: ignore[arg-type]
+            use_rel_pos=True,
+            window_size=14,
+            global_attn_indexes=tuple(global_blocks),
+        )
+        backbone.neck = nn.Identity()
+        nn.init.trunc_normal_(backbone.pos_embed, std=0.02)
+        super().__init__(backbone, [width])
+        self.spec = {"class": "SamViT", "width": width, "depth": depth, "heads": heads}
+        self.spec["global_blocks"] = list(global_blocks)
+
+    def features(self, x: Tensor) -> Sequence[Tensor]:
+        return [self.backbone.forward_features(x)]  # type: ignore[operator]
+
+
+class TimmEncoder(ImageEncoder):
+    """Any timm backbone with feature maps: its last three levels meet at stride 16."""
+
+    def __init__(self, name: str, pretrained: bool = True) -> None:
+        if not timm.is_model(name.split(".")[0]):
+            nearest = difflib.get_close_matches(name, timm.list_models(), n=3)
+            hint = f"did you mean {', '.join(nearest)}?" if nearest else "`timm.list_models()` names them all"
+            raise UserError(f"encoder.name={name}: timm has no such model; {hint}")
+        backbone = _with_weights(lambda load: _feature_maps(name, load), pretrained)
+        super().__init__(backbone, backbone.feature_info.channels())  # type: ignore[operator, union-attr]
+        self.spec = {"class": "TimmEncoder", "name": name}
+
+    def features(self, x: Tensor) -> Sequence[Tensor]:
+        return self.backbone(x)
+
+
+class EfficientViT(TimmEncoder):
+    """MSRA's EfficientViT with cascaded group attention (Liu et al., CVPR 2023): strides 16, 32, 64."""
+
+    def __init__(self, size: Literal["m0", "m1", "m2", "m3", "m4", "m5"] = "m5", pretrained: bool = True) -> None:
+        super().__init__(f"efficientvit_{size}", pretrained)
+
+
+class EfficientViTMIT(TimmEncoder):
+    """MIT's EfficientViT with multi-scale linear attention (Cai et al., ICCV 2023): strides 8, 16, 32."""
+
+    def __init__(self, size: Literal["b0", "b1", "b2", "b3", "l1", "l2", "l3"] = "b1", pretrained: bool = True) -> None:
+        super().__init__(f"efficientvit_{size}", pretrained)
+
+
+def build_encoder(spec: dict[str, Any]) -> ImageEncoder:
+    """The encoder that `spec` describes, with random weights."""
+    kinds = {kind.__name__: kind for kind in (TinyViT, SamViT, TimmEncoder)}
+    arguments = {name: value for name, value in spec.items() if name != "class"}
+    if spec["class"] != "SamViT":
+        arguments["pretrained"] = False
+    return kinds[spec["class"]](**arguments)
+
+
+def _resize(x: Tensor, side: int) -> Tensor:
+    if x.shape[-1] > side:
+        return F.adaptive_avg_pool2d(x, side)
+    return x if x.shape[-1] == side else F.interpolate(x, size=(side, side), mode="bilinear")
+
+
+def _forget_attention_biases(encoder: nn.Module, _: Any) -> None:
+    """TinyViT keeps its attention biases gathered while in eval mode; after new weights those are stale."""
+    mode = encoder.training
+    encoder.train(True).train(mode)
+
+
+def _feature_maps(name: str, pretrained: bool) -> nn.Module:
+    """timm's model as an extractor of its last three levels."""
+    options: dict[str, Any] = {"pretrained": pretrained, "features_only": True, "out_indices": (-3, -2, -1)}
+    try:
+        try:
+            return timm.create_model(name, dynamic_img_size=True, **options)  # plain ViTs are tied to 224 otherwise
+        except TypeError:
+            return timm.create_model(name, **options)
+    except (RuntimeError, AttributeError, AssertionError, IndexError) as error:
+        if pretrained:
+            raise
+        raise UserError(f"encoder.name={name}: timm gives no feature maps of this model ({error})") from error
+
+
+def _with_weights(build: Callable[[bool], nn.Module], pretrained: bool) -> nn.Module:
+    """`build(pretrained)`; where the ImageNet weights can't be had, a warning and random weights."""
+    if not pretrained:
+        return build(False)
+    try:
+        with _no_retries_when_offline():
+            return build(True)
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = str(error).split("\n")[0]
+        log.warning("No ImageNet weights for the student, it starts from scratch: %s", reason)
+        return build(False)
+
+
+@contextmanager
+def _no_retries_when_offline() -> Iterator[None]:
+    """Where the model hub can't be reached, use only what it has cached: its client would retry for a minute."""
+    before = hub.HF_HUB_OFFLINE
+    address = urlsplit(hub.ENDPOINT)
+    try:
+        socket.create_connection((address.hostname, address.port or 443), timeout=3).close()
+    except OSError:
+        hub.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        hub.HF_HUB_OFFLINE = before

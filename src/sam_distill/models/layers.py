@@ -1,0 +1,36 @@
+"""Layers that more than one part of SAM uses."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class LayerNorm2d(nn.LayerNorm):
+    """LayerNorm over the channels of [B, C, H, W], always in float32: half precision overflows here in some students.
+
+    Names and epsilon are SAM's (`modeling/common.py`).
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.layer_norm(x.permute(0, 2, 3, 1).float(), self.normalized_shape, self.weight, self.bias, self.eps)
+        return x.permute(0, 3, 1, 2)
+
+
+class MLP(nn.Module):
+    """Linear layers with ReLU between them, as the decoder's hypernetworks and IoU head have them."""
+
+    def __init__(self, width_in: int, width_hidden: int, width_out: int, depth: int) -> None:
+        super().__init__()
+        widths = [width_in, *[width_hidden] * (depth - 1), width_out]
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers[:-1]:
+            x = F.relu(layer(x))
+        return self.layers[-1](x)

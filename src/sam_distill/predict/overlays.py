@@ -1,0 +1,90 @@
+"""Pictures: masks and prompts over images, and the paper's rows image | teacher | student (Figures 4 and 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+TEACHER, STUDENT = (30, 144, 255), (255, 120, 20)  # blue and orange: told apart by everybody
+_PANEL = 384  # long side of a panel, pixels
+_GAP, _CAPTION = 6, 24
+
+
+def overlay(
+    image: Image.Image,
+    mask: np.ndarray | None = None,
+    colour: tuple[int, int, int] = TEACHER,
+    points: Sequence[Sequence[float]] = (),
+    labels: Sequence[int] = (),
+    box: Sequence[float] | None = None,
+) -> Image.Image:
+    """`image` with a mask ([H, W] bool) tinted and outlined, and the prompt drawn; coordinates in its pixels."""
+    picture = image.convert("RGB")
+    if mask is not None:
+        pixels = np.asarray(picture).astype(np.float32)
+        pixels[mask] = 0.45 * pixels[mask] + 0.55 * np.asarray(colour, np.float32)
+        pixels[_outline(mask)] = 255
+        picture = Image.fromarray(pixels.astype(np.uint8))
+    draw = ImageDraw.Draw(picture)
+    unit = max(2, round(max(picture.size) / 130))
+    if box is not None:
+        draw.rectangle(tuple(box), outline=(80, 255, 80), width=max(2, unit // 2))
+    for (x, y), label in zip(points, labels, strict=True):
+        fill = (80, 255, 80) if label else (255, 60, 60)
+        draw.ellipse((x - unit, y - unit, x + unit, y + unit), fill=fill, outline="white", width=max(1, unit // 3))
+    return picture
+
+
+def comparison(
+    image: Image.Image, teacher: np.ndarray, student: np.ndarray, kind: str, prompt: Sequence[float], iou: float
+) -> Image.Image:
+    """One row: the image with its prompt, the teacher's mask, the student's mask with its IoU.
+
+    prompt: (x, y) for kind `point`, (x0, y0, x1, y1) for `box`, in pixels of `image`; the masks have its size.
+    """
+    drawn: dict[str, Any] = {"box": prompt} if kind == "box" else {"points": [prompt], "labels": [1]}
+    panels = [
+        overlay(image, **drawn),
+        overlay(image, teacher, TEACHER, **drawn),
+        overlay(image, student, STUDENT, **drawn),
+    ]
+    captions = [f"image and {kind}", "teacher", f"student   IoU {iou:.2f}"]
+    return _row([_shrink(panel) for panel in panels], captions)
+
+
+def column(rows: Sequence[Image.Image]) -> Image.Image:
+    """Rows below each other on white."""
+    width = max(row.width for row in rows)
+    sheet = Image.new("RGB", (width, sum(row.height for row in rows)), "white")
+    y = 0
+    for row in rows:
+        sheet.paste(row, (0, y))
+        y += row.height
+    return sheet
+
+
+def _outline(mask: np.ndarray) -> np.ndarray:
+    """[H, W] bool: pixels of the mask that touch its outside."""
+    padded = np.pad(mask, 1)
+    inner = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+    return mask & ~inner
+
+
+def _shrink(panel: Image.Image) -> Image.Image:
+    scale = _PANEL / max(panel.size)
+    return panel.resize((round(panel.width * scale), round(panel.height * scale)), Image.Resampling.LANCZOS)
+
+
+def _row(panels: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image:
+    width = sum(panel.width for panel in panels) + _GAP * (len(panels) - 1)
+    row = Image.new("RGB", (width, panels[0].height + _CAPTION + _GAP), "white")
+    draw, font = ImageDraw.Draw(row), ImageFont.load_default(15)
+    x = 0
+    for panel, caption in zip(panels, captions, strict=True):
+        draw.text((x + 2, 2), caption, fill="black", font=font)
+        row.paste(panel, (x, _CAPTION))
+        x += panel.width + _GAP
+    return row

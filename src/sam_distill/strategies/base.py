@@ -1,0 +1,27 @@
+"""What a distillation strategy is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch import nn
+
+from sam_distill.models.sam import Sam
+from sam_distill.types import Batch, StepOutput
+
+
+class Strategy(nn.Module, ABC):
+    """What is compared, and what learns from it. No trainer, logger or optimizer here.
+
+    requires: the fields of `Batch` that a step reads beyond the images; checked against data and teacher before step 0.
+    """
+
+    requires: frozenset[str] = frozenset()
+
+    @abstractmethod
+    def trainable(self, sam: Sam) -> dict[str, nn.Module]:
+        """The parts that learn, by name. Everything else is frozen: no gradients, and in eval mode."""
+
+    @abstractmethod
+    def step(self, sam: Sam, batch: Batch) -> StepOutput:
+        """Loss and logs of one batch."""

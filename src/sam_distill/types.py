@@ -1,0 +1,121 @@
+"""The values that travel between rooms, with every tensor's shape, dtype and frame.
+
+Legend, used in every docstring of this package:
+
+    B  images in a batch            P  prompts per image (ragged: absent ones are labelled ABSENT)
+    N  points per prompt            M  masks per prompt (1, or 3 for SAM's multi-mask output)
+    S  side of the student's input  H, W  height and width of an original image, in its own pixels
+
+    "the frame" is SAM's 1024 x 1024 square: the image, resized so that its long side is 1024, lies in the
+    top-left corner; the rest is padding. Prompts and low-res masks live in the frame whatever S is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FRAME = 1024  # side of the frame, pixels
+GRID = 64  # side of an image embedding; one cell is 16 x 16 pixels of the frame
+EMBED_DIM = 256  # channels of an image embedding
+LOW_RES = 256  # side of the mask decoder's output; one cell is 4 x 4 pixels of the frame
+
+BACKGROUND, FOREGROUND, BOX_TOP_LEFT, BOX_BOTTOM_RIGHT = 0, 1, 2, 3  # SAM's point labels
+NOT_A_POINT = -1  # SAM's padding token: it takes part in attention, as in the official code
+ABSENT = -2  # ours: no token at all, so that numbers of points and prompts may differ
+
+
+class UserError(Exception):
+    """A mistake or shortage its reader can mend. `str(error)` is the one line to print; the exit status is not 0."""
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts as labelled points, SAM's own form: a box is its two corners.
+
+    points: [B, P, N, 2] float32, (x, y) in frame pixels.
+    labels: [B, P, N] int64, one of the constants above.
+    masks:  [B, P, 1, 256, 256] float32 logits of an earlier prediction, or None.
+    """
+
+    points: Tensor
+    labels: Tensor
+    masks: Tensor | None = None
+
+    @property
+    def valid(self) -> Tensor:
+        """[B, P] bool: False where an image has fewer prompts than P."""
+        return (self.labels != ABSENT).any(-1)
+
+    def to(self, device: torch.device | str) -> Prompts:
+        masks = None if self.masks is None else self.masks.to(device)
+        return Prompts(self.points.to(device), self.labels.to(device), masks)
+
+
+@dataclass(frozen=True)
+class Masks:
+    """What the mask decoder says.
+
+    low_res: [B, P, M, 256, 256] float32 logits in the frame (one cell = 4 pixels); foreground is > 0 after up-sampling.
+    iou:     [B, P, M] float32, the decoder's own estimate of each mask's IoU.
+    """
+
+    low_res: Tensor
+    iou: Tensor
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One decoded image.
+
+    key: unique within its source and stable between runs.
+    image: [3, h, w] uint8 RGB, resized to the frame (long side 1024), not padded.
+    original_size: (H, W) of the image before that resize, after EXIF rotation.
+    """
+
+    key: str
+    image: Tensor
+    original_size: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a strategy's step sees. Teachers fill `teacher_embedding`; nothing else changes after collation.
+
+    keys: B image keys.
+    images: [B, 3, 1024, 1024] uint8 RGB, padded with zeros at the bottom and right.
+    sizes: [B, 2] int64, (h, w) of the valid area in frame pixels.
+    original_sizes: [B, 2] int64, (H, W).
+    teacher_embedding: [B, 256, 64, 64] float32, or None until a teacher has filled it.
+    """
+
+    keys: list[str]
+    images: Tensor
+    sizes: Tensor
+    original_sizes: Tensor
+    teacher_embedding: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def to(self, device: torch.device | str) -> Batch:
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        tensors: dict[str, Any] = {n: change(v) for n, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **tensors)
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """A training step's result: the loss to minimise (scalar, float32) and named scalars to log beside it."""
+
+    loss: Tensor
+    logs: dict[str, Any] = field(default_factory=dict)

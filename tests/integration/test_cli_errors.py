@@ -1,0 +1,225 @@
+"""Running commands: clean failures, true records, separate run folders. Toy commands in process; torch stays small."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from sam_distill.cli import app
+from sam_distill.types import UserError
+
+ROOT = Path(__file__).parents[2]
+drawn: list[float] = []  # what jobs saw, in order
+arguments: list[list[str]] = []
+
+
+class Fuse:
+    """Fails while being built, as a missing weights file would."""
+
+    def __init__(self, blow: bool = False) -> None:
+        if blow:
+            raise UserError("no such weights; give fuse.blow=false")
+
+
+def job(*, fuse: Fuse, seed: int, how: str, run_dir: Path) -> None:
+    drawn.append(random.random())
+    arguments.append(list(sys.argv))
+    assert json.loads((run_dir / "status.json").read_text())["status"] == "running"
+    logging.getLogger("toy").info("hello")
+    if how == "bug":
+        raise ZeroDivisionError("split\nlines")
+    if how == "mistake":
+        raise UserError("mend me")
+    if how == "interrupt":
+        raise KeyboardInterrupt
+
+
+CONF = """# A toy job.
+defaults: [hydra/common, _self_]
+_target_: HERE.job
+fuse: {_target_: HERE.Fuse, blow: false}
+seed: 0
+how: well
+"""
+
+
+@pytest.fixture
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
+    conf = tmp_path / "conf"
+    (conf / "hydra").mkdir(parents=True)
+    (conf / "hydra/common.yaml").write_text((app.default_conf_dir() / "hydra/common.yaml").read_text())
+    (conf / "toy.yaml").write_text(CONF.replace("HERE", __name__))
+    monkeypatch.chdir(tmp_path)
+    drawn.clear()
+    arguments.clear()
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield lambda *argv: app.run("toy", argv, conf)
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
+def status(folder: str = "run") -> dict[str, object]:
+    content: dict[str, object] = json.loads(Path(folder, "status.json").read_text())
+    return content
+
+
+def test_a_job_that_ends_well(toy: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    before = list(sys.argv)
+    assert toy("hydra.run.dir=run", "how=fine") == 0
+    out, err = capsys.readouterr()
+    assert (out, err) == ("hello\n", "")
+    record = status()
+    assert (record["status"], record["why"], record["command"]) == (
+        "finished", None, ["toy", "hydra.run.dir=run", "how=fine"],
+    )  # fmt: skip
+    assert record["started"]
+    assert record["ended"]
+    assert OmegaConf.load("run/config.yaml").how == "fine"
+    assert "hydra" not in OmegaConf.load("run/config.yaml")
+    assert Path("run/toy.log").read_text().endswith("INFO toy: hello\n")
+    assert sorted(p.name for p in Path("run").iterdir()) == ["config.yaml", "status.json", "toy.log"]
+    assert arguments == [before]  # Lightning replays it to start further processes
+    assert sys.argv == before
+
+
+def test_running_again_in_the_same_folder_appends_to_the_log(toy: Callable[..., int]) -> None:
+    assert toy("hydra.run.dir=run") == toy("hydra.run.dir=run") == 0
+    assert Path("run/toy.log").read_text().count("hello") == 2
+
+
+def test_seed_0_is_a_seed(toy: Callable[..., int]) -> None:
+    toy("seed=0")
+    toy("seed=0")
+    toy("seed=1")
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_runs_of_the_same_second_have_their_own_folders(toy: Callable[..., int]) -> None:
+    for _ in range(3):
+        toy()
+    folders = list(Path("outputs/toy").iterdir())
+    assert len(folders) == 3
+    assert not any(set("=, ") & set(folder.name) for folder in folders)
+
+
+@pytest.mark.parametrize(
+    ("override", "line", "why"),
+    [
+        ("how=mistake", "error: mend me\n", "mend me"),
+        ("fuse.blow=true", "error: no such weights; give fuse.blow=false\n", "no such weights; give fuse.blow=false"),
+        (
+            "how=bug",
+            "error: ZeroDivisionError: split lines (traceback in {log})\n",
+            "ZeroDivisionError: split lines",
+        ),
+    ],
+)
+def test_a_failure_is_one_line(
+    toy: Callable[..., int], capsys: pytest.CaptureFixture[str], override: str, line: str, why: str
+) -> None:
+    assert toy("hydra.run.dir=run", override) == 1
+    out, err = capsys.readouterr()
+    assert err == line.format(log=Path("run/toy.log").absolute())
+    assert "Traceback" not in out
+    assert "Traceback (most recent call last)" in Path("run/toy.log").read_text()
+    assert (status()["status"], status()["why"]) == ("failed", why)
+
+
+def test_interrupted(toy: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    assert toy("hydra.run.dir=run", "how=interrupt") == 130
+    assert capsys.readouterr().err == "error: interrupted\n"
+    assert (status()["status"], status()["why"]) == ("failed", "interrupted")
+
+
+def test_mistakes_are_told_before_anything_is_made(toy: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    assert toy("sed=1", "+fuse.blw=true", "seed=x") == 2
+    assert capsys.readouterr() == (
+        "",
+        "error: sed=1: no such key; did you mean seed?\n"
+        "error: fuse.blw=true (command line): Fuse has no parameter blw; did you mean fuse.blow?\n"
+        "error: seed=x (command line): should be a valid integer\n",
+    )
+    assert not Path("outputs").exists()
+    assert drawn == []
+
+
+def test_unknown_flag(toy: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    assert toy("--sed") == 2
+    assert capsys.readouterr().err == "error: --sed: no such flag; see sam-distill toy --help\n"
+
+
+@pytest.mark.parametrize("flag", ["-m", "hydra.mode=MULTIRUN"])
+def test_a_multirun_goes_on_after_a_failure(
+    toy: Callable[..., int], capsys: pytest.CaptureFixture[str], flag: str
+) -> None:
+    assert toy("hydra.sweep.dir=sweep", flag, "how=mistake,well") == 1
+    assert capsys.readouterr().err == "error: job 0 (how=mistake): mend me\nerror: 1 of 2 jobs failed: 0\n"
+    assert [status(f"sweep/{n}")["status"] for n in (0, 1)] == ["failed", "finished"]
+    assert status("sweep/0")["command"] == ["toy", "how=mistake"]
+    assert "Traceback" in Path("sweep/0/toy.log").read_text()
+
+
+def test_a_multirun_on_several_devices_is_refused(
+    toy: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    toy_yaml = (tmp_path / "conf/toy.yaml").read_text() + f"trainer: {{_target_: {__name__}.trainer, devices: 2}}\n"
+    (tmp_path / "conf/toy.yaml").write_text(toy_yaml.replace(".job", ".on_devices"))
+    assert toy("-m", "seed=0,1") == 2
+    hint = "error: trainer.devices=2 in a multirun (-m): use trainer.devices=1, or run the jobs one by one without -m: "
+    assert capsys.readouterr().err == "".join(f"{hint}sam-distill toy seed={seed}\n" for seed in (0, 1))
+    assert toy("-m", "seed=0,1", "trainer.devices=1") == 0
+    assert toy("trainer.devices=2") == 0
+
+
+def trainer(devices: int = 1) -> int:
+    return devices
+
+
+def on_devices(*, trainer: int, fuse: Fuse, seed: int, how: str) -> None:
+    assert not list(Path().glob("outputs/**/status.json"))  # no run_dir, no records
+
+
+def test_only_the_first_process_keeps_the_records(toy: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("run").mkdir()
+    Path("run/status.json").write_text('{"status": "running"}')
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert toy("hydra.run.dir=run", "hydra.job.name=train_ddp_process_1") == 0
+    assert status() == {"status": "running"}
+    assert not Path("run/config.yaml").exists()
+
+
+def test_help_lists_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "toy.yaml").write_text("# A toy job.\n")
+    assert app.main([], tmp_path) == app.main(["--help"], tmp_path) == 0
+    assert "toy  A toy job." in capsys.readouterr().out
+    assert app.main(["tyo"], tmp_path) == 2
+    assert capsys.readouterr().err == "error: tyo: no such command; did you mean toy?\n"
+
+
+def test_help_of_a_command(toy: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    assert toy("--help") == 0
+    out = capsys.readouterr().out
+    assert out.startswith("sam-distill toy [key=value ...]")
+    assert "how: well" in out
+
+
+def test_train_py_is_the_train_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "train.py", "--no-such-flag"], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: --no-such-flag: no such flag; see sam-distill train --help\n"
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    code = "import sys; from sam_distill.cli.app import main; main(['segment', '-h']); sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, timeout=60)

@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from sam_distill.metrics import MeanIoU, mask_iou
+
+MASKS = arrays(bool, (3, 5, 7), elements=st.booleans())
+
+
+@given(MASKS, MASKS)
+def test_iou_is_intersection_over_union(prediction: object, target: object) -> None:
+    p, t = torch.as_tensor(prediction), torch.as_tensor(target)
+    for got, a, b in zip(mask_iou(p, t), p, t, strict=True):
+        ours, theirs = ({(i, j) for i, j in torch.nonzero(m).tolist()} for m in (a, b))
+        if not theirs:
+            assert got.isnan()
+        else:
+            assert got.item() == torch.tensor(len(ours & theirs) / len(ours | theirs)).item()
+
+
+def test_empty_masks_hide_nothing() -> None:
+    """Design, numerics rule 7."""
+    empty, full = torch.zeros(4, 4, dtype=torch.bool), torch.ones(4, 4, dtype=torch.bool)
+    metric = MeanIoU()
+    metric.update(mask_iou(torch.stack([empty, full, empty]), torch.stack([full, full, empty])))
+    assert metric.compute().item() == 0.5  # 0 for the empty prediction, 1, and the empty target left out
+    assert (metric.prompts.item(), metric.skipped.item()) == (2, 1)
+
+
+def test_mean_is_over_prompts_however_they_are_batched() -> None:
+    values = torch.rand(11, generator=torch.Generator().manual_seed(0))
+    metric = MeanIoU()
+    for part in values.split([1, 7, 3]):
+        metric.update(part)
+    torch.testing.assert_close(metric.compute(), values.mean())
