@@ -15,7 +15,7 @@ from sam_distill.models import weights
 from sam_distill.models.checkpoints import load_sam
 from sam_distill.models.sam import Sam
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # pytest-xdist runs two processes, and OpenMP's threads would fight for the cores
 
 
 @pytest.fixture(scope="session")

@@ -34,7 +34,8 @@ class MeanIoU(Metric):
         self.add_state("skipped", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, iou: Tensor) -> None:
-        """iou: any shape, as `mask_iou` gives it."""
+        """iou: any shape and device, as `mask_iou` gives it."""
+        iou = iou.to(self.total.device)
         known = ~iou.isnan()
         self.total += iou[known].double().sum()
         self.prompts += known.sum()

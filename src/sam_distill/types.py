@@ -51,6 +51,11 @@ class Prompts:
         """[B, P] bool: False where an image has fewer prompts than P."""
         return (self.labels != ABSENT).any(-1)
 
+    def __getitem__(self, images: slice) -> Prompts:
+        """The prompts of some of the images."""
+        masks = None if self.masks is None else self.masks[images]
+        return Prompts(self.points[images], self.labels[images], masks)
+
     def to(self, device: torch.device | str) -> Prompts:
         masks = None if self.masks is None else self.masks.to(device)
         return Prompts(self.points.to(device), self.labels.to(device), masks)

@@ -56,8 +56,8 @@ def test_upscale_masks_equals_segment_anything() -> None:
             img_size = 1024
 
     expected = Sam.postprocess_masks(FrameOnly(), low_res, size, original)
-    assert torch.equal(upscale_masks(low_res, size, original), expected)
-    assert torch.equal(upscale_masks(low_res[0, 0], size, original), expected[0, 0])
+    torch.testing.assert_close(upscale_masks(low_res, size, original), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(upscale_masks(low_res[0, 0], size, original), expected[0, 0], rtol=0, atol=1e-5)
 
 
 def test_scaled_jpeg_covers_the_frame_and_keeps_its_size() -> None:

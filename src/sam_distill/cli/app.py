@@ -31,6 +31,7 @@ from rich.table import Table
 
 from sam_distill.cli.compose import compose_jobs
 from sam_distill.cli.config import check, parameters
+from sam_distill.cli.resume import continued, would_overwrite
 from sam_distill.cli.sources import task_overrides
 
 PROGRAM = "sam-distill"
@@ -73,7 +74,7 @@ def run(command: str, argv: Sequence[str], conf_dir: Path | None = None) -> int:
     token = secrets.token_hex(3)
     OmegaConf.register_new_resolver("run_token", lambda: token, replace=True)
     try:
-        return _run(command, list(argv), conf_dir)
+        return _run(command, continued(list(argv)), conf_dir)
     except KeyboardInterrupt:
         return _fail("interrupted", status=130)
     except SystemExit as stop:  # Hydra's flags such as --help end this way
@@ -94,6 +95,7 @@ def _run(command: str, argv: list[str], conf_dir: Path) -> int:
         for job in jobs:
             mistakes += check(job)
         mistakes += _forbidden_sweep(jobs, command, args.multirun)
+        mistakes += [] if args.multirun else [line for job in jobs for line in would_overwrite(job)]
     if mistakes:
         return _fail(*dict.fromkeys(mistakes), status=2)
 
@@ -142,10 +144,12 @@ def _run_job(cfg: DictConfig, command: str, argv: list[str], failed: list[str]) 
             from sam_distill.types import UserError  # brings torch, which --help should not wait for
 
             cause = _unwrap(error)
-            status["why"] = str(cause) if isinstance(cause, UserError) else _describe(cause)
+            expected = isinstance(cause, UserError)
+            # A loader's worker process sends its traceback along, the message last.
+            status["why"] = str(cause).rpartition("UserError: ")[2].strip() if expected else _describe(cause)
             tracebacks.exception(status["why"])
             where = f"job {settings.job.num} ({settings.job.override_dirname}): " if swept else ""
-            _fail(where + status["why"] + ("" if isinstance(cause, UserError) else f" (traceback in {log})"))
+            _fail(where + status["why"] + ("" if expected else f" (traceback in {log})"))
             failed.append(str(settings.job.num) if swept else command)
 
 

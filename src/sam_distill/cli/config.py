@@ -147,7 +147,9 @@ def _leaf_mistake(value: Any, expected: Any) -> str:
         errors = failed.errors()
         if any(error["type"] in _WANTS_OBJECT for error in errors):
             return f"expected {type_name(expected)}, a node with _target_"
-        said = " or ".join(dict.fromkeys(error["msg"].removeprefix("Input ") for error in errors))
+        said = " or ".join(
+            dict.fromkeys(error["msg"].removeprefix("Input ").removeprefix("Value error, ") for error in errors)
+        )
         choices = [str(c) for m in _members(expected) if get_origin(m) is Literal for c in get_args(m)]
         guess = nearest(str(value), choices)
         return f"{said}; did you mean {guess}?" if guess else said

@@ -8,6 +8,7 @@ from typing import Annotated
 from pydantic import Field
 
 from sam_distill.data.base import DataSource
+from sam_distill.engine.durations import Duration
 from sam_distill.engine.hardware import Hardware
 from sam_distill.engine.loggers import CsvOnly, WandB
 from sam_distill.engine.optim import AdamW
@@ -28,11 +29,12 @@ def train(
     protocol: Agreement,
     trainer: Hardware,
     logger: WandB | CsvOnly,
-    budget: Annotated[str, Field(pattern=r"^\d+(\.\d+)? ?(epoch|step|image)s?$")],
-    validate_every: Annotated[str, Field(pattern=r"^\d+(\.\d+)? ?(epoch|step|image)s?$")] | None,
+    budget: Duration,
+    validate_every: Duration | None,
     batch_size: Annotated[int, Field(gt=0)],
     seed: int,
     image_size: Annotated[int, Field(ge=64, le=1024, multiple_of=64)],
+    neck_from_teacher: bool,
     init: str | None,
     resume: str | None,
     run_dir: Path,
@@ -40,7 +42,7 @@ def train(
     """Distil `teacher` into `encoder`; conf/train.yaml says what each option means."""
     fit(
         strategy=strategy,
-        student=new_student(encoder, teacher.sam, image_size),
+        student=new_student(encoder, teacher.sam, image_size, neck_from_teacher),
         teacher=teacher,
         source=data,
         optim=optim,

@@ -15,7 +15,7 @@ grace_hopper, of which matplotlib says nothing, is the US Navy's official portra
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Annotated
 
@@ -60,7 +60,7 @@ class Photos(IndexedSource[str]):
 
     def load(self, item: str) -> Sample:
         split, number = item.split("_")[0], int(item.split("_")[1])
-        image = val_image(number) if split == "val" else train_image(np.random.default_rng([self.seed, number]))
+        image = val_image(number) if split == "val" else train_image(self.seed, number)
         return Sample(item, to_frame(image), (image.height, image.width))
 
 
@@ -74,8 +74,10 @@ def val_image(number: int) -> Image.Image:
     return image if number < len(VAL_PHOTOS) else crop(image, np.random.default_rng(number), 0.5, 0.8)
 
 
-def train_image(rng: np.random.Generator) -> Image.Image:
-    """One in four is a part of a photograph, the others are scenes."""
+@lru_cache(maxsize=500)
+def train_image(seed: int, number: int) -> Image.Image:
+    """One in four is a part of a photograph, the others are scenes. Kept, as drawing costs as much as training."""
+    rng = np.random.default_rng([seed, number])
     pixels = close_up(rng) if rng.random() < 0.25 else scene(rng)
     return Image.fromarray((pixels.clip(0, 1) * 255).astype(np.uint8))
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.loggers import WandbLogger
 
+from sam_distill.data.base import DataSource
 from sam_distill.engine.module import Distillation
 from sam_distill.engine.record import History, write_curves, write_json
 from sam_distill.models.checkpoints import save_sam
@@ -59,9 +60,10 @@ class Throughput(pl.Callback):
 class RunFolder(pl.Callback):
     """Keeps student.pt, metrics.json and pictures/ up to date at every validation, and tells how it goes."""
 
-    def __init__(self, run_dir: Path, history: History, facts: dict[str, Any]) -> None:
+    def __init__(self, run_dir: Path, history: History, source: DataSource, facts: dict[str, Any]) -> None:
         self.run_dir = run_dir
         self.history = history
+        self.source = source
         self.facts = facts
         self.before: dict[str, float] = {}
         self._started = time.perf_counter()
@@ -99,8 +101,10 @@ class RunFolder(pl.Callback):
         step = trainer.global_step
         if step == 0:
             self.before = {f"before/{name}": value for name, value in module.metrics.items() if "miou" in name}
+            self.before |= {f"blind/{name}": value for name, value in module.blind().items() if "miou" in name}
         metrics = module.metrics | self.before | self.facts
         metrics |= {"steps": step, "images": step * self.facts["images_per_step"], "seconds": round(self.seconds, 1)}
+        metrics["images_skipped"] = self.source.skipped
         metrics["images_per_second"] = round(metrics["images"] / self.seconds, 2)
         write_json(self.run_dir / "metrics.json", metrics)
         save_sam(module.student, self.run_dir / "student.pt")

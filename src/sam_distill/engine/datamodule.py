@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from sam_distill.data.base import DataSource, collate
 from sam_distill.engine.hardware import Hardware
-from sam_distill.types import Sample
+from sam_distill.types import Sample, UserError
 
 
 class Loaders(pl.LightningDataModule):
@@ -43,5 +43,8 @@ class Loaders(pl.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Sample]:
         assert self.trainer is not None
-        share: Any = self.source.val_samples()[self.trainer.global_rank :: self.trainer.world_size]
+        samples = self.source.val_samples()
+        if not samples:
+            raise UserError("not one of the validation images can be read")
+        share: Any = samples[self.trainer.global_rank :: self.trainer.world_size]
         return DataLoader(share, batch_size=self.batch_size, collate_fn=collate)

@@ -4,17 +4,33 @@ from __future__ import annotations
 
 import math
 import re
+from typing import Annotated, Any
 
-from sam_distill.types import UserError
+from pydantic import BeforeValidator
 
 _FORM = re.compile(r"(\d+(?:\.\d+)?)\s*(epoch|step|image)s?")
 
 
-def in_steps(duration: str, images_per_step: int, images_per_epoch: int) -> int:
-    """Optimizer steps, at least 1. images_per_step counts all devices and gradient accumulation."""
-    match = _FORM.fullmatch(duration.strip())
+def _parse(duration: Any) -> tuple[float, str]:
+    match = _FORM.fullmatch(str(duration).strip())
     if match is None or float(match[1]) == 0:
-        raise UserError(f"'{duration}' is not a duration; write it like '8 epochs', '50000 steps' or '400000 images'")
-    amount, unit = float(match[1]), match[2]
+        raise ValueError("should be a duration like '8 epochs', '50000 steps' or '400000 images'")
+    return float(match[1]), match[2]
+
+
+def _checked(duration: Any) -> Any:
+    _parse(duration)
+    return duration
+
+
+Duration = Annotated[str, BeforeValidator(_checked)]
+
+
+def in_steps(duration: str, images_per_step: int, images_per_epoch: int) -> int:
+    """Optimizer steps, at least 1. images_per_step counts all devices and gradient accumulation.
+
+    Raises ValueError for what is not a duration.
+    """
+    amount, unit = _parse(duration)
     images = {"epoch": amount * images_per_epoch, "step": amount * images_per_step, "image": amount}[unit]
     return max(1, math.ceil(images / images_per_step - 1e-9))

@@ -69,5 +69,5 @@ class Judge(nn.Module):
         height, width = batch.sizes[i].tolist()
         frame = batch.images[i, :, :height, :width].permute(1, 2, 0).cpu().numpy()
         original = Image.fromarray(frame).resize((outcome.teacher.shape[1], outcome.teacher.shape[0]))
-        teacher, student = outcome.teacher.numpy(), outcome.student.numpy()
+        teacher, student = outcome.teacher.cpu().numpy(), outcome.student.cpu().numpy()
         self.pictures.append((told, comparison(original, teacher, student, told.kind, told.prompt, told.iou)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import netrc
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ class WandB:
     tags: Sequence[str] = ()
 
     def build(self, run_dir: Path, name: str, config: dict[str, Any]) -> list[Logger]:
+        wandb.setup(wandb.Settings(silent=True))
         logger = WandbLogger(
             project=self.project,
             entity=self.entity,
@@ -49,9 +50,15 @@ class WandB:
             resume="allow",
             config=config,
             mode=os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline"),
-            settings=wandb.Settings(console="off", silent=True),
+            settings=wandb.Settings(console="off"),
         )
         return [logger]
+
+
+def close(loggers: Iterable[Logger]) -> None:
+    """End the run at W&B: the next job of a sweep would write into it."""
+    if any(isinstance(logger, WandbLogger) for logger in loggers):
+        wandb.finish()
 
 
 def _has_key() -> bool:

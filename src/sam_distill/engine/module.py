@@ -35,9 +35,10 @@ class Distillation(pl.LightningModule):
         self.strategy = strategy
         self.optim = optim
         self.judge = Judge(agreement)
-        self.metrics: dict[str, float] = {}  # of the latest validation
+        self.metrics: dict[str, float] = {}  # of the latest validation, ...
+        self.validated_at: int | None = None  # ... and its step
         self._teacher = (teacher,)  # in a tuple, where nn.Module does not find it
-        self._answers: dict[tuple[str, ...], tuple[Tensor, list[Target]]] = {}
+        self._answers: dict[tuple[str, ...], tuple[Batch, Tensor, list[Target]]] = {}
         self._trainable = strategy.trainable(student)
         student.requires_grad_(False)
         for part in self._trainable.values():
@@ -63,7 +64,9 @@ class Distillation(pl.LightningModule):
                 "try a smaller optim.lr, or trainer.precision=fp32"
             )
         self.log("train/loss", out.loss, prog_bar=True, batch_size=len(batch))
-        self.log_dict({f"train/{name}": value for name, value in out.logs.items()}, batch_size=len(batch))
+        # Lightning would count this step from 0, and validations from -1.
+        logs = {f"train/{name}": value for name, value in out.logs.items()} | {"step": self.global_step + 1.0}
+        self.log_dict(logs, batch_size=len(batch))
         return out.loss
 
     def on_validation_epoch_start(self) -> None:
@@ -75,8 +78,9 @@ class Distillation(pl.LightningModule):
         self.judge.update(self.student, embedding, batch, teacher_embedding, targets)
 
     def on_validation_epoch_end(self) -> None:
-        self.metrics = self.judge.compute()
-        self.log_dict({f"val/{name}": float(value) for name, value in self.metrics.items()})
+        self.metrics, self.validated_at = self.judge.compute(), self.global_step
+        logs = {f"val/{name}": float(value) for name, value in self.metrics.items()}
+        self.log_dict(logs | {"step": float(self.global_step)})
 
     def _ask_teacher(self, batch: Batch) -> tuple[Tensor, list[Target]]:
         """The teacher's embedding and masks. The validation set is small and fixed: it is asked once per batch."""
@@ -84,8 +88,20 @@ class Distillation(pl.LightningModule):
         if keys not in self._answers:
             self.teacher.sam.to(self.device)
             embedding = self.teacher.sam.encode(batch.images, batch.sizes)
-            self._answers[keys] = embedding, self.judge.agreement.ask(self.teacher.sam, embedding, batch)
-        return self._answers[keys]
+            self._answers[keys] = batch, embedding, self.judge.agreement.ask(self.teacher.sam, embedding, batch)
+        return self._answers[keys][1:]
+
+    @torch.no_grad()
+    def blind(self) -> dict[str, float]:
+        """What an encoder scores that never looks: the teacher's mean embedding, the same for every validation image.
+
+        Large masks forgive a lot, so a student has learned something only as far as it beats this.
+        """
+        judge = Judge(self.judge.agreement)
+        mean = torch.cat([embedding for _, embedding, _ in self._answers.values()]).mean(0, keepdim=True)
+        for batch, embedding, targets in self._answers.values():
+            judge.update(self.student, mean.expand_as(embedding), batch, embedding, targets)
+        return judge.compute()
 
     def configure_optimizers(self) -> Any:
         optimizer, schedule = self.optim.build(self._trainable, self.trainer.max_steps)

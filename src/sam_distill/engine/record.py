@@ -49,7 +49,7 @@ class History(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        row = self.rows.setdefault(step or 0, {})
+        row = self.rows.setdefault(int(step or 0), {})
         row.update({name: float(value) for name, value in metrics.items() if name != "epoch"})
         columns = sorted({name for row in self.rows.values() for name in row})
         lines = [{"step": s, **self.rows[s]} for s in sorted(self.rows)]

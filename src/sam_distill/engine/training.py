@@ -21,7 +21,8 @@ from sam_distill.engine.callbacks import RunFolder, Throughput
 from sam_distill.engine.datamodule import Loaders
 from sam_distill.engine.durations import in_steps
 from sam_distill.engine.hardware import Hardware
-from sam_distill.engine.loggers import CsvOnly, WandB
+from sam_distill.engine.judge import KINDS
+from sam_distill.engine.loggers import CsvOnly, WandB, close
 from sam_distill.engine.module import Distillation
 from sam_distill.engine.optim import AdamW
 from sam_distill.engine.record import History, write_prompts
@@ -39,8 +40,17 @@ VALIDATIONS = 10  # per run, where nothing else is asked for
 LOG_LINES = 50  # per run, but at least one every 50 steps
 
 
-def new_student(encoder: ImageEncoder, teacher: Sam, image_size: int) -> Sam:
-    """A SAM of the student's encoder and copies of the teacher's prompt encoder and mask decoder."""
+def new_student(encoder: ImageEncoder, teacher: Sam, image_size: int, neck_from_teacher: bool) -> Sam:
+    """A SAM of the student's encoder and copies of the teacher's prompt encoder and mask decoder.
+
+    neck_from_teacher: the neck's norms and 3x3 convolution, which have the same shape in every encoder, start as copies
+    of the teacher's, so that embeddings have the right statistics from the first step. The paper does not say.
+    """
+    if neck_from_teacher:
+        assert isinstance(teacher.image_encoder, ImageEncoder)
+        for part in ("norm1", "conv", "norm2"):
+            theirs = getattr(teacher.image_encoder.neck, part)
+            getattr(encoder.neck, part).load_state_dict(theirs.state_dict())
     return Sam(encoder, copy.deepcopy(teacher.prompt_encoder), copy.deepcopy(teacher.mask_decoder), image_size)
 
 
@@ -80,27 +90,31 @@ def fit(
         "precision": hardware.num_format,
         **protocol.description,
     }
-    folder = RunFolder(run_dir, history, facts)
+    folder = RunFolder(run_dir, history, source, facts)
     name = "-".join([type(strategy).__name__.lower(), *_words(student), f"seed{seed}"])
     trainer = _trainer(hardware, optim, run_dir, steps, interval, [Throughput(), folder])
+    if not source.val_images:
+        raise UserError("there is no image to validate on: data.val_images must be at least 1")
     trainer.loggers = [history, *logger.build(run_dir, name, _config(run_dir))]
     log.info(
         "%s, %.1fM parameters at %d px: %d steps of %d images (%.1f epochs of %d), %s on %s",
         name, facts["parameters"] / 1e6, student.image_size, steps, images_per_step,
         steps * images_per_step / source.num_train_images, source.num_train_images, hardware.num_format, hardware.kind,
     )  # fmt: skip
-    if checkpoint is None:
-        log.info("Validating before the first step (the teacher answers %d images)", source.val_images)
-        trainer.validate(module, loaders, verbose=False)
     try:
+        if checkpoint is None:
+            log.info("Validating before the first step (the teacher answers %d images)", source.val_images)
+            trainer.validate(module, loaders, verbose=False)
         trainer.fit(module, loaders, ckpt_path=checkpoint, weights_only=True)
+        if module.validated_at != trainer.global_step:
+            trainer.validate(module, loaders, verbose=False)
     except SystemExit as stop:  # how Lightning ends on Ctrl-C
         raise KeyboardInterrupt from stop
-    if history.rows.keys() and "val/miou/point" not in history.rows.get(trainer.global_step, {}):
-        trainer.validate(module, loaders, verbose=False)
+    finally:
+        close(trainer.loggers)
     if trainer.is_global_zero:
         write_prompts(run_dir / "prompts.csv", module.judge.comparisons)
-        _tell(folder, module, source.skipped, run_dir)
+        _tell(folder, module, run_dir)
     return module.metrics
 
 
@@ -133,15 +147,17 @@ def _trainer(
     )
 
 
-def _tell(folder: RunFolder, module: Distillation, skipped: int, run_dir: Path) -> None:
+def _tell(folder: RunFolder, module: Distillation, run_dir: Path) -> None:
     """The table a run ends with."""
-    table = Table("", "before", "after", title="Agreement with the teacher on images the student never trained on")
-    for kind in ("point", "box"):
-        before = folder.before.get(f"before/miou/{kind}", float("nan"))
-        table.add_row(f"mIoU, one {kind}", f"{before:.3f}", f"{module.metrics[f'miou/{kind}']:.3f}")
+    skipped = folder.source.skipped
+    table = Table("", "before", "blind", "after", title="Agreement with the teacher on images the student never saw")
+    for kind in KINDS:
+        scores = [folder.before.get(f"{when}/miou/{kind}", float("nan")) for when in ("before", "blind")]
+        table.add_row(f"mIoU, one {kind}", *(f"{score:.3f}" for score in (*scores, module.metrics[f"miou/{kind}"])))
     console = Console()
     console.print(table)
-    console.print(f"{folder.seconds:.0f} seconds" + (f"; {skipped} damaged images skipped" if skipped else ""))
+    console.print("blind: an encoder that answers every image with the teacher's mean embedding")
+    console.print(f"{folder.seconds:.0f} seconds" + (f"; {skipped} damaged images or tars skipped" if skipped else ""))
     console.print(
         f"pictures  {run_dir / 'pictures'}\nstudent   {run_dir / 'student.pt'}", highlight=False, soft_wrap=True
     )

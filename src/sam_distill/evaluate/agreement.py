@@ -108,7 +108,7 @@ class Agreement:
                     teacher_area=int(theirs.sum()),
                     student_area=int(ours.sum()),
                 )
-                yield Outcome(comparison, theirs.cpu(), ours.cpu())
+                yield Outcome(comparison, theirs, ours)
 
     def _decode(self, sam: Sam, embedding: Tensor, prompts: Prompts) -> Tensor:
         """[B, P, 256, 256] logits, in float32 whatever precision training uses: both sides are judged alike."""

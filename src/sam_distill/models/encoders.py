@@ -188,13 +188,14 @@ def _with_weights(build: Callable[[bool], nn.Module], pretrained: bool) -> nn.Mo
     """`build(pretrained)`; where the ImageNet weights can't be had, a warning and random weights."""
     if not pretrained:
         return build(False)
-    try:
-        with _no_retries_when_offline():
+    with _no_retries_when_offline():
+        try:
             return build(True)
-    except (OSError, RuntimeError, ValueError) as error:
-        reason = str(error).split("\n")[0]
-        log.warning("No ImageNet weights for the student, it starts from scratch: %s", reason)
-        return build(False)
+        except (OSError, RuntimeError, ValueError) as error:
+            offline = "the model hub can't be reached and they are not in its cache"
+            reason = offline if hub.HF_HUB_OFFLINE else str(error).split("\n")[0]
+            log.warning("No ImageNet weights for the student, it starts from scratch: %s", reason)
+    return build(False)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-TEACHER, STUDENT = (30, 144, 255), (255, 120, 20)  # blue and orange: told apart by everybody
+TEACHER, STUDENT = (30, 144, 255), (255, 30, 150)  # blue and pink
 _PANEL = 384  # long side of a panel, pixels
 _GAP, _CAPTION = 6, 24
 

@@ -1,0 +1,157 @@
+"""Commands as users type them, on small data, with the real teacher."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from sam_distill.cli import app
+from sam_distill.models import weights
+
+ROOT = Path(__file__).parents[2]
+QUICK = ["image_size=64", "batch_size=2", "trainer=cpu", "trainer.workers=0", "encoder.pretrained=false",
+         "protocol.points=1", "data.val_images=2"]  # fmt: skip
+
+
+def draw(path: Path, number: int) -> None:
+    image = Image.new("RGB", (96, 64), (40 * number, 120, 200))
+    ImageDraw.Draw(image).ellipse((10 + 6 * number, 8, 50 + 6 * number, 50), fill=(200, 40 * number, 20))
+    image.save(path)
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """Six drawings and one file that is only called a JPEG."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(6):
+        draw(folder / f"{number}.png", number)
+    (folder / "damaged.jpg").write_bytes(b"\xff\xd8 this was a photograph once")
+    return folder
+
+
+@pytest.fixture
+def tar(tmp_path: Path, images: Path) -> Path:
+    """The drawings as a tar that breaks off in the fifth."""
+    path = tmp_path / "sa_000000.tar"
+    with tarfile.open(path, "w") as file:
+        for number in range(6):
+            file.add(images / f"{number}.png", f"sa_{number}.png")
+            if number == 4:
+                end = file.offset
+    path.write_bytes(path.read_bytes()[: end - 600])
+    return path
+
+
+def test_train_evaluate_segment(images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run_dir, picture = tmp_path / "run", tmp_path / "out" / "cut.png"
+    data = ["data=folder", f"data.path={images}"]
+    assert app.main(["train", *data, *QUICK, "logger=csv", "budget=4 steps", f"hydra.run.dir={run_dir}"]) == 0
+    said = capfd.readouterr()
+    assert "mIoU, one point" in said.out
+    assert (said.out + said.err).count("skipped: ") == 1
+    assert "damaged.jpg" in said.out + said.err
+    assert json.loads((run_dir / "status.json").read_text())["status"] == "finished"
+    assert json.loads((run_dir / "metrics.json").read_text())["steps"] == 4
+
+    judged = tmp_path / "judged"
+    command = ["evaluate", f"checkpoint={run_dir}", *data, "trainer=cpu", f"hydra.run.dir={judged}"]
+    assert app.main(command) == 0
+    metrics = json.loads((judged / "metrics.json").read_text())
+    assert (metrics["images"], metrics["images_skipped"]) == (6, 1)
+
+    command = ["segment", f"image={images / '3.png'}", "point=[48,28]", f"path={picture}"]
+    assert app.main([*command, f"hydra.run.dir={tmp_path / 'segment'}"]) == 0
+    changed = np.asarray(Image.open(picture)).astype(int) - np.asarray(Image.open(images / "3.png"))
+    assert (changed[28, 40] != 0).any(), "the ellipse is tinted"
+    assert (changed[2, 2] == 0).all(), "the background is not"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "complaint"),
+    [
+        (["data=folder", "data.path=/nowhere"], "data.path=/nowhere does not exist; expected a folder of images"),
+        (["data=sa1b", "data.path=/nowhere/*.tar"], "there is no /nowhere/*.tar"),
+        (["init=/nowhere.pt"], "no checkpoint /nowhere.pt: it is neither a file, a run folder nor a name"),
+        (
+            ["encoder=tinyvit_11m", "init=mobile_sam"],
+            "holds the encoder TinyViT(size=5m), but this is TinyViT(size=11m)",
+        ),
+        (["teacher.checkpoint=mobil_sam"], "did you mean mobile_sam?"),
+        (["trainer=gpu"], "this machine has none that PyTorch can use; try trainer=cpu"),
+        (["encoder=timm", "encoder.name=resnet81"], "timm has no such model"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_mistakes_are_one_line(
+    overrides: list[str], complaint: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    command = ["train", "trainer=cpu", "logger=csv", "encoder.pretrained=false", *overrides]
+    assert app.main([*command, f"hydra.run.dir={tmp_path}"]) == 1
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert complaint in lines[0]
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert status["status"] == "failed"
+    assert f"error: {status['why']}" == lines[0]
+
+
+def test_truncated_tar_and_wandb_offline(
+    tar: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))  # where a .netrc with a key might be
+    monkeypatch.setenv("SAM_DISTILL_HOME", str(weights.fetch("mobile_sam").parents[1]))
+    run_dir = tmp_path / "run"
+    command = ["train", "data=sa1b", f"data.path={tar}", *QUICK, "budget=2 steps", f"hydra.run.dir={run_dir}"]
+    assert app.main(command) == 0
+    said = capfd.readouterr()
+    assert f"skipped: the rest of {tar}" in said.out + said.err
+    assert "1 damaged images or tars skipped" in said.out
+    (offline,) = run_dir.glob("wandb/offline-run-*")
+    assert list(offline.glob("*.wandb"))
+    assert len(list(offline.glob("files/media/images/val/*.png"))) == 3  # before, in the middle and after
+    assert list(offline.glob("files/media/table/val/*.json"))
+
+
+def test_a_run_is_not_overwritten(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "last.ckpt").write_bytes(b"precious")
+    assert app.main(["train", f"hydra.run.dir={tmp_path}"]) == 2
+    assert f"holds a run already: resume={tmp_path} goes on with it" in capfd.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
+
+
+def test_kill_and_resume(images: Path, tmp_path: Path) -> None:
+    """kill -9 in mid-training; `resume=RUN_DIR` alone finishes the job."""
+    (images / "damaged.jpg").unlink()
+    run_dir = tmp_path / "run"
+    options = ["data=folder", f"data.path={images}", *QUICK, "logger=csv", "budget=400 steps", "validate_every=3 steps"]
+    start = [sys.executable, "train.py", *options, f"hydra.run.dir={run_dir}"]
+    process = subprocess.Popen(start, cwd=ROOT, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    deadline = time.monotonic() + 300
+    while not (run_dir / "checkpoints" / "last.ckpt").exists():
+        assert process.poll() is None, "training ended before its first checkpoint"
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert json.loads((run_dir / "status.json").read_text())["status"] == "running"
+
+    assert app.main(["train", f"resume={run_dir}", "budget=9 steps"]) == 0
+    assert json.loads((run_dir / "status.json").read_text())["status"] == "finished"
+    metrics = json.loads((run_dir / "metrics.json").read_text())
+    assert metrics["steps"] == 9
+    steps = [int(line.split(",")[0]) for line in (run_dir / "history.csv").read_text().splitlines()[1:]]
+    assert steps == sorted(set(steps))
+    assert steps[-6:] == [4, 5, 6, 7, 8, 9], "the run went on after its checkpoint at step 3"

@@ -1,0 +1,65 @@
+"""Every configuration in conf/ composes, and fits the signatures of what it builds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sam_distill.cli.app import commands, default_conf_dir
+from sam_distill.cli.compose import compose_jobs
+from sam_distill.cli.config import check
+
+CONF = default_conf_dir()
+MANDATORY = {  # what a choice can't know by itself
+    "data=folder": ["data.path=photos"],
+    "data=sa1b": ["data.path=tars"],
+    "encoder=timm": ["encoder.name=resnet18"],
+    "evaluate": ["checkpoint=mobile_sam"],
+    "segment": ["image=photo.jpg", "path=out.png", "point=[1,2]"],
+}
+CHOICES = [
+    f"{path.parent.name}={path.stem}"
+    for path in sorted(CONF.glob("*/*.yaml"))
+    if path.parent.name not in ("hydra", "recipe")
+]
+
+
+def mistakes(command: str, *overrides: str) -> list[str]:
+    jobs, lines = compose_jobs(CONF, command, [*overrides])
+    return lines + [line for job in jobs for line in check(job)]
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_choice(choice: str) -> None:
+    assert mistakes("train", choice, *MANDATORY.get(choice, [])) == []
+
+
+@pytest.mark.parametrize("command", commands(CONF))
+def test_command(command: str) -> None:
+    assert mistakes(command, *MANDATORY.get(command, [])) == []
+
+
+def test_the_quick_recipe_is_for_the_embedded_default_alone() -> None:
+    (quick,), _ = compose_jobs(CONF, "train", [])
+    (paper,), _ = compose_jobs(CONF, "train", ["data=folder", "data.path=x"])
+    assert quick.image_size < 1024
+    assert (paper.image_size, paper.batch_size, paper.budget) == (1024, 8, "8 epochs")  # paper, section 4.1, Table 4
+    (changed,), _ = compose_jobs(CONF, "train", ["image_size=512"])
+    assert changed.image_size == 512
+
+
+def test_all_mistakes_are_told_at_once() -> None:
+    """Design, section 3: one line each, before anything heavy."""
+    told = mistakes(
+        "train", "encoder=tinyvt", "optim.lrr=1", "batch_size=many", "image_size=1000", "+strategy.typo=1", "budget=8"
+    )
+    expected = ["encoder=tinyvt", "optim.lrr", "batch_size=many", "image_size=1000", "strategy.typo=1", "budget=8"]
+    assert len(told) == len(expected)
+    for mistake in expected:
+        assert sum(line.startswith(mistake) for line in told) == 1, (mistake, told)
+    assert any("did you mean" in line and "tinyvit" in line for line in told)
+
+
+def test_conf_travels_with_the_wheel() -> None:
+    assert 'conf = "sam_distill/conf"' in (Path(__file__).parents[3] / "pyproject.toml").read_text()

@@ -1,0 +1,185 @@
+"""The whole engine on six small drawings, with the real teacher."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from sam_distill.data.base import IndexedSource
+from sam_distill.engine.evaluation import judge
+from sam_distill.engine.hardware import Hardware
+from sam_distill.engine.loggers import CsvOnly
+from sam_distill.engine.optim import AdamW
+from sam_distill.engine.training import fit, new_student
+from sam_distill.evaluate.agreement import Agreement
+from sam_distill.images import to_frame
+from sam_distill.models.checkpoints import load_sam
+from sam_distill.models.encoders import TinyViT
+from sam_distill.models.sam import Sam
+from sam_distill.strategies.embeddings import Decoupled
+from sam_distill.teachers import LiveTeacher
+from sam_distill.types import Batch, Sample, StepOutput, UserError
+
+HARDWARE = Hardware(accelerator="cpu", precision="fp32", workers=0)
+
+
+class Drawings(IndexedSource[int]):
+    def __init__(self) -> None:
+        self.train, self.val = range(4), range(4, 6)
+
+    def load(self, item: int) -> Sample:
+        image = Image.new("RGB", (96, 64), (40 * item, 120, 200))
+        ImageDraw.Draw(image).ellipse((10 + 6 * item, 8, 50 + 6 * item, 50), fill=(200, 40 * item, 20))
+        return Sample(f"drawing{item}", to_frame(image), (64, 96))
+
+
+@pytest.fixture(scope="module")
+def live() -> LiveTeacher:
+    return LiveTeacher("mobile_sam")
+
+
+def student(live: LiveTeacher) -> Sam:
+    torch.manual_seed(0)
+    return new_student(TinyViT(pretrained=False), live.sam, image_size=128, neck_from_teacher=False)
+
+
+def run(run_dir: Path, live: LiveTeacher, sam: Sam, **changes: Any) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "strategy": Decoupled(), "optim": AdamW(lr=1e-3), "protocol": Agreement(points=1), "hardware": HARDWARE,
+        "logger": CsvOnly(), "budget": "6 steps", "validate_every": "3 steps", "batch_size": 2, "seed": 0,
+        "init": None, "resume": None,
+    }  # fmt: skip
+    return fit(student=sam, teacher=live, source=Drawings(), run_dir=run_dir, **options | changes)
+
+
+def history(run_dir: Path, column: str) -> dict[int, float]:
+    with (run_dir / "history.csv").open() as file:
+        return {int(row["step"]): float(row[column]) for row in csv.DictReader(file) if row[column]}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, live: LiveTeacher) -> tuple[Path, Sam]:
+    run_dir, sam = tmp_path_factory.mktemp("run"), student(live)
+    before = {key: value.clone() for key, value in live.sam.state_dict().items()}
+    run(run_dir, live, sam)
+    changed = [key for key, value in live.sam.state_dict().items() if not torch.equal(value, before[key])]
+    assert not changed, "the teacher must be bit-identical after training"
+    return run_dir, sam
+
+
+def test_run_folder(finished: tuple[Path, Sam]) -> None:
+    run_dir, sam = finished
+    metrics = json.loads((run_dir / "metrics.json").read_text())
+    assert metrics["steps"] == 6
+    assert metrics["images"] == 12
+    assert metrics["token"] == "single"
+    assert {"miou/point", "miou/box", "before/miou/point", "embedding_mse", "seconds", "prompts"} <= metrics.keys()
+    assert sorted(history(run_dir, "val/miou/point")) == [0, 3, 6]
+    assert sorted(history(run_dir, "train/loss")) == [1, 2, 3, 4, 5, 6]
+    assert {path.name for path in (run_dir / "pictures").iterdir()} == {
+        "curves.png", "masks_0000000.png", "masks_0000003.png", "masks_0000006.png",
+    }  # fmt: skip
+    assert len((run_dir / "prompts.csv").read_text().splitlines()) == 1 + metrics["prompts"]
+    for name in ("student.pt", "checkpoints/last.ckpt"):
+        again = load_sam(run_dir / name)
+        for key, value in sam.state_dict().items():
+            assert torch.equal(again.state_dict()[key], value), (name, key)
+
+
+def test_only_the_encoder_learns(finished: tuple[Path, Sam], live: LiveTeacher) -> None:
+    _, sam = finished
+    for part in ("prompt_encoder", "mask_decoder"):
+        theirs = getattr(live.sam, part).state_dict()
+        assert all(torch.equal(value, theirs[key]) for key, value in getattr(sam, part).state_dict().items())
+    untrained = student(live).image_encoder.state_dict()
+    same = [key for key, value in sam.image_encoder.state_dict().items() if torch.equal(value, untrained[key])]
+    assert not same, f"never changed: {same}"
+
+
+def test_teacher_is_not_in_the_checkpoint(finished: tuple[Path, Sam]) -> None:
+    run_dir, sam = finished
+    checkpoint = torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["state_dict"].keys() == {f"student.{key}" for key in sam.state_dict()}
+
+
+def test_one_batch_can_be_learned_by_heart(tmp_path: Path, live: LiveTeacher) -> None:
+    run(tmp_path, live, student(live), budget="40 steps", validate_every="40 steps", batch_size=4)
+    losses = history(tmp_path, "train/loss")
+    assert losses[40] < 0.35 * losses[1]
+
+
+class Stumbling(Decoupled):
+    """Decoupled, until something happens at a step of one's choice."""
+
+    def __init__(self, fall_at: int, nan: bool = False) -> None:
+        super().__init__()
+        self.steps_left, self.nan = fall_at, nan
+
+    def step(self, sam: Sam, batch: Batch) -> StepOutput:
+        self.steps_left -= 1
+        out = super().step(sam, batch)
+        if self.steps_left:
+            return out
+        if self.nan:
+            return StepOutput(out.loss * torch.nan)
+        raise RuntimeError("power cut")
+
+
+def test_a_resumed_run_follows_the_same_curve(finished: tuple[Path, Sam], tmp_path: Path, live: LiveTeacher) -> None:
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(tmp_path, live, student(live), strategy=Stumbling(5))
+    torch.manual_seed(123)
+    run(tmp_path, live, student(live), resume=str(tmp_path))
+    for column in ("train/loss", "val/miou/point", "train/lr"):
+        assert history(tmp_path, column) == pytest.approx(history(finished[0], column), rel=1e-4), column
+    assert "before/miou/point" in json.loads((tmp_path / "metrics.json").read_text())
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path, live: LiveTeacher) -> None:
+    with pytest.raises(UserError, match=r"the loss is nan at step 1 \(images drawing\d, drawing\d\)"):
+        run(tmp_path, live, student(live), strategy=Stumbling(2, nan=True))
+
+
+class Demanding(Decoupled):
+    requires = frozenset({"teacher_embedding", "moonlight"})
+
+
+def test_what_nobody_provides_is_missed_before_step_0(tmp_path: Path, live: LiveTeacher) -> None:
+    with pytest.raises(UserError, match="needs moonlight, which no one provides"):
+        run(tmp_path, live, student(live), strategy=Demanding())
+
+
+def test_resuming_nothing(tmp_path: Path, live: LiveTeacher) -> None:
+    with pytest.raises(UserError, match=r"there is no .*last\.ckpt"):
+        run(tmp_path, live, student(live), resume=str(tmp_path))
+
+
+def test_resuming_another_architecture(finished: tuple[Path, Sam], tmp_path: Path, live: LiveTeacher) -> None:
+    other = new_student(TinyViT("11m", pretrained=False), live.sam, image_size=128, neck_from_teacher=False)
+    with pytest.raises(UserError, match="resume: the checkpoint holds"):
+        run(tmp_path, live, other, resume=str(finished[0]))
+
+
+def test_the_teacher_agrees_with_itself(tmp_path: Path, live: LiveTeacher) -> None:
+    metrics = judge(
+        student=load_sam("mobile_sam"), teacher=live.sam, source=Drawings(), split="val", protocol=Agreement(points=2),
+        hardware=HARDWARE, batch_size=2, run_dir=tmp_path,
+    )  # fmt: skip
+    assert metrics["miou/point"] == metrics["miou/box"] == 1.0
+    assert metrics["embedding_mse"] == 0.0
+
+
+def test_validation_and_evaluate_say_the_same(finished: tuple[Path, Sam], tmp_path: Path, live: LiveTeacher) -> None:
+    metrics = judge(
+        student=load_sam(finished[0]), teacher=live.sam, source=Drawings(), split="val", protocol=Agreement(points=1),
+        hardware=HARDWARE, batch_size=2, run_dir=tmp_path,
+    )  # fmt: skip
+    trained = json.loads((finished[0] / "metrics.json").read_text())
+    for name in ("miou/point", "miou/box", "embedding_mse"):
+        assert metrics[name] == pytest.approx(trained[name], abs=1e-6)

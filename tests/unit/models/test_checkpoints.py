@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from sam_distill.models import checkpoints
+from sam_distill.models.encoders import TimmEncoder, TinyViT
+from sam_distill.models.sam import Sam
+from sam_distill.types import UserError
+
+
+def test_official_names_come_back_as_they_were(teacher: Sam, mobile_sam_weights: str) -> None:
+    official = torch.load(mobile_sam_weights, weights_only=True)
+    ours = checkpoints.official_state(teacher)
+    assert ours.keys() == official.keys()
+    for key, value in official.items():
+        if "image_encoder.head" not in key and "image_encoder.norm_head" not in key:
+            assert torch.equal(ours[key], value), key
+        assert ours[key].shape == value.shape
+
+
+def test_another_architecture_is_refused(mobile_sam_weights: str) -> None:
+    with pytest.raises(UserError, match=r"holds the encoder TinyViT\(size=5m\), but this is TinyViT\(size=11m\)"):
+        checkpoints.load_weights(Sam(TinyViT("11m", pretrained=False)), mobile_sam_weights)
+
+
+def test_a_file_with_tensors_missing_is_refused(teacher: Sam, tmp_path: Path) -> None:
+    state = checkpoints.official_state(teacher)
+    del state["mask_decoder.iou_token.weight"]
+    torch.save(state, tmp_path / "broken.pt")
+    with pytest.raises(UserError, match=r"1 tensors missing \(mask_decoder.iou_token.weight, \.\.\.\)"):
+        checkpoints.load_sam(tmp_path / "broken.pt")
+
+
+def test_what_is_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "notes.pt").write_text("hello")
+    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pt")
+    (tmp_path / "empty").mkdir()
+    for name, complaint in {
+        "notes.pt": "not a PyTorch checkpoint that loads safely",
+        "other.pt": "holds no SAM we know",
+        "empty": "not a run folder",
+        "mobil_sam": "neither a file, a run folder nor a name",
+    }.items():
+        with pytest.raises(UserError, match=complaint):
+            checkpoints.load_sam(tmp_path / name)
+    with pytest.raises(UserError, match="did you mean mobile_sam"):
+        checkpoints.load_sam("mobil_sam")
+
+
+def test_a_foreign_loader_sees_a_plain_state_dict(tmp_path: Path) -> None:
+    """The description must not disturb anybody's strict loading."""
+    sam = Sam(TimmEncoder("resnet18", pretrained=False))
+    checkpoints.save_sam(sam, tmp_path / "student.pt")
+    state = torch.load(tmp_path / "student.pt", weights_only=True)
+    assert all(isinstance(value, torch.Tensor) for value in state.values())
+    Sam(TimmEncoder("resnet18", pretrained=False)).load_state_dict(state, strict=True)
+
+
+def test_saving_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sam = Sam(TimmEncoder("resnet18", pretrained=False))
+    checkpoints.save_sam(sam, tmp_path / "student.pt")
+    before = (tmp_path / "student.pt").read_bytes()
+
+    def half(_: object, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(OSError, match="disk full"):
+        checkpoints.save_sam(sam, tmp_path / "student.pt")
+    assert (tmp_path / "student.pt").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["student.pt"]

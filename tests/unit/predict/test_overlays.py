@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image
+
+from sam_distill.predict.overlays import STUDENT, column, comparison, overlay
+
+GREY = Image.new("RGB", (60, 40), (100, 100, 100))
+MASK = np.zeros((40, 60), bool)
+MASK[10:30, 20:50] = True
+
+
+def test_only_the_mask_is_tinted_and_its_outline_is_white() -> None:
+    pixels = np.asarray(overlay(GREY, MASK, STUDENT))
+    assert (pixels[~MASK] == 100).all()
+    assert (pixels[10, 20:50] == 255).all()
+    assert (pixels[29, 20:50] == 255).all()
+    inside = pixels[15:25, 25:45].reshape(-1, 3)
+    assert (inside == inside[0]).all()
+    assert inside[0, 0] > 150 > 70 > inside[0, 1]  # pink
+
+
+def test_prompts_are_drawn_where_they_are() -> None:
+    pixels = np.asarray(overlay(GREY, points=[(30, 20), (5, 5)], labels=[1, 0], box=(10, 5, 55, 35))).astype(int)
+    assert pixels[20, 30, 1] > 200 > pixels[20, 30, 0]  # foreground: green
+    assert pixels[5, 5, 0] > 200 > pixels[5, 5, 1]  # background: red
+    assert (pixels[35, 30] != 100).any()
+    assert (pixels[38, 58] == 100).all()
+
+
+def test_rows_and_columns() -> None:
+    row = comparison(GREY, MASK, ~MASK, "point", (30.0, 20.0), 0.5)
+    assert row.width > 3 * 380
+    assert column([row, row]).size == (row.width, 2 * row.height)
