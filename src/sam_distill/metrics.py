@@ -41,6 +41,6 @@ class MeanIoU(Metric):
         self.prompts += known.sum()
         self.skipped += (~known).sum()
 
-    def compute(self) -> Tensor:
-        """NaN if there was no prompt at all."""
-        return (self.total / self.prompts).float()
+    def compute(self) -> dict[str, Tensor]:
+        """`miou` (NaN if there was no prompt at all), `prompts` and `skipped`, over all ranks."""
+        return {"miou": (self.total / self.prompts).float(), "prompts": self.prompts, "skipped": self.skipped}

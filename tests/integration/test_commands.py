@@ -155,3 +155,22 @@ def test_kill_and_resume(images: Path, tmp_path: Path) -> None:
     steps = [int(line.split(",")[0]) for line in (run_dir / "history.csv").read_text().splitlines()[1:]]
     assert steps == sorted(set(steps))
     assert steps[-6:] == [4, 5, 6, 7, 8, 9], "the run went on after its checkpoint at step 3"
+
+
+def test_two_processes_judge_as_one(images: Path, tmp_path: Path) -> None:
+    """Data-parallel on the CPU: one run folder, and the agreement over the validation images of both ranks."""
+    (images / "damaged.jpg").unlink()
+    rows, metrics = [], []
+    for devices in (1, 2):
+        run_dir = tmp_path / f"{devices}"
+        options = ["data=folder", f"data.path={images}", *QUICK, "data.val_images=3", "logger=csv", "budget=2 steps"]
+        command = [sys.executable, "train.py", *options, f"trainer.devices={devices}", f"hydra.run.dir={run_dir}"]
+        subprocess.run(command, cwd=ROOT, check=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        metrics.append(json.loads((run_dir / "metrics.json").read_text()))
+        rows.append((run_dir / "prompts.csv").read_text().splitlines())
+    alone, together = metrics
+    assert together["images"] == 2 * alone["images"]
+    for name in ("before/miou/point", "before/miou/box", "prompts"):
+        assert together[name] == pytest.approx(alone[name], abs=1e-6), name
+    assert len(rows[0]) == len(rows[1]) == 1 + alone["prompts"]
+    assert {row.split(",")[0] for row in rows[0]} == {row.split(",")[0] for row in rows[1]}

@@ -26,8 +26,8 @@ def test_empty_masks_hide_nothing() -> None:
     empty, full = torch.zeros(4, 4, dtype=torch.bool), torch.ones(4, 4, dtype=torch.bool)
     metric = MeanIoU()
     metric.update(mask_iou(torch.stack([empty, full, empty]), torch.stack([full, full, empty])))
-    assert metric.compute().item() == 0.5  # 0 for the empty prediction, 1, and the empty target left out
-    assert (metric.prompts.item(), metric.skipped.item()) == (2, 1)
+    # 0 for the empty prediction, 1, and the empty target left out
+    assert {name: value.item() for name, value in metric.compute().items()} == {"miou": 0.5, "prompts": 2, "skipped": 1}
 
 
 def test_mean_is_over_prompts_however_they_are_batched() -> None:
@@ -35,4 +35,4 @@ def test_mean_is_over_prompts_however_they_are_batched() -> None:
     metric = MeanIoU()
     for part in values.split([1, 7, 3]):
         metric.update(part)
-    torch.testing.assert_close(metric.compute(), values.mean())
+    torch.testing.assert_close(metric.compute()["miou"], values.mean())

@@ -35,6 +35,7 @@ from sam_distill.cli.resume import continued, would_overwrite
 from sam_distill.cli.sources import task_overrides
 
 PROGRAM = "sam-distill"
+RUN_DIR = "SAM_DISTILL_RUN_DIR"  # tells a job's further processes where the first one keeps its files
 tracebacks = logging.getLogger("sam_distill.tracebacks")  # goes to the log file only: conf/hydra/common.yaml
 
 
@@ -89,6 +90,7 @@ def _run(command: str, argv: list[str], conf_dir: Path) -> int:
     args, unknown = get_args_parser().parse_known_intermixed_args(argv)
     if unknown:
         return _fail(*(f"{flag}: no such flag; see {PROGRAM} {command} --help" for flag in unknown), status=2)
+    args.overrides += _folder_of_first_process()
     extra = [f"hydra.searchpath=['file://{Path(args.config_dir).resolve()}']"] if args.config_dir else []
     jobs, mistakes = compose_jobs(conf_dir, command, args.overrides + extra, args.multirun)
     if not (args.help or args.hydra_help or args.cfg or args.info or args.shell_completion):
@@ -114,6 +116,12 @@ def _run(command: str, argv: list[str], conf_dir: Path) -> int:
     return int(bool(failed))
 
 
+def _folder_of_first_process() -> list[str]:
+    """Lightning starts the further processes of a DDP job by the same command line; they share its run folder."""
+    folder = os.environ.get(RUN_DIR)
+    return [] if folder is None or _is_first_process() else [f"hydra.run.dir={folder}"]
+
+
 def _forbidden_sweep(jobs: list[DictConfig], command: str, multirun: bool) -> Iterator[str]:
     """Lightning's processes for further devices replay the command line: each would start the whole sweep anew."""
     for job in jobs:
@@ -133,11 +141,14 @@ def _run_job(cfg: DictConfig, command: str, argv: list[str], failed: list[str]) 
     run_dir = Path(settings.runtime.output_dir)
     log = run_dir / f"{settings.job.name}.log"
     swept = settings.mode == RunMode.MULTIRUN
+    os.environ[RUN_DIR] = str(run_dir)
     recorded = "run_dir" in parameters(pkgutil.resolve_name(cfg._target_))
     with _status_of(run_dir, [command, *(task_overrides(settings) if swept else argv)], recorded) as status:
         try:
             if recorded and _is_first_process():
                 _write_atomically(run_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+            if not _is_first_process():
+                logging.getLogger().setLevel(logging.WARNING)
             _seed(cfg.get("seed"))
             instantiate(cfg, _convert_="all", **({"run_dir": run_dir} if recorded else {}))
         except Exception as error:

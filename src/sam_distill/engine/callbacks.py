@@ -96,12 +96,12 @@ class RunFolder(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         assert isinstance(module, Distillation)
-        if not trainer.is_global_zero or trainer.sanity_checking:
-            return
         step = trainer.global_step
         if step == 0:
-            self.before = {f"before/{name}": value for name, value in module.metrics.items() if "miou" in name}
-            self.before |= {f"blind/{name}": value for name, value in module.blind().items() if "miou" in name}
+            for when, scores in (("before", module.metrics), ("blind", module.blind())):  # all ranks take part
+                self.before |= {f"{when}/{name}": value for name, value in scores.items() if "miou" in name}
+        if not trainer.is_global_zero:
+            return
         metrics = module.metrics | self.before | self.facts
         metrics |= {"steps": step, "images": step * self.facts["images_per_step"], "seconds": round(self.seconds, 1)}
         metrics["images_skipped"] = self.source.skipped

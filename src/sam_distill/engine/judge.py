@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -16,6 +18,14 @@ from sam_distill.types import GRID, Batch
 
 KINDS = ("point", "box")
 PICTURES = 8  # rows drawn per judgement: one prompt per image, points and boxes in turn
+
+
+def _of_all_ranks(rows: list[Comparison]) -> list[Comparison]:
+    if not torch.distributed.is_initialized():
+        return rows
+    shares: list[list[Comparison]] = [[]] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(shares, rows)
+    return list(chain.from_iterable(shares))
 
 
 class Judge(nn.Module):
@@ -50,12 +60,13 @@ class Judge(nn.Module):
                 self._draw(outcome, batch)
 
     def compute(self) -> dict[str, float]:
-        """Flat metrics by their names in metrics.json; summed over all ranks."""
-        result = {f"miou/{kind}": float(metric.compute()) for kind, metric in self.miou.items()}  # type: ignore[operator]
+        """Flat metrics by their names in metrics.json, over all ranks; `comparisons` then has all ranks' rows, too."""
+        scores = {kind: metric.compute() for kind, metric in self.miou.items()}  # type: ignore[operator]
+        result = {f"miou/{kind}": float(score["miou"]) for kind, score in scores.items()}
         result |= {name: float(metric.compute()) for name, metric in self.errors.items()}  # type: ignore[operator]
-        counts = [metric for metric in self.miou.values() if isinstance(metric, MeanIoU)]
-        result["prompts"] = sum(int(metric.prompts) for metric in counts)
-        result["prompts_skipped"] = sum(int(metric.skipped) for metric in counts)
+        result["prompts"] = sum(int(score["prompts"]) for score in scores.values())
+        result["prompts_skipped"] = sum(int(score["skipped"]) for score in scores.values())
+        self.comparisons = _of_all_ranks(self.comparisons)
         return result
 
     def _draw(self, outcome: Outcome, batch: Batch) -> None:

@@ -97,7 +97,7 @@ class Distillation(pl.LightningModule):
 
         Large masks forgive a lot, so a student has learned something only as far as it beats this.
         """
-        judge = Judge(self.judge.agreement)
+        judge = Judge(self.judge.agreement).to(self.device)
         mean = torch.cat([embedding for _, embedding, _ in self._answers.values()]).mean(0, keepdim=True)
         for batch, embedding, targets in self._answers.values():
             judge.update(self.student, mean.expand_as(embedding), batch, embedding, targets)

@@ -122,6 +122,7 @@ def _trainer(
     hardware: Hardware, optim: AdamW, run_dir: Path, steps: int, interval: int, callbacks: list[pl.Callback]
 ) -> pl.Trainer:
     _quieten()
+    torch.set_float32_matmul_precision("high")  # TF32 on GPUs
     last: dict[str, Any] = {"dirpath": run_dir / "checkpoints", "filename": "last", "enable_version_counter": False}
     callbacks = [
         *callbacks,
@@ -187,4 +188,3 @@ def _quieten() -> None:
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    torch.set_float32_matmul_precision("high")

@@ -34,9 +34,9 @@ log = logging.getLogger(__name__)
 
 
 class Neck(nn.Module):
-    """Feature maps of one or more levels -> 256 channels on the grid of the first level given.
+    """Feature maps of one or more levels -> 256 channels at stride 16.
 
-    With one level this is SAM's neck (1x1, norm, 3x3, norm); further levels are resized to the first and added.
+    With one level this is SAM's neck (1x1, norm, 3x3, norm); several are brought to stride 16 and added.
     """
 
     def __init__(self, widths: Sequence[int]) -> None:
@@ -47,7 +47,7 @@ class Neck(nn.Module):
         self.norm2 = LayerNorm2d(EMBED_DIM)
 
     def forward(self, levels: Sequence[Tensor], grid: int) -> Tensor:
-        """levels: maps [B, width, h, h]; grid: side of the output, S / 16."""
+        """levels: maps [B, width, h, h]; grid: side of the output, S / 16. -> [B, 256, grid, grid]."""
         x = sum(_resize(reduce(level), grid) for reduce, level in zip(self.reduce, levels, strict=True))
         return self.norm2(self.conv(self.norm1(x)))
 
