@@ -35,7 +35,6 @@ from sam_distill.cli.resume import continued, would_overwrite
 from sam_distill.cli.sources import task_overrides
 
 PROGRAM = "sam-distill"
-RUN_DIR = "SAM_DISTILL_RUN_DIR"  # tells a job's further processes where the first one keeps its files
 tracebacks = logging.getLogger("sam_distill.tracebacks")  # goes to the log file only: conf/hydra/common.yaml
 
 
@@ -90,7 +89,6 @@ def _run(command: str, argv: list[str], conf_dir: Path) -> int:
     args, unknown = get_args_parser().parse_known_intermixed_args(argv)
     if unknown:
         return _fail(*(f"{flag}: no such flag; see {PROGRAM} {command} --help" for flag in unknown), status=2)
-    args.overrides += _folder_of_first_process()
     extra = [f"hydra.searchpath=['file://{Path(args.config_dir).resolve()}']"] if args.config_dir else []
     jobs, mistakes = compose_jobs(conf_dir, command, args.overrides + extra, args.multirun)
     if not (args.help or args.hydra_help or args.cfg or args.info or args.shell_completion):
@@ -116,12 +114,6 @@ def _run(command: str, argv: list[str], conf_dir: Path) -> int:
     return int(bool(failed))
 
 
-def _folder_of_first_process() -> list[str]:
-    """Lightning starts the further processes of a DDP job by the same command line; they share its run folder."""
-    folder = os.environ.get(RUN_DIR)
-    return [] if folder is None or _is_first_process() else [f"hydra.run.dir={folder}"]
-
-
 def _forbidden_sweep(jobs: list[DictConfig], command: str, multirun: bool) -> Iterator[str]:
     """Lightning's processes for further devices replay the command line: each would start the whole sweep anew."""
     for job in jobs:
@@ -141,7 +133,6 @@ def _run_job(cfg: DictConfig, command: str, argv: list[str], failed: list[str]) 
     run_dir = Path(settings.runtime.output_dir)
     log = run_dir / f"{settings.job.name}.log"
     swept = settings.mode == RunMode.MULTIRUN
-    os.environ[RUN_DIR] = str(run_dir)
     recorded = "run_dir" in parameters(pkgutil.resolve_name(cfg._target_))
     with _status_of(run_dir, [command, *(task_overrides(settings) if swept else argv)], recorded) as status:
         try:
