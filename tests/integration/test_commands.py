@@ -170,7 +170,7 @@ def test_two_processes_judge_as_one(images: Path, tmp_path: Path) -> None:
         rows.append((run_dir / "prompts.csv").read_text().splitlines())
     alone, together = metrics
     assert together["images"] == 2 * alone["images"]
-    for name in ("before/miou/point", "before/miou/box", "prompts"):
+    for name in ("before/miou/point", "before/miou/box", "blind/miou/point", "blind/miou/box", "prompts"):
         assert together[name] == pytest.approx(alone[name], abs=1e-6), name
     assert len(rows[0]) == len(rows[1]) == 1 + alone["prompts"]
     assert {row.split(",")[0] for row in rows[0]} == {row.split(",")[0] for row in rows[1]}

@@ -98,7 +98,11 @@ class Distillation(pl.LightningModule):
         Large masks forgive a lot, so a student has learned something only as far as it beats this.
         """
         judge = Judge(self.judge.agreement).to(self.device)
-        mean = torch.cat([embedding for _, embedding, _ in self._answers.values()]).mean(0, keepdim=True)
+        own = torch.cat([embedding for _, embedding, _ in self._answers.values()])
+        count = torch.tensor(float(len(own)), device=self.device)
+        totals: Any = self.all_gather(own.sum(0))  # [ranks, 256, 64, 64], or just [256, 64, 64] on one
+        counts: Any = self.all_gather(count)
+        mean = totals.reshape(-1, *own.shape[1:]).sum(0, keepdim=True) / counts.sum()
         for batch, embedding, targets in self._answers.values():
             judge.update(self.student, mean.expand_as(embedding), batch, embedding, targets)
         return judge.compute()
