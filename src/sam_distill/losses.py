@@ -1,17 +1,36 @@
-"""Distillation losses: pure functions, always in float32, each with its source."""
+"""Distillation losses: pure functions, always in float32, each with its source.
+
+Areas mark the cells that count, to keep the padding of the frame out: [B, 1, h, w] bool, True inside the image.
+"""
 
 from __future__ import annotations
 
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def embedding_mse(student: Tensor, teacher: Tensor, area: Tensor | None = None) -> Tensor:
     """Mean squared error between image embeddings: the paper's decoupled loss (section 3.2). Scalar.
 
-    student, teacher: [B, 256, 64, 64]. area: [B, 1, 64, 64] bool, the cells that count; every image counts the same
-    however much of its frame is padding. The paper does not speak of padding; a 3:2 image is one third padding.
+    student, teacher: [B, 256, 64, 64]. area: every image counts the same however much of its frame is padding. The
+    paper does not speak of padding; a 3:2 image is one third padding.
     """
     return _mean_per_image((student.float() - teacher.float()).square().mean(1, keepdim=True), area)
+
+
+def embedding_smooth_l1(student: Tensor, teacher: Tensor, area: Tensor | None = None) -> Tensor:
+    """Huber's loss with its bend at 1, as NanoSAM trains; arguments as above. Scalar."""
+    errors = F.smooth_l1_loss(student.float(), teacher.float(), reduction="none")
+    return _mean_per_image(errors.mean(1, keepdim=True), area)
+
+
+def embedding_norm(student: Tensor, teacher: Tensor, area: Tensor | None = None) -> Tensor:
+    """The length of each image's whole error vector, a root of a sum of squares, over images. Scalar.
+
+    Its gradient has the same length for every image, however close the student is; the embeddings' size is in it.
+    """
+    errors = (student.float() - teacher.float()).square().sum(1, keepdim=True)
+    return (errors if area is None else errors * area).sum((1, 2, 3)).clamp_min(1e-12).sqrt().mean()
 
 
 def embedding_cosine(student: Tensor, teacher: Tensor, area: Tensor | None = None) -> Tensor:
@@ -22,8 +41,44 @@ def embedding_cosine(student: Tensor, teacher: Tensor, area: Tensor | None = Non
     return _mean_per_image(dot / norms.clamp_min(1e-12), area)
 
 
+def mask_focal(
+    logits: Tensor, target: Tensor, area: Tensor | None = None, alpha: float = 0.25, gamma: float = 2.0
+) -> Tensor:
+    """Focal loss (Lin et al., 2017, eq. 5) of each mask, a mean over its cells; alpha and gamma as SAM trains.
+
+    logits [B, P, M, h, w], target [B, P, M or 1, h, w] bool -> [B, P, M].
+    """
+    logits, truth = logits.float(), target.float()
+    error = F.binary_cross_entropy_with_logits(logits, truth.expand_as(logits), reduction="none")
+    probability = logits.sigmoid()
+    miss = probability + truth - 2 * probability * truth  # 1 - the probability given to the truth
+    weight = alpha * truth + (1 - alpha) * (1 - truth)
+    return _mean_per_mask(weight * miss**gamma * error, area)
+
+
+def mask_dice(logits: Tensor, target: Tensor, area: Tensor | None = None) -> Tensor:
+    """Dice loss (Milletari et al., 2016) of each mask, with 1 added above and below as SAM does; arguments as above."""
+    probability, truth = logits.float().sigmoid(), target.float()
+    if area is not None:
+        probability, truth = probability * area.unsqueeze(1), truth * area.unsqueeze(1)
+    overlap = (probability * truth).sum((-1, -2))
+    return 1 - (2 * overlap + 1) / (probability.sum((-1, -2)) + truth.sum((-1, -2)) + 1)
+
+
+def mean_per_prompt(values: Tensor, valid: Tensor) -> Tensor:
+    """[B, P] and which of the prompts are there -> their mean, over all images alike. Scalar; 0 if there is none."""
+    return (values * valid).sum() / valid.sum().clamp_min(1)
+
+
 def _mean_per_image(values: Tensor, area: Tensor | None) -> Tensor:
     """[B, 1, h, w] -> scalar: the mean over each image's area, then over images."""
     if area is None:
         return values.mean()
     return ((values * area).sum((1, 2, 3)) / area.sum((1, 2, 3))).mean()
+
+
+def _mean_per_mask(values: Tensor, area: Tensor | None) -> Tensor:
+    """[B, P, M, h, w] -> [B, P, M]: the mean over each mask's cells within its image."""
+    if area is None:
+        return values.mean((-1, -2))
+    return (values * area.unsqueeze(1)).sum((-1, -2)) / area.sum((1, 2, 3))[:, None, None]

@@ -3,7 +3,7 @@
 Legend, used in every docstring of this package:
 
     B  images in a batch            P  prompts per image (ragged: absent ones are labelled ABSENT)
-    N  points per prompt            M  masks per prompt (1, or 3 for SAM's multi-mask output)
+    N  points per prompt            M  masks per prompt: SINGLE, MULTI or ALL
     S  side of the student's input  H, W  height and width of an original image, in its own pixels
 
     "the frame" is SAM's 1024 x 1024 square: the image, resized so that its long side is 1024, lies in the
@@ -27,6 +27,9 @@ LOW_RES = 256  # side of the mask decoder's output; one cell is 4 x 4 pixels of 
 BACKGROUND, FOREGROUND, BOX_TOP_LEFT, BOX_BOTTOM_RIGHT = 0, 1, 2, 3  # SAM's point labels
 NOT_A_POINT = -1  # SAM's padding token: it takes part in attention, as in the official code
 ABSENT = -2  # ours: no token at all, so that numbers of points and prompts may differ
+
+# SAM's mask tokens: token 0 for prompts without doubt; tokens 1-3 for whole, part and sub-part where there is
+SINGLE, MULTI, ALL = slice(0, 1), slice(1, 4), slice(0, 4)
 
 
 class UserError(Exception):
@@ -80,29 +83,42 @@ class Sample:
     key: unique within its source and stable between runs.
     image: [3, h, w] uint8 RGB, resized to the frame (long side 1024), not padded.
     original_size: (H, W) of the image before that resize, after EXIF rotation.
+    epoch: how often training has come past this image before.
+    annotations: [A, 256, 256] bool in the frame, so many drawn from the image's annotations; empty where there are
+        fewer. None unless a strategy or prompts require them.
     """
 
     key: str
     image: Tensor
     original_size: tuple[int, int]
+    epoch: int = 0
+    annotations: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What a strategy's step sees. Teachers fill `teacher_embedding`; nothing else changes after collation.
+    """What a strategy's step sees. Strategies name the optional fields that they require.
 
     keys: B image keys.
     images: [B, 3, 1024, 1024] uint8 RGB, padded with zeros at the bottom and right.
     sizes: [B, 2] int64, (h, w) of the valid area in frame pixels.
     original_sizes: [B, 2] int64, (H, W).
-    teacher_embedding: [B, 256, 64, 64] float32, or None until a teacher has filled it.
+    epochs: B numbers, see `Sample`. What is drawn at random for an image depends on (seed, key, epoch) alone.
+    annotations: [B, A, 256, 256] bool, see `Sample`.
+    teacher_embedding: [B, 256, 64, 64] float32, filled in by a teacher.
+    ask_teacher: the teacher's masks for any prompts on these images, all four tokens: one light decoder call.
+    prompts: filled in by a prompt sampler.
     """
 
     keys: list[str]
     images: Tensor
     sizes: Tensor
     original_sizes: Tensor
+    epochs: list[int]
+    annotations: Tensor | None = None
     teacher_embedding: Tensor | None = None
+    ask_teacher: Callable[[Prompts], Masks] | None = None
+    prompts: Prompts | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -124,3 +140,11 @@ class StepOutput:
 
     loss: Tensor
     logs: dict[str, Any] = field(default_factory=dict)
+
+
+def valid_area(sizes: Tensor, side: int) -> Tensor:
+    """[B, 1, side, side] bool: True for cells whose centre lies in the valid area of a frame (sizes: [B, 2] (h, w))."""
+    centres = (torch.arange(side, device=sizes.device) + 0.5) * (FRAME / side)
+    rows = centres < sizes[:, 0, None]
+    columns = centres < sizes[:, 1, None]
+    return (rows[:, :, None] & columns[:, None, :]).unsqueeze(1)

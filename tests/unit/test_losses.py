@@ -1,9 +1,22 @@
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable
 
-from sam_distill.losses import embedding_cosine, embedding_mse
-from sam_distill.models.sam import valid_area
+import numpy as np
+import pytest
+import torch
+from torchvision.ops import sigmoid_focal_loss
+
+from sam_distill.losses import (
+    embedding_cosine,
+    embedding_mse,
+    embedding_norm,
+    embedding_smooth_l1,
+    mask_dice,
+    mask_focal,
+    mean_per_prompt,
+)
+from sam_distill.types import valid_area
 
 
 def embeddings() -> tuple[torch.Tensor, torch.Tensor]:
@@ -40,3 +53,53 @@ def test_cosine() -> None:
     torch.testing.assert_close(embedding_cosine(a, 3 * a), torch.tensor(1.0))
     torch.testing.assert_close(embedding_cosine(a, -a), torch.tensor(-1.0))
     torch.testing.assert_close(embedding_cosine(a, b), torch.cosine_similarity(a, b, dim=1).mean())
+
+
+def test_smooth_l1_and_norm_against_torch() -> None:
+    a, b = embeddings()
+    torch.testing.assert_close(embedding_smooth_l1(a, b), torch.nn.functional.smooth_l1_loss(a, b))
+    torch.testing.assert_close(embedding_norm(a, b), (a - b).flatten(1).norm(dim=1).mean(), rtol=1e-4, atol=0)
+    area = valid_area(torch.tensor([[640, 1024], [1024, 256]]), 64)
+    cut = torch.stack([(a[0] - b[0])[:, :40].norm(), (a[1] - b[1])[:, :, :16].norm()]).mean()
+    torch.testing.assert_close(embedding_norm(a, b, area), cut, rtol=1e-4, atol=0)
+
+
+def masks() -> tuple[torch.Tensor, torch.Tensor]:
+    """[2, 3, 4, 16, 16] logits and [2, 3, 1, 16, 16] bool."""
+    generator = torch.Generator().manual_seed(0)
+    return 3 * torch.randn(2, 3, 4, 16, 16, generator=generator), torch.rand(2, 3, 1, 16, 16, generator=generator) > 0.6
+
+
+AREA = valid_area(torch.tensor([[640, 1024], [1024, 256]]), 16)  # 10 x 16 and 16 x 4 cells
+
+
+def test_focal_is_torchvisions() -> None:
+    logits, target = masks()
+    theirs = sigmoid_focal_loss(logits, target.float().expand_as(logits), alpha=0.25, gamma=2)
+    torch.testing.assert_close(mask_focal(logits, target), theirs.mean((-1, -2)))
+    torch.testing.assert_close(mask_focal(logits, target, AREA)[0], theirs[0, :, :, :10].mean((-1, -2)))
+    torch.testing.assert_close(mask_focal(logits, target, AREA)[1], theirs[1, ..., :4].mean((-1, -2)))
+
+
+def test_dice_by_hand() -> None:
+    logits, target = masks()
+    p, t = 1 / (1 + np.exp(-logits[0, 1, 2, :10].double().numpy())), target[0, 1, 0, :10].numpy()
+    expected = 1 - (2 * (p * t).sum() + 1) / (p.sum() + t.sum() + 1)
+    assert mask_dice(logits, target, AREA)[0, 1, 2].item() == pytest.approx(expected, rel=1e-5)
+    assert mask_dice(logits, target).shape == (2, 3, 4)
+
+
+@pytest.mark.parametrize("loss", [mask_focal, mask_dice])
+def test_a_perfect_mask_costs_nothing_and_padding_never_counts(loss: Callable[..., torch.Tensor]) -> None:
+    logits, target = masks()
+    perfect = torch.where(target, 100.0, -100.0)
+    assert loss(perfect, target, AREA).max() < 1e-6
+    spoilt = torch.where(AREA.unsqueeze(1), logits, -logits)
+    torch.testing.assert_close(loss(spoilt, target, AREA), loss(logits, target, AREA))
+    assert not torch.allclose(loss(spoilt, target), loss(logits, target))
+
+
+def test_absent_prompts_do_not_count() -> None:
+    values, valid = torch.tensor([[1.0, 5.0], [3.0, 100.0]]), torch.tensor([[True, True], [True, False]])
+    assert mean_per_prompt(values, valid) == 3
+    assert mean_per_prompt(values, torch.zeros_like(valid)) == 0

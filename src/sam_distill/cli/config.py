@@ -48,8 +48,18 @@ def check(cfg: DictConfig) -> list[str]:
 
 
 def parameters(target: Any) -> dict[str, inspect.Parameter]:
-    """A callable's parameters by name, annotations evaluated where they can be; none known: anything goes."""
-    return dict(_signature(target).parameters)
+    """A callable's parameters by name, annotations evaluated where they can be; none known: anything goes.
+
+    Where a class hands `**more` on to its base, the base's parameters are its own.
+    """
+    known = dict(_signature(target).parameters)
+    for base in target.__mro__[1:-1] if inspect.isclass(target) else ():
+        more = next((n for n, p in known.items() if p.kind is p.VAR_KEYWORD), None)
+        if more is None:
+            break
+        del known[more]
+        known = dict(_signature(base).parameters) | known
+    return known
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

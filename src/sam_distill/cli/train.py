@@ -15,6 +15,7 @@ from sam_distill.engine.optim import AdamW
 from sam_distill.engine.training import fit, new_student
 from sam_distill.evaluate.agreement import Agreement
 from sam_distill.models.encoders import ImageEncoder
+from sam_distill.prompts.samplers import PromptSampler
 from sam_distill.strategies.base import Strategy
 from sam_distill.teachers import LiveTeacher
 
@@ -24,6 +25,7 @@ def train(
     strategy: Strategy,
     encoder: ImageEncoder,
     teacher: LiveTeacher,
+    prompts: PromptSampler,
     data: DataSource,
     optim: AdamW,
     protocol: Agreement,
@@ -32,6 +34,9 @@ def train(
     budget: Duration,
     validate_every: Duration | None,
     batch_size: Annotated[int, Field(gt=0)],
+    accumulate: Annotated[int, Field(gt=0)],
+    ema: Annotated[float, Field(gt=0, lt=1)] | None,
+    step_times: bool,
     seed: int,
     image_size: Annotated[int, Field(ge=64, le=1024, multiple_of=64)],
     neck_from_teacher: bool,
@@ -44,6 +49,7 @@ def train(
         strategy=strategy,
         student=new_student(encoder, teacher.sam, image_size, neck_from_teacher),
         teacher=teacher,
+        prompts=prompts,
         source=data,
         optim=optim,
         protocol=protocol,
@@ -52,6 +58,9 @@ def train(
         budget=budget,
         validate_every=validate_every,
         batch_size=batch_size,
+        accumulate=accumulate,
+        ema=ema,
+        step_times=step_times,
         seed=seed,
         init=init,
         resume=resume,

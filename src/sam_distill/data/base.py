@@ -12,6 +12,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from itertools import count, islice
 from typing import Annotated, Generic, Literal, TypeVar
@@ -87,6 +88,10 @@ class DataSource(ABC):
         Ranks and loader workers share the images out. start: images that this rank has consumed already, where a
         resumed run goes on. batch_size: per rank; the loader takes batches of it from its workers in turn.
         """
+
+    def annotate(self, count: int, seed: int) -> None:
+        """Have every training image come with `count` of its annotations; without effect on streams made before."""
+        raise UserError(f"{type(self).__name__} has no annotations: take data=sa1b")
 
     @abstractmethod
     def val_samples(self) -> list[Sample]:
@@ -172,14 +177,14 @@ class IndexedStream(IterableDataset[Sample], Generic[Item]):
         self.batch_size = batch_size
 
     def __iter__(self) -> Iterator[Sample]:
-        for index in self._indices():
+        for epoch, index in self._indices():
             try:
-                yield self.source.load(self.source.train[index])
+                yield replace(self.source.load(self.source.train[index]), epoch=epoch)
             except UserError as error:
                 self.damage.report(index, str(error))
 
-    def _indices(self) -> Iterator[int]:
-        """Indices into `source.train`, for the batches that fall to this worker."""
+    def _indices(self) -> Iterator[tuple[int, int]]:
+        """Epochs and indices into `source.train`, for the batches that fall to this worker."""
         worker, workers = loader_worker()
         images, order, order_epoch = len(self.source.train), np.empty(0, np.int64), -1
         for batch in count(worker, workers):
@@ -188,7 +193,7 @@ class IndexedStream(IterableDataset[Sample], Generic[Item]):
                 epoch, place = divmod(position * self.world_size + self.rank, images)
                 if epoch != order_epoch:
                     order, order_epoch = np.random.default_rng((self.seed, epoch)).permutation(images), epoch
-                yield int(order[place])
+                yield epoch, int(order[place])
 
 
 class EvalStream(IterableDataset[Sample]):
@@ -215,6 +220,7 @@ def loader_worker() -> tuple[int, int]:
 
 def collate(samples: list[Sample]) -> Batch:
     """Lay each image into the top-left corner of a black frame: B samples -> images [B, 3, 1024, 1024] uint8."""
+    annotations = [sample.annotations for sample in samples if sample.annotations is not None]
     images = torch.zeros(len(samples), 3, FRAME, FRAME, dtype=torch.uint8)
     for frame, sample in zip(images, samples, strict=True):
         height, width = sample.image.shape[-2:]
@@ -224,6 +230,8 @@ def collate(samples: list[Sample]) -> Batch:
         images=images,
         sizes=torch.tensor([sample.image.shape[-2:] for sample in samples]),
         original_sizes=torch.tensor([sample.original_size for sample in samples]),
+        epochs=[sample.epoch for sample in samples],
+        annotations=torch.stack(annotations) if annotations else None,
     )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+from pytorch_lightning.callbacks import EMAWeightAveraging
 from pytorch_lightning.loggers import WandbLogger
 
 from sam_distill.data.base import DataSource
@@ -53,8 +54,21 @@ class Throughput(pl.Callback):
             seconds = self._waited + self._worked
             module.log("train/images_per_second", self._images / seconds)
             module.log("train/data_wait", self._waited / seconds)
-            module.log("train/lr", trainer.optimizers[0].param_groups[0]["lr"])
+            rates = {g["name"]: g["lr"] for g in trainer.optimizers[0].param_groups if "no decay" not in g["name"]}
+            module.log("train/lr", max(rates.values()))
+            if len(rates) > 1:
+                module.log_dict({f"train/lr/{part}": rate for part, rate in rates.items()})
             self._reset()
+
+
+class Averaged(EMAWeightAveraging):
+    """An exponential moving average of the weights, which is what is judged and saved; training goes on without it."""
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Too early: the run folder still has to save the average."""
+
+    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        super().on_validation_epoch_end(trainer, module)
 
 
 class RunFolder(pl.Callback):

@@ -12,9 +12,9 @@ from torchmetrics import MeanMetric
 from sam_distill.evaluate.agreement import Agreement, Comparison, Outcome, Target
 from sam_distill.losses import embedding_cosine, embedding_mse
 from sam_distill.metrics import MeanIoU
-from sam_distill.models.sam import Sam, valid_area
+from sam_distill.models.sam import Sam
 from sam_distill.predict.overlays import comparison
-from sam_distill.types import GRID, Batch
+from sam_distill.types import GRID, Batch, valid_area
 
 KINDS = ("point", "box")
 PICTURES = 8  # rows drawn per judgement: one prompt per image, points and boxes in turn

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytorch_lightning as pl
@@ -14,35 +15,55 @@ from sam_distill.engine.optim import AdamW
 from sam_distill.evaluate.agreement import Agreement, Target
 from sam_distill.models.checkpoints import DESCRIPTION, describe
 from sam_distill.models.sam import Sam
+from sam_distill.prompts.samplers import PromptSampler
 from sam_distill.strategies.base import Strategy
 from sam_distill.teachers import LiveTeacher
 from sam_distill.types import Batch, UserError
+
+
+def requirements(strategy: Strategy, prompts: PromptSampler) -> frozenset[str]:
+    """The fields of `Batch` that a training step reads."""
+    if "annotations" in strategy.requires and not prompts.of_annotations:
+        raise UserError(
+            "strategy.targets=annotations learns the annotation that a prompt was made from: "
+            "take prompts=boxes or prompts=mask_points, with prompts.masks=annotations"
+        )
+    return strategy.requires | (prompts.requires if "prompts" in strategy.requires else frozenset())
 
 
 class Distillation(pl.LightningModule):
     """Trains `student` by `strategy`, validates it by `agreement`. The teacher is not part of the module's state."""
 
     def __init__(
-        self, student: Sam, strategy: Strategy, teacher: LiveTeacher, optim: AdamW, agreement: Agreement
+        self,
+        student: Sam,
+        strategy: Strategy,
+        teacher: LiveTeacher,
+        prompts: PromptSampler,
+        optim: AdamW,
+        agreement: Agreement,
     ) -> None:
         super().__init__()
-        missing = strategy.requires - teacher.provides
+        self.requires = requirements(strategy, prompts)
+        missing = self.requires - teacher.provides - {"prompts", "annotations"}  # data say themselves if they have none
         if missing:
             raise UserError(
                 f"strategy {type(strategy).__name__} needs {', '.join(sorted(missing))}, which no one provides"
             )
         self.student = student.to(memory_format=torch.channels_last)
         self.strategy = strategy
+        self.prompts = prompts
         self.optim = optim
         self.judge = Judge(agreement)
         self.metrics: dict[str, float] = {}  # of the latest validation, ...
         self.validated_at: int | None = None  # ... and its step
         self._teacher = (teacher,)  # in a tuple, where nn.Module does not find it
         self._answers: dict[tuple[str, ...], tuple[Batch, Tensor, list[Target]]] = {}
-        self._trainable = strategy.trainable(student)
+        self.trainable = strategy.trainable(student)
         student.requires_grad_(False)
-        for part in self._trainable.values():
+        for part in self.trainable.values():
             part.requires_grad_(True)
+        self.train()  # Lightning calls it no more: it restores the modes that it finds
 
     @property
     def teacher(self) -> LiveTeacher:
@@ -51,13 +72,16 @@ class Distillation(pl.LightningModule):
     def train(self, mode: bool = True) -> Distillation:
         """Frozen parts stay in eval mode whoever calls this: BatchNorm's statistics would drift."""
         super().train(False)
-        for part in self._trainable.values():
+        for part in self.trainable.values():
             part.train(mode)
         self.training = mode
         return self
 
     def training_step(self, batch: Batch, _: int) -> Tensor:
-        out = self.strategy.step(self.student, self.teacher.fill(batch))
+        batch = self.teacher.fill(batch, self.requires)
+        if "prompts" in self.requires:
+            batch = replace(batch, prompts=self.prompts.draw(batch))
+        out = self.strategy.step(self.student, batch)
         if not torch.isfinite(out.loss):
             raise UserError(
                 f"the loss is {out.loss.item()} at step {self.global_step} (images {', '.join(batch.keys)}): "
@@ -108,7 +132,7 @@ class Distillation(pl.LightningModule):
         return judge.compute()
 
     def configure_optimizers(self) -> Any:
-        optimizer, schedule = self.optim.build(self._trainable, self.trainer.max_steps)
+        optimizer, schedule = self.optim.build(self.trainable, self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -11,6 +11,8 @@ from pydantic import Field
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from sam_distill.types import UserError
+
 _NO_DECAY = ("bias", "attention_biases", "pos_embed", "rel_pos_h", "rel_pos_w")
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -20,6 +22,7 @@ class AdamW:
     """lr: peak learning rate. weight_decay: on matrices and filters only.
     warmup: share of the steps over which the rate climbs linearly. final: rate at the end, as a share of lr.
     clip: largest norm of the gradient; 0 for none.
+    scale: factors on lr for parts of the student, such as {mask_decoder: 0.1}; 1 for those not named.
     """
 
     def __init__(
@@ -30,6 +33,7 @@ class AdamW:
         warmup: Fraction = 0.05,
         final: Fraction = 0.01,
         clip: Annotated[float, Field(ge=0)] = 1.0,
+        scale: Mapping[str, Annotated[float, Field(gt=0)]] | None = None,
     ) -> None:
         self.lr = lr
         self.weight_decay = weight_decay
@@ -37,9 +41,13 @@ class AdamW:
         self.warmup = warmup
         self.final = final
         self.clip = clip
+        self.scale = dict(scale or {})
 
     def build(self, parts: Mapping[str, nn.Module], total_steps: int) -> tuple[torch.optim.AdamW, LambdaLR]:
         """Optimizer over the trainable parts, and its per-step schedule."""
+        unknown = self.scale.keys() - parts.keys()
+        if unknown:
+            raise UserError(f"optim.scale names {', '.join(sorted(unknown))}; what trains is {', '.join(parts)}")
         groups = [group for name, part in parts.items() for group in self._groups(name, part)]
         optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=self.betas)
         return optimizer, LambdaLR(optimizer, lambda step: self._factor(step, total_steps))
@@ -50,8 +58,9 @@ class AdamW:
         for key, parameter in part.named_parameters():
             is_free = parameter.ndim <= 1 or key.split(".")[-1] in _NO_DECAY
             (free if is_free else decayed).append(parameter)
-        yield {"name": name, "params": decayed, "weight_decay": self.weight_decay}
-        yield {"name": f"{name}, no decay", "params": free, "weight_decay": 0.0}
+        lr = self.lr * self.scale.get(name, 1.0)
+        yield {"name": name, "params": decayed, "weight_decay": self.weight_decay, "lr": lr}
+        yield {"name": f"{name}, no decay", "params": free, "weight_decay": 0.0, "lr": lr}
 
     def _factor(self, step: int, total_steps: int) -> float:
         warmup_steps = round(self.warmup * total_steps)

@@ -17,19 +17,21 @@ from rich.console import Console
 from rich.table import Table
 
 from sam_distill.data.base import DataSource
-from sam_distill.engine.callbacks import RunFolder, Throughput
+from sam_distill.engine.callbacks import Averaged, RunFolder, Throughput
 from sam_distill.engine.datamodule import Loaders
 from sam_distill.engine.durations import in_steps
 from sam_distill.engine.hardware import Hardware
 from sam_distill.engine.judge import KINDS
 from sam_distill.engine.loggers import CsvOnly, WandB, close
-from sam_distill.engine.module import Distillation
+from sam_distill.engine.module import Distillation, requirements
 from sam_distill.engine.optim import AdamW
 from sam_distill.engine.record import History, write_prompts
+from sam_distill.engine.step_times import StepTimes
 from sam_distill.evaluate.agreement import Agreement
 from sam_distill.models.checkpoints import load_weights
 from sam_distill.models.encoders import ImageEncoder
 from sam_distill.models.sam import Sam
+from sam_distill.prompts.samplers import PromptSampler
 from sam_distill.strategies.base import Strategy
 from sam_distill.teachers import LiveTeacher
 from sam_distill.types import UserError
@@ -59,6 +61,7 @@ def fit(
     strategy: Strategy,
     student: Sam,
     teacher: LiveTeacher,
+    prompts: PromptSampler,
     source: DataSource,
     optim: AdamW,
     protocol: Agreement,
@@ -67,6 +70,9 @@ def fit(
     budget: str,
     validate_every: str | None,
     batch_size: int,
+    accumulate: int,
+    ema: float | None,
+    step_times: bool,
     seed: int,
     init: str | None,
     resume: str | None,
@@ -74,14 +80,19 @@ def fit(
 ) -> dict[str, Any]:
     """Train `student` for `budget` and return the metrics of the last validation, which metrics.json holds too."""
     checkpoint = None if resume is None else _last_checkpoint(Path(resume))
+    if strategy.finetunes and init is None and resume is None:
+        raise UserError(f"{type(strategy).__name__} starts from a distilled student: give init=RUN_DIR or a checkpoint")
+    if "annotations" in requirements(strategy, prompts):
+        source.annotate(prompts.count, seed)
+    strategy.prepare(student)
     if init is not None:
         load_weights(student, init)
-    images_per_step = batch_size * hardware.devices * hardware.nodes
+    images_per_step = batch_size * accumulate * hardware.devices * hardware.nodes
     steps = in_steps(budget, images_per_step, source.num_train_images)
     interval = in_steps(validate_every, images_per_step, source.num_train_images) if validate_every else 0
     interval = min(steps, interval or -(-steps // VALIDATIONS))
 
-    module = Distillation(student, strategy, teacher, optim, protocol)
+    module = Distillation(student, strategy, teacher, prompts, optim, protocol)
     loaders = Loaders(source, batch_size, seed, hardware)
     history = History(run_dir / "history.csv", resume=checkpoint is not None)
     facts: dict[str, Any] = {
@@ -92,7 +103,10 @@ def fit(
     }
     folder = RunFolder(run_dir, history, source, facts)
     name = "-".join([type(strategy).__name__.lower(), *_words(student), f"seed{seed}"])
-    trainer = _trainer(hardware, optim, run_dir, steps, interval, [Throughput(), folder])
+    callbacks: list[pl.Callback] = [Throughput(), folder]  # the run folder first: it saves the average
+    callbacks += [Averaged(decay=ema)] if ema else []
+    callbacks += [StepTimes()] if step_times else []
+    trainer = _trainer(hardware, optim, run_dir, steps, interval, accumulate, callbacks)
     if not source.val_images:
         raise UserError("there is no image to validate on: data.val_images must be at least 1")
     trainer.loggers = [history, *logger.build(run_dir, name, _config(run_dir))]
@@ -119,7 +133,13 @@ def fit(
 
 
 def _trainer(
-    hardware: Hardware, optim: AdamW, run_dir: Path, steps: int, interval: int, callbacks: list[pl.Callback]
+    hardware: Hardware,
+    optim: AdamW,
+    run_dir: Path,
+    steps: int,
+    interval: int,
+    accumulate: int,
+    callbacks: list[pl.Callback],
 ) -> pl.Trainer:
     _quieten()
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs
@@ -136,7 +156,8 @@ def _trainer(
         **hardware.trainer_arguments(),
         max_steps=steps,
         max_epochs=-1,
-        val_check_interval=interval,
+        val_check_interval=interval * accumulate,  # counted in batches
+        accumulate_grad_batches=accumulate,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         log_every_n_steps=max(1, min(50, steps // LOG_LINES)),

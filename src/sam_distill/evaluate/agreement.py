@@ -16,9 +16,10 @@ from torch import Tensor
 
 from sam_distill.images import upscale_masks
 from sam_distill.metrics import mask_iou
-from sam_distill.models.sam import Sam, valid_area
-from sam_distill.prompts import box_prompts, boxes_of, point_prompts, uniform_points
-from sam_distill.types import ABSENT, FOREGROUND, LOW_RES, Batch, Masks, Prompts
+from sam_distill.models.sam import Sam
+from sam_distill.prompts.draws import Draw, uniform_points
+from sam_distill.prompts.forms import box_prompts, boxes_of, point_prompts
+from sam_distill.types import ABSENT, FOREGROUND, LOW_RES, MULTI, SINGLE, Batch, Masks, Prompts, valid_area
 
 
 @dataclass(frozen=True)
@@ -83,10 +84,11 @@ class Agreement:
     @torch.no_grad()
     def ask(self, teacher: Sam, embedding: Tensor, batch: Batch) -> list[Target]:
         """Draw the prompts and take down the teacher's answers. embedding: the teacher's, [B, 256, 64, 64]."""
-        points = uniform_points(batch.keys, batch.sizes, self.points, self.seed).unsqueeze(2)
+        draw = Draw(batch.keys, [0] * len(batch), self.seed)  # the same points whenever an image is judged
+        points = uniform_points(draw, batch.sizes, self.points).unsqueeze(2)
         at_points = point_prompts(points, torch.full(points.shape[:3], FOREGROUND, device=points.device))
         answer = self._decode(teacher, embedding, at_points)
-        in_boxes = box_prompts(boxes_of(answer, valid_area(batch.sizes, LOW_RES)))
+        in_boxes = box_prompts(boxes_of(answer > 0, valid_area(batch.sizes, LOW_RES)))
         return [
             Target("point", at_points, answer),
             Target("box", in_boxes, self._decode(teacher, embedding, in_boxes)),
@@ -113,7 +115,7 @@ class Agreement:
     def _decode(self, sam: Sam, embedding: Tensor, prompts: Prompts) -> Tensor:
         """[B, P, 256, 256] logits, in float32 whatever precision training uses: both sides are judged alike."""
         with torch.autocast(embedding.device.type, enabled=False):
-            masks = sam.decode(embedding.float(), prompts, multimask=self.token == "best")
+            masks = sam.decode(embedding.float(), prompts, MULTI if self.token == "best" else SINGLE)
         return _best(masks) if self.token == "best" else masks.low_res[:, :, 0]
 
 

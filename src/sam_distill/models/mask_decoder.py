@@ -130,14 +130,14 @@ class MaskDecoder(nn.Module):
         self.iou_prediction_head = MLP(EMBED_DIM, EMBED_DIM, NUM_MASKS, 3)
 
     def forward(
-        self, embedding: Tensor, image_pe: Tensor, tokens: Tensor, dense: Tensor, labels: Tensor, multimask: bool
+        self, embedding: Tensor, image_pe: Tensor, tokens: Tensor, dense: Tensor, labels: Tensor, wanted: slice
     ) -> Masks:
         """Decode every prompt of every image in one pass.
 
         embedding: [B, 256, 64, 64]; image_pe: [4096, 256].
         tokens: [B, P, N, 256]; dense: [B, P, 256, 64, 64] or [1, 1, 256, 1, 1] (no mask prompt, shared).
         labels: [B, P, N], to keep ABSENT tokens out of attention.
-        multimask: True: tokens 1-3, False: token 0.
+        wanted: the mask tokens to decode: SINGLE, MULTI or ALL.
         """
         batch, prompts = tokens.shape[:2]
         image = (embedding.unsqueeze(1) + dense).flatten(3).transpose(2, 3)
@@ -145,15 +145,14 @@ class MaskDecoder(nn.Module):
         tokens = torch.cat([output_tokens.expand(batch, prompts, -1, -1), tokens], dim=2)
         tokens, image = self.transformer(tokens, image, image_pe, _token_mask(labels, len(output_tokens)))
 
-        chosen = slice(1, NUM_MASKS) if multimask else slice(0, 1)
-        mask_tokens = tokens[:, :, 1 : 1 + NUM_MASKS][:, :, chosen]
+        mask_tokens = tokens[:, :, 1 : 1 + NUM_MASKS][:, :, wanted]
         filters = torch.stack(
-            [mlp(mask_tokens[:, :, i]) for i, mlp in enumerate(self.output_hypernetworks_mlps[chosen])], dim=2
+            [mlp(mask_tokens[:, :, i]) for i, mlp in enumerate(self.output_hypernetworks_mlps[wanted])], dim=2
         )
         image = image.transpose(2, 3).reshape(batch * prompts, EMBED_DIM, GRID, GRID)
         features = self.output_upscaling(image)
         low_res = torch.einsum("nmc,nchw->nmhw", filters.flatten(0, 1).float(), features.float())
-        iou = self.iou_prediction_head(tokens[:, :, 0])[:, :, chosen]
+        iou = self.iou_prediction_head(tokens[:, :, 0])[:, :, wanted]
         return Masks(low_res.unflatten(0, (batch, prompts)), iou.float())
 
 

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from sam_distill.models.mask_decoder import MaskDecoder
 from sam_distill.models.prompt_encoder import PromptEncoder
-from sam_distill.types import FRAME, Masks, Prompts
+from sam_distill.types import FRAME, SINGLE, Masks, Prompts, valid_area
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_STD = (58.395, 57.12, 57.375)
@@ -40,17 +40,17 @@ class Sam(nn.Module):
             return torch.cat([self.encode(images[i : i + 1], sizes[i : i + 1]) for i in range(len(images))])
         return self.image_encoder(preprocess(images, sizes, self.image_size)).float()
 
-    def decode(self, embedding: Tensor, prompts: Prompts, multimask: bool = False) -> Masks:
-        """embedding [B, 256, 64, 64], prompts for the same B images -> masks: 3 per prompt if multimask, else 1."""
+    def decode(self, embedding: Tensor, prompts: Prompts, wanted: slice = SINGLE) -> Masks:
+        """embedding [B, 256, 64, 64], prompts for the same B images -> the wanted masks: SINGLE, MULTI or ALL."""
         if len(embedding) > 1 and _better_one_by_one(embedding):
-            each = [self.decode(embedding[i : i + 1], prompts[i : i + 1], multimask) for i in range(len(embedding))]
+            each = [self.decode(embedding[i : i + 1], prompts[i : i + 1], wanted) for i in range(len(embedding))]
             return Masks(torch.cat([masks.low_res for masks in each]), torch.cat([masks.iou for masks in each]))
         tokens, dense = self.prompt_encoder(prompts)
         image_pe = self.prompt_encoder.dense_positions()
-        return self.mask_decoder(embedding, image_pe, tokens, dense, prompts.labels, multimask)
+        return self.mask_decoder(embedding, image_pe, tokens, dense, prompts.labels, wanted)
 
-    def forward(self, images: Tensor, sizes: Tensor, prompts: Prompts, multimask: bool = False) -> Masks:
-        return self.decode(self.encode(images, sizes), prompts, multimask)
+    def forward(self, images: Tensor, sizes: Tensor, prompts: Prompts, wanted: slice = SINGLE) -> Masks:
+        return self.decode(self.encode(images, sizes), prompts, wanted)
 
 
 def _better_one_by_one(images: Tensor) -> bool:
@@ -71,11 +71,3 @@ def preprocess(images: Tensor, sizes: Tensor, image_size: int) -> Tensor:
             F.interpolate(value, size=(image_size, image_size), mode="bilinear", antialias=True) for value in (x, area)
         )
     return ((x - mean * area) / std).contiguous(memory_format=torch.channels_last)
-
-
-def valid_area(sizes: Tensor, side: int) -> Tensor:
-    """[B, 1, side, side] bool: True for cells whose centre lies in the valid area of a frame (sizes: [B, 2] (h, w))."""
-    centres = (torch.arange(side, device=sizes.device) + 0.5) * (FRAME / side)
-    rows = centres < sizes[:, 0, None]
-    columns = centres < sizes[:, 1, None]
-    return (rows[:, :, None] & columns[:, None, :]).unsqueeze(1)

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from sam_distill.images import Size, scale_points, to_frame, upscale_masks
 from sam_distill.models.sam import Sam
-from sam_distill.prompts import box_prompts, point_prompts
-from sam_distill.types import FRAME, Prompts
+from sam_distill.prompts.forms import box_prompts, point_prompts
+from sam_distill.types import FRAME, MULTI, SINGLE, Prompts
 
 
 class SamPredictor:
@@ -68,7 +68,7 @@ class SamPredictor:
         if (point_coords is None) != (point_labels is None):
             raise ValueError("point_coords and point_labels belong together: give both or neither")
         prompts = self._prompts(self.original_size, point_coords, point_labels, box, mask_input)
-        masks = self.model.decode(self.features, prompts, multimask_output)
+        masks = self.model.decode(self.features, prompts, MULTI if multimask_output else SINGLE)
         low_res, iou = masks.low_res[0, 0], masks.iou[0, 0]
         logits = upscale_masks(low_res, self.input_size, self.original_size)
         result = logits if return_logits else logits > 0

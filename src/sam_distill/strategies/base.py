@@ -13,10 +13,16 @@ from sam_distill.types import Batch, StepOutput
 class Strategy(nn.Module, ABC):
     """What is compared, and what learns from it. No trainer, logger or optimizer here.
 
-    requires: the fields of `Batch` that a step reads beyond the images; checked against data and teacher before step 0.
+    requires: the fields of `Batch` that a step reads beyond the images; checked against data, teacher and prompts
+        before step 0.
+    finetunes: begins with a student that has been distilled already (`init=`).
     """
 
     requires: frozenset[str] = frozenset()
+    finetunes: bool = False
+
+    def prepare(self, sam: Sam) -> None:
+        """Change a new student, which has the teacher's prompt encoder and mask decoder, before weights are loaded."""
 
     @abstractmethod
     def trainable(self, sam: Sam) -> dict[str, nn.Module]:

@@ -22,7 +22,12 @@ from sam_distill.images import to_frame
 from sam_distill.models.checkpoints import load_sam
 from sam_distill.models.encoders import TinyViT
 from sam_distill.models.sam import Sam
-from sam_distill.strategies.embeddings import Decoupled
+from sam_distill.prompts.samplers import Boxes, Points
+from sam_distill.strategies.coupled import Coupled
+from sam_distill.strategies.decoupled import Decoupled
+from sam_distill.strategies.finetune_decoder import FinetuneDecoder
+from sam_distill.strategies.finetune_joint import FinetuneJoint
+from sam_distill.strategies.semi_coupled import SemiCoupled
 from sam_distill.teachers import LiveTeacher
 from sam_distill.types import Batch, Sample, StepOutput, UserError
 
@@ -53,7 +58,7 @@ def run(run_dir: Path, live: LiveTeacher, sam: Sam, **changes: Any) -> dict[str,
     options: dict[str, Any] = {
         "strategy": Decoupled(), "optim": AdamW(lr=1e-3), "protocol": Agreement(points=1), "hardware": HARDWARE,
         "logger": CsvOnly(), "budget": "6 steps", "validate_every": "3 steps", "batch_size": 2, "seed": 0,
-        "init": None, "resume": None,
+        "prompts": Points(1, 0), "accumulate": 1, "ema": None, "step_times": False, "init": None, "resume": None,
     }  # fmt: skip
     return fit(student=sam, teacher=live, source=Drawings(), run_dir=run_dir, **options | changes)
 
@@ -61,6 +66,10 @@ def run(run_dir: Path, live: LiveTeacher, sam: Sam, **changes: Any) -> dict[str,
 def history(run_dir: Path, column: str) -> dict[int, float]:
     with (run_dir / "history.csv").open() as file:
         return {int(row["step"]): float(row[column]) for row in csv.DictReader(file) if row[column]}
+
+
+def columns(run_dir: Path) -> list[str]:
+    return (run_dir / "history.csv").read_text().splitlines()[0].split(",")
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +162,93 @@ class Demanding(Decoupled):
 def test_what_nobody_provides_is_missed_before_step_0(tmp_path: Path, live: LiveTeacher) -> None:
     with pytest.raises(UserError, match="needs moonlight, which no one provides"):
         run(tmp_path, live, student(live), strategy=Demanding())
+
+
+PARTS = {
+    "semi_coupled": (SemiCoupled(), ("image_encoder.",)),
+    "coupled": (Coupled(), ("image_encoder.", "mask_decoder.")),
+    "finetune_decoder": (FinetuneDecoder(), ("mask_decoder.",)),
+    "finetune_joint": (FinetuneJoint(), ("image_encoder.", "mask_decoder.")),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_mask_strategy(name: str, finished: tuple[Path, Sam], tmp_path: Path, live: LiveTeacher) -> None:
+    """It starts from a distilled run, changes what it says and no BatchNorm statistics beside, and is saved whole."""
+    strategy, trains = PARTS[name]
+    theirs = {key: value.clone() for key, value in live.sam.state_dict().items()}
+    start, sam = load_sam(finished[0]).state_dict(), student(live)
+    run(tmp_path, live, sam, strategy=strategy, budget="2 steps", init=str(finished[0]), step_times=True)
+    saved = load_sam(tmp_path).state_dict()
+    assert all(torch.equal(value, sam.state_dict()[key]) for key, value in saved.items())
+    for part in ("image_encoder.", "prompt_encoder.", "mask_decoder."):
+        changed = [key for key, value in start.items() if key.startswith(part) and not torch.equal(value, saved[key])]
+        assert bool(changed) == (part in trains), changed[:5]
+    assert all(torch.equal(value, theirs[key]) for key, value in live.sam.state_dict().items())
+    kept = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    assert kept.keys() == {f"student.{key}" for key in saved}
+    assert {"train/focal", "train/dice", "train/iou_error", "train/miou"} <= set(columns(tmp_path))
+
+
+def test_what_finetunes_needs_a_start(tmp_path: Path, live: LiveTeacher) -> None:
+    with pytest.raises(UserError, match="FinetuneDecoder starts from a distilled student: give init=RUN_DIR"):
+        run(tmp_path, live, student(live), strategy=FinetuneDecoder())
+
+
+def test_annotations_where_there_are_none(tmp_path: Path, live: LiveTeacher) -> None:
+    strategy = SemiCoupled(targets="annotations", tokens="minimum")
+    with pytest.raises(UserError, match=r"take prompts=boxes .* with prompts.masks=annotations"):
+        run(tmp_path, live, student(live), strategy=strategy)
+    with pytest.raises(UserError, match="Drawings has no annotations: take data=sa1b"):
+        run(tmp_path, live, student(live), strategy=strategy, prompts=Boxes(1, 0, masks="annotations"))
+
+
+def test_batches_accumulate(tmp_path: Path, live: LiveTeacher) -> None:
+    """Two batches of two images make one step of four, and a resumed run goes on with the images that come next."""
+    run(tmp_path, live, student(live), accumulate=2, budget="8 images", validate_every="1 step")
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert (metrics["steps"], metrics["images"], metrics["images_per_step"]) == (2, 8, 4)
+    assert sorted(history(tmp_path, "val/miou/point")) == [0, 1, 2]
+
+
+def test_parts_learn_at_their_own_rates(finished: tuple[Path, Sam], tmp_path: Path, live: LiveTeacher) -> None:
+    optim = AdamW(lr=1e-3, scale={"mask_decoder": 0.1})
+    run(tmp_path, live, student(live), strategy=Coupled(), optim=optim, budget="1 step", accumulate=1)
+    rate, slow = (history(tmp_path, f"train/lr/{part}")[1] for part in ("image_encoder", "mask_decoder"))
+    assert slow == pytest.approx(0.1 * rate)
+    with pytest.raises(UserError, match=r"optim.scale names mask_decoder; what trains is image_encoder"):
+        run(tmp_path, live, student(live), optim=optim)
+
+
+def test_the_average_is_what_is_judged_and_saved(tmp_path: Path, live: LiveTeacher) -> None:
+    """And training goes on without it, also after a crash."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    whole.mkdir()
+    broken.mkdir()
+    run(whole, live, student(live), ema=0.9)
+    kept = torch.load(whole / "checkpoints" / "last.ckpt", weights_only=True)
+    key = "image_encoder.neck.conv.weight"
+    average, last = kept["state_dict"][f"student.{key}"], kept["current_model_state"][f"student.{key}"]
+    assert not torch.equal(average, last)
+    assert torch.equal(load_sam(whole).state_dict()[key], average)
+    metrics = judge(
+        student=load_sam(whole), teacher=live.sam, source=Drawings(), split="val", protocol=Agreement(points=1),
+        hardware=HARDWARE, batch_size=2, run_dir=tmp_path,
+    )  # fmt: skip
+    assert metrics["embedding_mse"] == pytest.approx(history(whole, "val/embedding_mse")[6], rel=1e-5)
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(broken, live, student(live), strategy=Stumbling(5), ema=0.9)
+    run(broken, live, student(live), resume=str(broken), ema=0.9)
+    for column in ("train/loss", "val/embedding_mse"):
+        assert history(broken, column) == pytest.approx(history(whole, column), rel=1e-4), column
+
+
+def test_step_times_add_up(tmp_path: Path, live: LiveTeacher) -> None:
+    run(tmp_path, live, student(live), strategy=Coupled(), budget="4 steps", validate_every="4 steps", step_times=True)
+    parts = {name: history(tmp_path, name) for name in columns(tmp_path) if name.startswith("time/")}
+    assert set(parts) == {f"time/{part}" for part in ("data", "teacher", "encoder", "decoder", "loss", "optimizer")}
+    whole = 1000 * 2 / history(tmp_path, "train/images_per_second")[4]
+    assert sum(values[4] for values in parts.values()) == pytest.approx(whole, rel=0.1)
 
 
 def test_resuming_nothing(tmp_path: Path, live: LiveTeacher) -> None:

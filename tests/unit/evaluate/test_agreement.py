@@ -22,7 +22,7 @@ def batch() -> Batch:
     for image, (height, width) in zip(images, sizes.tolist(), strict=True):
         coarse = torch.rand(1, 3, 6, 6, generator=generator) * 255
         image[:, :height, :width] = torch.nn.functional.interpolate(coarse, (height, width))[0].byte()
-    return Batch(["landscape", "portrait"], images, sizes, torch.tensor([[200, 300], [320, 200]]))
+    return Batch(["landscape", "portrait"], images, sizes, torch.tensor([[200, 300], [320, 200]]), [0, 0])
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ from torch import Tensor
 from sam_distill.models import checkpoints
 from sam_distill.models.encoders import SamViT, TinyViT
 from sam_distill.models.sam import Sam
-from sam_distill.prompts import box_prompts, point_prompts
-from sam_distill.types import Prompts
+from sam_distill.prompts.forms import box_prompts, point_prompts
+from sam_distill.types import MULTI, SINGLE, Prompts
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 SIZE = (683, 1024)  # a 3:2 photograph in the frame
@@ -102,7 +102,7 @@ def official_decode(model: Any, embedding: Tensor, multimask: bool, **prompts: A
 def test_mobile_sam_masks(reference: Any, teacher: Sam, embedding: Tensor, name: str, multimask: bool) -> None:
     ours, theirs = PROMPTS[name]
     low_res, iou = official_decode(reference, embedding, multimask, **theirs)
-    masks = teacher.decode(embedding, ours(), multimask)
+    masks = teacher.decode(embedding, ours(), MULTI if multimask else SINGLE)
     torch.testing.assert_close(masks.low_res[0], low_res, **TOLERANCE)
     torch.testing.assert_close(masks.iou[0], iou, **TOLERANCE)
 
@@ -113,7 +113,7 @@ def test_mobile_sam_mask_input(reference: Any, teacher: Sam, embedding: Tensor, 
     earlier, _ = official_decode(reference, embedding, False, points=(POINTS, LABELS))
     low_res, iou = official_decode(reference, embedding, multimask, points=(POINTS, LABELS), masks=earlier)
     ours = point_prompts(**batched(points=POINTS, labels=LABELS, masks=earlier))
-    masks = teacher.decode(embedding, ours, multimask)
+    masks = teacher.decode(embedding, ours, MULTI if multimask else SINGLE)
     torch.testing.assert_close(masks.low_res[0], low_res, **TOLERANCE)
     torch.testing.assert_close(masks.iou[0], iou, **TOLERANCE)
 

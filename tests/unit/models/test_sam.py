@@ -6,8 +6,9 @@ import torch
 from torch.nn import functional as F
 
 from sam_distill.models.layers import LayerNorm2d
-from sam_distill.models.sam import PIXEL_MEAN, PIXEL_STD, Sam, preprocess, valid_area
-from sam_distill.prompts import point_prompts
+from sam_distill.models.sam import PIXEL_MEAN, PIXEL_STD, Sam, preprocess
+from sam_distill.prompts.forms import point_prompts
+from sam_distill.types import valid_area
 
 SIZES = torch.tensor([[683, 1024], [1024, 700]])
 

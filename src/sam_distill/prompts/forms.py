@@ -1,11 +1,9 @@
-"""Make prompts: from points and boxes as SAM takes them, or drawn at random, the same for every strategy and run."""
+"""Make prompts of points and boxes as SAM takes them, and boxes of masks."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -37,22 +35,28 @@ def box_prompts(
     return Prompts(corners, corner_labels, masks)
 
 
-def uniform_points(keys: Sequence[str], sizes: Tensor, count: int, seed: int, step: int = 0) -> Tensor:
-    """`count` pixels per image, uniform over its valid area: [B, count, 2] float32 (x, y), on the device of `sizes`.
+def join(parts: Sequence[Prompts]) -> Prompts:
+    """Prompts for the same images, next to each other. Those with fewer points are filled up with ABSENT."""
+    longest = max(part.labels.shape[-1] for part in parts)
+    missing = [longest - part.labels.shape[-1] for part in parts]
+    points = [F.pad(part.points, (0, 0, 0, n)) for part, n in zip(parts, missing, strict=True)]
+    labels = [F.pad(part.labels, (0, n), value=ABSENT) for part, n in zip(parts, missing, strict=True)]
+    return Prompts(torch.cat(points, dim=1), torch.cat(labels, dim=1))
 
-    They depend on (seed, key, step) alone, so strategies and sweeps see the same prompts, and a resumed run goes on.
-    """
-    uniform = np.stack([_generator(seed, key, step).random((count, 2), dtype=np.float32) for key in keys])
-    extent = sizes.flip(-1).unsqueeze(1)  # (w, h)
-    return (torch.from_numpy(uniform).to(sizes.device) * extent).floor()
+
+def add_points(prompts: Prompts, points: Tensor, labels: Tensor) -> Prompts:
+    """One more point for each prompt: points [B, P, 2], labels [B, P], ABSENT where a prompt gets none."""
+    return Prompts(
+        torch.cat([points.unsqueeze(2), prompts.points], dim=2), torch.cat([labels.unsqueeze(2), prompts.labels], dim=2)
+    )
 
 
-def boxes_of(low_res: Tensor, area: Tensor) -> Tensor:
-    """Tight boxes of masks: logits [B, P, 256, 256] > 0 within area [B, 1, 256, 256] -> [B, P, 4] frame pixels.
+def boxes_of(masks: Tensor, area: Tensor) -> Tensor:
+    """Tight boxes of masks [B, P, 256, 256] bool within area [B, 1, 256, 256] -> [B, P, 4] frame pixels.
 
     An empty mask has no box: NaN.
     """
-    inside = (low_res > 0) & area
+    inside = masks & area
     cell = FRAME // LOW_RES
     sides = []
     for occupied in (inside.any(-2), inside.any(-1)):  # columns, rows: [B, P, 256]
@@ -61,8 +65,3 @@ def boxes_of(low_res: Tensor, area: Tensor) -> Tensor:
         sides.append(torch.stack([first, last], dim=-1))
     boxes = torch.stack(sides, dim=-1).flatten(-2).float()  # x0, y0, x1, y1
     return boxes.masked_fill(~inside.any((-1, -2)).unsqueeze(-1), torch.nan)
-
-
-def _generator(seed: int, key: str, step: int) -> np.random.Generator:
-    digest = hashlib.blake2b(f"{seed}/{step}/{key}".encode(), digest_size=8).digest()
-    return np.random.default_rng(int.from_bytes(digest, "little"))

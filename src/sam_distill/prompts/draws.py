@@ -1,0 +1,104 @@
+"""Everything about prompts that is drawn at random, for all images and prompts at once.
+
+A draw depends on (seed, image key, epoch) alone, not on the batch, the rank or what was drawn before: strategies and
+sweeps see the same prompts, and a resumed run goes on as if it had never stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sam_distill.types import ABSENT, BACKGROUND, FOREGROUND, FRAME, LOW_RES
+
+_CELL = FRAME // LOW_RES  # pixels
+_FEWEST_WRONG = 10  # cells; below that a correction would be noise (EdgeSAM's number)
+
+
+def generator(seed: int, key: str, epoch: int, purpose: str = "") -> np.random.Generator:
+    """purpose: keeps draws apart that are made for the same image at the same time."""
+    digest = hashlib.blake2b(f"{seed}/{epoch}{purpose}/{key}".encode(), digest_size=8).digest()
+    return np.random.default_rng(int.from_bytes(digest, "little"))
+
+
+class Draw:
+    """A source of random numbers for the images of one batch."""
+
+    def __init__(self, keys: Sequence[str], epochs: Sequence[int], seed: int, purpose: str = "") -> None:
+        self.generators = [generator(seed, key, epoch, purpose) for key, epoch in zip(keys, epochs, strict=True)]
+
+    def uniform(self, *shape: int) -> Tensor:
+        """[B, *shape] float32 in [0, 1)."""
+        return torch.from_numpy(np.stack([g.random(shape, dtype=np.float32) for g in self.generators]))
+
+    def normal(self, *shape: int) -> Tensor:
+        """[B, *shape] float32, mean 0, standard deviation 1."""
+        return torch.from_numpy(np.stack([g.standard_normal(shape, dtype=np.float32) for g in self.generators]))
+
+
+def uniform_points(draw: Draw, sizes: Tensor, count: int) -> Tensor:
+    """`count` pixels per image, uniform over its valid area: [B, count, 2] float32 (x, y), on the device of `sizes`."""
+    extent = sizes.flip(-1).unsqueeze(1)  # (w, h)
+    return (draw.uniform(count, 2).to(sizes.device) * extent).floor()
+
+
+def points_in(draw: Draw, masks: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """A pixel for each mask, uniform over its cells within the valid area.
+
+    masks: [B, P, 256, 256] bool, False in the padding -> points [B, P, 2] float32 and found [B, P] bool, False where
+    the mask is empty.
+    """
+    cells = masks.flatten(2)
+    count = cells.sum(-1)
+    random = draw.uniform(masks.shape[1], 3).to(masks.device)
+    rank = (random[..., 0] * count).floor().clamp_max((count - 1).clamp_min(0))
+    index = (cells.cumsum(-1) > rank.unsqueeze(-1)).int().argmax(-1)  # the cell of that rank
+    corner = torch.stack([index % LOW_RES, index // LOW_RES], dim=-1) * _CELL
+    last = (sizes.flip(-1) - 1).unsqueeze(1)  # a cell at the border may reach into the padding
+    return torch.minimum(corner + (random[..., 1:] * _CELL).floor(), last), count > 0
+
+
+def jitter(draw: Draw, boxes: Tensor, sizes: Tensor, share: float, most: float) -> Tensor:
+    """SAM's noise on boxes [B, P, 4]: standard deviation `share` of each side, at most `most` frame pixels."""
+    sides = (boxes[..., 2:] - boxes[..., :2]).repeat(1, 1, 2)
+    noise = (draw.normal(boxes.shape[1], 4).to(boxes.device) * share * sides).clamp(-most, most)
+    last = (sizes.flip(-1) - 1).repeat(1, 2).unsqueeze(1)  # (w, h, w, h)
+    return torch.minimum((boxes + noise).round().clamp_min(0), last)
+
+
+def points_at(draw: Draw, points: Tensor, sizes: Tensor, nearest: float, farthest: float) -> Tensor:
+    """For each point [B, P, 2] another one in a random direction and distance (frame pixels), within the valid area.
+
+    In an image too small for the distance, it is the farthest of several on the border.
+    """
+    directions = 16
+    random = draw.uniform(points.shape[1], 2 + directions).to(points.device)
+    distance = nearest + (farthest - nearest) * random[..., :1]
+    angles = 2 * torch.pi * (random[..., 1:2] + torch.arange(directions, device=points.device) / directions)
+    steps = distance.unsqueeze(-1) * torch.stack([angles.cos(), angles.sin()], dim=-1)
+    there = (points.unsqueeze(2) + steps).round()  # [B, P, directions, 2]
+    last = (sizes.flip(-1) - 1)[:, None, None]
+    within = torch.minimum(there.clamp_min(0), last)
+    is_inside = (there == within).all(-1)
+    length = (within - points.unsqueeze(2)).norm(dim=-1) / FRAME  # below 2
+    score = torch.where(is_inside, 2 + random[..., 2:], length)
+    best = score.argmax(-1)[..., None, None].expand(-1, -1, 1, 2)
+    return within.gather(2, best).squeeze(2)
+
+
+def corrections(draw: Draw, answer: Tensor, target: Tensor, area: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """The next click of a user who corrects: somewhere in the error region, labelled as the target has it there.
+
+    answer, target: [B, P, 256, 256] bool; area: [B, 1, 256, 256] bool -> points [B, P, 2], labels [B, P], which are
+    ABSENT where next to nothing is wrong. (EdgeSAM, prompt-in-the-loop; SAM, "Training algorithm".)
+    """
+    wrong = (answer ^ target) & area
+    points, _ = points_in(draw, wrong, sizes)
+    cell = (points // _CELL).long()
+    at = (cell[..., 1] * LOW_RES + cell[..., 0]).unsqueeze(-1)
+    labels = torch.where(target.flatten(2).gather(2, at).squeeze(-1), FOREGROUND, BACKGROUND)
+    return points, labels.masked_fill(wrong.sum((-1, -2)) < _FEWEST_WRONG, ABSENT)

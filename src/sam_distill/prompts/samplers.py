@@ -1,0 +1,152 @@
+"""What to ask while training: each sampler draws `count` prompts for every image of a batch, never in the padding."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from sam_distill.prompts.draws import Draw, jitter, points_at, points_in, uniform_points
+from sam_distill.prompts.forms import box_prompts, boxes_of, join, point_prompts
+from sam_distill.types import ABSENT, BACKGROUND, FOREGROUND, LOW_RES, Batch, Prompts, valid_area
+
+Count = Annotated[int, Field(gt=0)]
+Masks = Literal["teacher", "annotations"]
+
+
+class PromptSampler(ABC):
+    """count: prompts per image. seed: of the draws, together with an image's key and epoch.
+
+    requires: the fields of `Batch` that a draw reads.
+    """
+
+    requires: frozenset[str] = frozenset()
+    of_annotations: bool = False  # every prompt p of an image was made from its annotation p
+
+    def __init__(self, count: Count, seed: int) -> None:
+        self.count = count
+        self.seed = seed
+
+    @abstractmethod
+    def draw(self, batch: Batch, first: int = 0) -> Prompts:
+        """`count` prompts per image. first: how many prompts other samplers draw before, in a mixture."""
+
+    def source(self, batch: Batch, first: int, purpose: str = "") -> Draw:
+        return Draw(batch.keys, batch.epochs, self.seed, f"+{first}{purpose}" if first or purpose else "")
+
+
+class Points(PromptSampler):
+    """One foreground point, uniform over the image: the paper's prompt (section 3.2)."""
+
+    def draw(self, batch: Batch, first: int = 0) -> Prompts:
+        points = uniform_points(self.source(batch, first), batch.sizes, self.count).unsqueeze(2)
+        return point_prompts(points, torch.full(points.shape[:3], FOREGROUND, device=points.device))
+
+
+class PointPairs(PromptSampler):
+    """A foreground point, uniform over the image, and a background point at some distance (paper, Table 7).
+
+    distance: the least and the most, in frame pixels.
+    """
+
+    def __init__(self, count: Count, seed: int, distance: tuple[float, float] = (100, 500)) -> None:
+        super().__init__(count, seed)
+        self.distance = distance
+
+    def draw(self, batch: Batch, first: int = 0) -> Prompts:
+        source = self.source(batch, first)
+        points = uniform_points(source, batch.sizes, self.count)
+        others = points_at(source, points, batch.sizes, *self.distance)
+        pairs = torch.stack([points, others], dim=2)
+        labels = torch.tensor([FOREGROUND, BACKGROUND], device=pairs.device).expand(pairs.shape[:3])
+        return point_prompts(pairs, labels)
+
+
+class Grid(PromptSampler):
+    """Foreground points on a regular grid over the image: `side` x `side` of them."""
+
+    def __init__(self, side: Count) -> None:
+        super().__init__(side * side, seed=0)
+        self.side = side
+
+    def draw(self, batch: Batch, first: int = 0) -> Prompts:
+        steps = (torch.arange(self.side, device=batch.sizes.device) + 0.5) / self.side
+        y, x = torch.meshgrid(steps, steps, indexing="ij")
+        grid = torch.stack([x, y], dim=-1).view(1, -1, 1, 2)
+        points = (grid * batch.sizes.flip(-1)[:, None, None]).floor()
+        return point_prompts(points, torch.full(points.shape[:3], FOREGROUND, device=points.device))
+
+
+class OfMasks(PromptSampler):
+    """Prompts made of masks.
+
+    masks: the teacher's, at points uniform over the image; or the image's annotations.
+    """
+
+    def __init__(self, count: Count, seed: int, masks: Masks = "teacher") -> None:
+        super().__init__(count, seed)
+        self.of_annotations = masks == "annotations"
+        self.requires = frozenset({"annotations" if self.of_annotations else "ask_teacher"})
+
+    def masks_of(self, batch: Batch, first: int) -> Tensor:
+        """[B, count, 256, 256] bool, False in the padding; empty where there is nothing to ask for."""
+        area = valid_area(batch.sizes, LOW_RES)
+        if self.of_annotations:
+            assert batch.annotations is not None
+            return batch.annotations[:, first : first + self.count] & area
+        assert batch.ask_teacher is not None
+        points = uniform_points(self.source(batch, first, "mask"), batch.sizes, self.count).unsqueeze(2)
+        prompts = point_prompts(points, torch.full(points.shape[:3], FOREGROUND, device=points.device))
+        return (batch.ask_teacher(prompts).low_res[:, :, 0] > 0) & area
+
+
+class MaskPoints(OfMasks):
+    """One foreground point, uniform over a mask."""
+
+    def draw(self, batch: Batch, first: int = 0) -> Prompts:
+        points, found = points_in(self.source(batch, first), self.masks_of(batch, first), batch.sizes)
+        return point_prompts(points.unsqueeze(2), torch.where(found, FOREGROUND, ABSENT).unsqueeze(2))
+
+
+class Boxes(OfMasks):
+    """The box of a mask, with noise as SAM adds it (its appendix A, "Training algorithm").
+
+    noise: standard deviation, as a share of the side; never more than `most` frame pixels. 0 and 0: tight boxes.
+    """
+
+    def __init__(
+        self,
+        count: Count,
+        seed: int,
+        masks: Masks = "teacher",
+        noise: Annotated[float, Field(ge=0)] = 0.1,
+        most: Annotated[float, Field(ge=0)] = 20,
+    ) -> None:
+        super().__init__(count, seed, masks)
+        self.noise = noise
+        self.most = most
+
+    def draw(self, batch: Batch, first: int = 0) -> Prompts:
+        boxes = boxes_of(self.masks_of(batch, first), valid_area(batch.sizes, LOW_RES))
+        return box_prompts(jitter(self.source(batch, first), boxes, batch.sizes, self.noise, self.most))
+
+
+class Mixture(PromptSampler):
+    """Several kinds of prompts for every image, side by side."""
+
+    def __init__(self, parts: Annotated[Sequence[PromptSampler], Field(min_length=1)]) -> None:
+        super().__init__(sum(part.count for part in parts), seed=0)
+        self.parts = parts
+        self.of_annotations = all(part.of_annotations for part in parts)
+        self.requires = frozenset[str]().union(*(part.requires for part in parts))
+
+    def draw(self, batch: Batch, first: int = 0) -> Prompts:
+        drawn = []
+        for part in self.parts:
+            drawn.append(part.draw(batch, first))
+            first += part.count
+        return join(drawn)

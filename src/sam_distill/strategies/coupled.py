@@ -1,0 +1,42 @@
+"""Coupled distillation: encoder and decoder learn masks together."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from torch import nn
+
+from sam_distill.models.mask_decoder import MaskDecoder
+from sam_distill.models.sam import Sam
+from sam_distill.strategies.masks import MaskStrategy
+
+
+class Coupled(MaskStrategy):
+    """Image encoder and mask decoder learn from masks together, as SAM itself was trained (paper, Figure 2, left).
+
+    decoder: where the mask decoder starts: scratch, or as a copy of the teacher's.
+    prompt_encoder: frozen, the teacher's; or it trains, too (its embeddings of points and boxes, all that is in use).
+    """
+
+    def __init__(
+        self,
+        decoder: Literal["scratch", "teacher"] = "scratch",
+        prompt_encoder: Literal["frozen", "trains"] = "frozen",
+        **masks: Any,
+    ) -> None:
+        super().__init__(**masks)
+        self.decoder = decoder
+        self.prompt_encoder = prompt_encoder
+
+    def prepare(self, sam: Sam) -> None:
+        if self.decoder == "scratch":
+            sam.mask_decoder = MaskDecoder()
+
+    def trainable(self, sam: Sam) -> dict[str, nn.Module]:
+        parts: dict[str, nn.Module] = {"image_encoder": sam.image_encoder, "mask_decoder": sam.mask_decoder}
+        if self.prompt_encoder == "trains":
+            prompts = sam.prompt_encoder
+            parts["prompt_encoder"] = nn.ModuleList(
+                [prompts.point_embeddings, prompts.not_a_point_embed, prompts.no_mask_embed]
+            )
+        return parts

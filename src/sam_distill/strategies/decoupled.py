@@ -1,0 +1,50 @@
+"""Decoupled distillation: the encoder learns the teacher's embedding."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+from torch import nn
+
+from sam_distill.losses import embedding_cosine, embedding_mse, embedding_norm, embedding_smooth_l1
+from sam_distill.models.sam import Sam
+from sam_distill.strategies.base import Strategy
+from sam_distill.types import GRID, Batch, StepOutput, valid_area
+
+_LOSSES = {"mse": embedding_mse, "smooth_l1": embedding_smooth_l1, "norm": embedding_norm}
+
+
+class Decoupled(Strategy):
+    """Decoupled distillation (paper, section 3.2 and Figure 3): no prompt and no mask decoder at training time.
+
+    The student's image encoder learns the teacher's embedding; the teacher's decoder then works on it as it is.
+
+    loss: mse, the paper's; smooth_l1, NanoSAM's; norm, the root of the sum of squares.
+    cosine: weight of an added (1 - cosine similarity); EfficientSAM3 takes 1.
+    mask_padding: leave the padding of the frame out of the loss.
+    """
+
+    requires = frozenset({"teacher_embedding"})
+
+    def __init__(
+        self,
+        loss: Literal["mse", "smooth_l1", "norm"] = "mse",
+        cosine: Annotated[float, Field(ge=0)] = 0.0,
+        mask_padding: bool = True,
+    ) -> None:
+        super().__init__()
+        self.distance = _LOSSES[loss]
+        self.cosine = cosine
+        self.mask_padding = mask_padding
+
+    def trainable(self, sam: Sam) -> dict[str, nn.Module]:
+        return {"image_encoder": sam.image_encoder}
+
+    def step(self, sam: Sam, batch: Batch) -> StepOutput:
+        assert batch.teacher_embedding is not None
+        embedding = sam.encode(batch.images, batch.sizes)
+        area = valid_area(batch.sizes, GRID) if self.mask_padding else None
+        loss = self.distance(embedding, batch.teacher_embedding, area)
+        cosine = embedding_cosine(embedding, batch.teacher_embedding, area)
+        return StepOutput(loss + self.cosine * (1 - cosine), {"cosine": cosine.detach()})

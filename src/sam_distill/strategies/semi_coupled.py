@@ -1,0 +1,15 @@
+"""Semi-coupled distillation: the encoder learns masks through a frozen decoder."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from sam_distill.models.sam import Sam
+from sam_distill.strategies.masks import MaskStrategy
+
+
+class SemiCoupled(MaskStrategy):
+    """The image encoder learns from masks, through a frozen copy of the teacher's decoder (paper, Figure 2, right)."""
+
+    def trainable(self, sam: Sam) -> dict[str, nn.Module]:
+        return {"image_encoder": sam.image_encoder}

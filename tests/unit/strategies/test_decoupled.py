@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sam_distill.losses import embedding_mse, embedding_norm, embedding_smooth_l1
+from sam_distill.strategies.decoupled import Decoupled
+from sam_distill.types import Batch, valid_area
+
+SIZES = torch.tensor([[640, 1024]])
+STUDENT, TEACHER = torch.randn(2, 1, 256, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+class Answering:
+    """A student whose embedding is known."""
+
+    def encode(self, images: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+        return STUDENT
+
+
+BATCH = Batch(["a"], torch.zeros(1, 3, 8, 8, dtype=torch.uint8), SIZES, SIZES, [0], teacher_embedding=TEACHER)
+LOSSES = {"mse": embedding_mse, "smooth_l1": embedding_smooth_l1, "norm": embedding_norm}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("mask_padding", [True, False])
+def test_loss(loss: str, mask_padding: bool) -> None:
+    area = valid_area(SIZES, 64) if mask_padding else None
+    out = Decoupled(loss=loss, mask_padding=mask_padding).step(Answering(), BATCH)  # type: ignore[arg-type]
+    torch.testing.assert_close(out.loss, LOSSES[loss](STUDENT, TEACHER, area))
+
+
+def test_cosine_is_added() -> None:
+    plain, more = (Decoupled(cosine=weight).step(Answering(), BATCH) for weight in (0.0, 2.0))  # type: ignore[arg-type]
+    torch.testing.assert_close(more.loss, plain.loss + 2 * (1 - plain.logs["cosine"]))
