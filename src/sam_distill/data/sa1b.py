@@ -86,7 +86,8 @@ class Sa1b(DataSource):
         shards, problems = _index(path, "data.path")
         total = sum(len(shard.keys) for shard in shards)
         if val_path is None:
-            self.val = _spread(shards, affordable_val(total, val_images, f"data.path={path}"))
+            held, self.shortage = affordable_val(total, val_images, f"data.path={path}")
+            self.val = _spread(shards, held)
         else:
             val_shards, val_problems = _index(val_path, "data.val_path")
             self.val = _spread(val_shards, val_images)

@@ -101,6 +101,8 @@ def fit(
         name, facts["parameters"] / 1e6, student.image_size, steps, images_per_step,
         steps * images_per_step / source.num_train_images, source.num_train_images, hardware.num_format, hardware.kind,
     )  # fmt: skip
+    if source.shortage:
+        log.warning(source.shortage)
     try:
         if checkpoint is None:
             log.info("Validating before the first step (the teacher answers %d images)", source.val_images)

@@ -30,10 +30,13 @@ HARDWARE = Hardware(accelerator="cpu", precision="fp32", workers=0)
 
 
 class Drawings(IndexedSource[int]):
-    def __init__(self) -> None:
+    def __init__(self, damaged: int | None = None) -> None:
         self.train, self.val = range(4), range(4, 6)
+        self.damaged = damaged
 
     def load(self, item: int) -> Sample:
+        if item == self.damaged:
+            raise UserError(f"drawing{item} is torn")
         image = Image.new("RGB", (96, 64), (40 * item, 120, 200))
         ImageDraw.Draw(image).ellipse((10 + 6 * item, 8, 50 + 6 * item, 50), fill=(200, 40 * item, 20))
         return Sample(f"drawing{item}", to_frame(image), (64, 96))
@@ -53,9 +56,9 @@ def run(run_dir: Path, live: LiveTeacher, sam: Sam, **changes: Any) -> dict[str,
     options: dict[str, Any] = {
         "strategy": Decoupled(), "optim": AdamW(lr=1e-3), "protocol": Agreement(points=1), "hardware": HARDWARE,
         "logger": CsvOnly(), "budget": "6 steps", "validate_every": "3 steps", "batch_size": 2, "seed": 0,
-        "init": None, "resume": None,
+        "init": None, "resume": None, "source": Drawings(),
     }  # fmt: skip
-    return fit(student=sam, teacher=live, source=Drawings(), run_dir=run_dir, **options | changes)
+    return fit(student=sam, teacher=live, run_dir=run_dir, **options | changes)
 
 
 def history(run_dir: Path, column: str) -> dict[int, float]:
@@ -139,6 +142,15 @@ def test_a_resumed_run_follows_the_same_curve(finished: tuple[Path, Sam], tmp_pa
     for column in ("train/loss", "val/miou/point", "train/lr"):
         assert history(tmp_path, column) == pytest.approx(history(finished[0], column), rel=1e-4), column
     assert "before/miou/point" in json.loads((tmp_path / "metrics.json").read_text())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_a_damaged_training_image_is_left_out(tmp_path: Path, live: LiveTeacher, workers: int) -> None:
+    hardware = Hardware(accelerator="cpu", precision="fp32", workers=workers)
+    run(tmp_path, live, student(live), source=Drawings(damaged=1), hardware=hardware, validate_every=None)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert (metrics["steps"], metrics["images_skipped"]) == (6, 1)
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path, live: LiveTeacher) -> None:
