@@ -107,7 +107,8 @@ class RunFolder(pl.Callback):
         metrics["images_skipped"] = self.source.skipped
         metrics["images_per_second"] = round(metrics["images"] / self.seconds, 2)
         write_json(self.run_dir / "metrics.json", metrics)
-        save_sam(module.student, self.run_dir / "student.pt")
+        if step:  # what has not trained is no student
+            save_sam(module.student, self.run_dir / "student.pt")
         self._draw(trainer, module, step)
         log.info(
             "step %d/%d  val mIoU point %.3f  box %.3f  embedding MSE %.5f  cosine %.3f",
