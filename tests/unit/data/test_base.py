@@ -1,7 +1,5 @@
 """Choosing by hash, and laying samples into a batch."""
 
-import logging
-
 import pytest
 import torch
 
@@ -37,9 +35,7 @@ def test_too_many_are_wanted(caplog: pytest.LogCaptureFixture) -> None:
 def test_validation_takes_a_fifth_at_most() -> None:
     assert affordable_val(80, 16, "x") == (16, "")
     assert [affordable_val(images, 16, "x")[0] for images in (79, 19, 10, 2, 1)] == [15, 3, 2, 1, 0]
-    assert affordable_val(19, 16, "x")[1] == (
-        "x has only 19 images: 3, not 16, are held out for validation (a fifth)"
-    )
+    assert affordable_val(19, 16, "x")[1] == ("x has only 19 images: 3, not 16, are held out for validation (a fifth)")
 
 
 def test_damage_found_during_validation_can_be_added_to() -> None:

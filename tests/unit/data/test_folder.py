@@ -1,6 +1,5 @@
 """The folder source, and through it everything that `IndexedSource` promises."""
 
-import logging
 from collections import Counter
 from itertools import chain
 from pathlib import Path
