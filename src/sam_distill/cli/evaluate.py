@@ -11,13 +11,13 @@ from sam_distill.data.base import DataSource, Split
 from sam_distill.engine.evaluation import judge
 from sam_distill.engine.hardware import Hardware
 from sam_distill.evaluate.agreement import Agreement
-from sam_distill.models.checkpoints import load_sam
+from sam_distill.models.checkpoints import Checkpoint, load_sam
 from sam_distill.teachers import LiveTeacher
 
 
 def evaluate(
     *,
-    checkpoint: str,
+    checkpoint: Checkpoint,
     teacher: LiveTeacher,
     data: DataSource,
     split: Split,
