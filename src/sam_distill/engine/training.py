@@ -12,7 +12,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import yaml
-from pytorch_lightning.callbacks import ModelCheckpoint, RichProgressBar
+from pytorch_lightning.callbacks import ModelCheckpoint
 from rich.console import Console
 from rich.table import Table
 
@@ -25,6 +25,7 @@ from sam_distill.engine.judge import KINDS
 from sam_distill.engine.loggers import CsvOnly, WandB, close
 from sam_distill.engine.module import Distillation
 from sam_distill.engine.optim import AdamW
+from sam_distill.engine.progress import TrainingBar
 from sam_distill.engine.record import History, write_prompts
 from sam_distill.evaluate.agreement import Agreement
 from sam_distill.models.checkpoints import load_weights
@@ -131,9 +132,8 @@ def _trainer(
         ModelCheckpoint(**last, every_n_train_steps=interval, save_on_train_epoch_end=False),
         ModelCheckpoint(**last, train_time_interval=timedelta(minutes=10), save_on_train_epoch_end=False),
     ]
-    terminal = Console().is_terminal
-    if terminal:
-        callbacks.append(RichProgressBar(leave=True))
+    if Console().is_terminal:
+        callbacks.append(TrainingBar())
     return pl.Trainer(
         **hardware.trainer_arguments(),
         max_steps=steps,
@@ -144,7 +144,7 @@ def _trainer(
         log_every_n_steps=max(1, min(50, steps // LOG_LINES)),
         gradient_clip_val=optim.clip or None,
         callbacks=callbacks,
-        enable_progress_bar=terminal,
+        enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=run_dir,
     )
