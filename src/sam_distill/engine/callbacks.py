@@ -98,8 +98,7 @@ class RunFolder(pl.Callback):
         assert isinstance(module, Distillation)
         step = trainer.global_step
         if step == 0:
-            for when, scores in (("before", module.metrics), ("blind", module.blind())):  # all ranks take part
-                self.before |= {f"{when}/{name}": value for name, value in scores.items() if "miou" in name}
+            self.before = {f"before/{n}": value for n, value in module.metrics.items() if "miou" in n} | module.blind()
         if not trainer.is_global_zero:
             return
         metrics = module.metrics | self.before | self.facts

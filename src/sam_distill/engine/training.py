@@ -21,7 +21,7 @@ from sam_distill.engine.callbacks import RunFolder, Throughput
 from sam_distill.engine.datamodule import Loaders
 from sam_distill.engine.durations import in_steps
 from sam_distill.engine.hardware import Hardware
-from sam_distill.engine.judge import KINDS
+from sam_distill.engine.judge import BLIND, KINDS
 from sam_distill.engine.loggers import CsvOnly, WandB, close
 from sam_distill.engine.module import Distillation
 from sam_distill.engine.optim import AdamW
@@ -102,6 +102,9 @@ def fit(
         name, facts["parameters"] / 1e6, student.image_size, steps, images_per_step,
         steps * images_per_step / source.num_train_images, source.num_train_images, hardware.num_format, hardware.kind,
     )  # fmt: skip
+    if teacher._capacity >= source.num_train_images:
+        told = "The first %d images wait for the teacher, whose answers are then remembered: it gets faster after them"
+        log.info(told, source.num_train_images)
     if source.shortage:
         log.warning(source.shortage)
     try:
@@ -156,10 +159,11 @@ def _tell(folder: RunFolder, module: Distillation, run_dir: Path) -> None:
     table = Table("", "before", "blind", "after", title="Agreement with the teacher on images the student never saw")
     for kind in KINDS:
         scores = [folder.before.get(f"{when}/miou/{kind}", float("nan")) for when in ("before", "blind")]
-        table.add_row(f"mIoU, one {kind}", *(f"{score:.3f}" for score in (*scores, module.metrics[f"miou/{kind}"])))
+        scores.append(module.metrics[f"miou/{kind}"])
+        table.add_row(f"mIoU, one {kind}", *(f"{score:.3f}".replace("nan", "") for score in scores))
     console = Console()
     console.print(table)
-    console.print("blind: an encoder that answers every image with the teacher's mean embedding")
+    console.print(f"blind: {BLIND}")
     console.print(f"{folder.seconds:.0f} seconds" + (f"; {skipped} damaged images or tars skipped" if skipped else ""))
     console.print(
         f"pictures  {run_dir / 'pictures'}\nstudent   {run_dir / 'student.pt'}", highlight=False, soft_wrap=True

@@ -11,9 +11,10 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from sam_distill.data.base import IndexedSource
+from sam_distill.data.base import IndexedSource, collate
 from sam_distill.engine.evaluation import judge
 from sam_distill.engine.hardware import Hardware
+from sam_distill.engine.judge import Judge, blind
 from sam_distill.engine.loggers import CsvOnly
 from sam_distill.engine.optim import AdamW
 from sam_distill.engine.training import fit, new_student
@@ -193,5 +194,31 @@ def test_validation_and_evaluate_say_the_same(finished: tuple[Path, Sam], tmp_pa
         hardware=HARDWARE, batch_size=2, run_dir=tmp_path,
     )  # fmt: skip
     trained = json.loads((finished[0] / "metrics.json").read_text())
-    for name in ("miou/point", "miou/box", "embedding_mse"):
+    for name in ("miou/point", "miou/box", "embedding_mse", "blind/miou/point", "blind/miou/box"):
         assert metrics[name] == pytest.approx(trained[name], abs=1e-6)
+    assert metrics["blind/images"] == 2
+
+
+def test_a_single_image_has_no_blind_baseline(tmp_path: Path, live: LiveTeacher) -> None:
+    source = Drawings()
+    source.val = range(5, 6)
+    metrics = judge(
+        student=live.sam, teacher=live.sam, source=source, split="val", protocol=Agreement(points=1),
+        hardware=HARDWARE, batch_size=2, run_dir=tmp_path,
+    )  # fmt: skip
+    assert metrics["images"] == 1
+    assert not any("blind" in name for name in metrics)
+
+
+def test_the_blind_baseline_leaves_out_the_image_itself(live: LiveTeacher) -> None:
+    """Two images: each is answered with the other's embedding, whichever order they come in."""
+    batch = collate([Drawings().load(0), Drawings().load(3)])
+    agreement = Agreement(points=2)
+    own = live.sam.encode(batch.images, batch.sizes)
+    targets = agreement.ask(live.sam, own, batch)
+    swapped = Judge(agreement)
+    swapped.update(live.sam, own.flip(0), batch, own, targets)
+    expected = {f"blind/{name}": value for name, value in swapped.compute().items() if "miou" in name}
+    assert blind(Judge(agreement), live.sam, [(batch, own, targets)], own.sum(0), 2) == pytest.approx(
+        expected, abs=0.02
+    )
