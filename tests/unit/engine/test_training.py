@@ -147,11 +147,15 @@ def test_a_resumed_run_follows_the_same_curve(finished: tuple[Path, Sam], tmp_pa
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-def test_a_damaged_training_image_is_left_out(tmp_path: Path, live: LiveTeacher, workers: int) -> None:
+def test_a_damaged_training_image_is_left_out(
+    tmp_path: Path, live: LiveTeacher, workers: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     hardware = Hardware(accelerator="cpu", precision="fp32", workers=workers)
     run(tmp_path, live, student(live), source=Drawings(damaged=1), hardware=hardware, validate_every=None)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert (metrics["steps"], metrics["images_skipped"]) == (6, 1)
+    assert "The first 4 images wait for the teacher" in caplog.text
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path, live: LiveTeacher) -> None:
