@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from sam_distill.models.checkpoints import load_sam
+from sam_distill.models.checkpoints import Checkpoint, load_sam
 from sam_distill.types import ALL, EMBED_DIM, GRID, Batch, Masks, Prompts
 
 log = logging.getLogger(__name__)
@@ -30,11 +30,11 @@ class LiveTeacher:
 
     provides = frozenset({"teacher_embedding", "ask_teacher"})
 
-    def __init__(self, checkpoint: str, memory_gb: Annotated[float, Field(ge=0)] = 2.0) -> None:
+    def __init__(self, checkpoint: Checkpoint, memory_gb: Annotated[float, Field(ge=0)] = 2.0) -> None:
         log.info("Loading the teacher %s", checkpoint)
         self.checkpoint = checkpoint
         self.sam = load_sam(checkpoint).requires_grad_(False).to(memory_format=torch.channels_last)
-        self._capacity = int(memory_gb * 1e9) // _EMBEDDING_BYTES
+        self.capacity = int(memory_gb * 1e9) // _EMBEDDING_BYTES  # images that it can remember
 
     def __deepcopy__(self, _: object) -> LiveTeacher:
         return self  # weight averaging copies the module that holds us
@@ -54,7 +54,7 @@ class LiveTeacher:
         return replace(batch, teacher_embedding=embedding, ask_teacher=ask)
 
     def _embed(self, batch: Batch) -> Tensor:
-        if not self._capacity:
+        if not self.capacity:
             return self.sam.encode(batch.images, batch.sizes)
         marks = self._marks(batch)
         new = [i for i, mark in enumerate(marks) if mark not in _memory]
@@ -64,7 +64,7 @@ class LiveTeacher:
         for i, mark in enumerate(marks):
             if i not in new:
                 embedding[i] = _memory[mark].to(embedding)
-            elif len(_memory) < self._capacity:
+            elif len(_memory) < self.capacity:
                 _memory[mark] = embedding[i].to("cpu", torch.float16)
         return embedding
 

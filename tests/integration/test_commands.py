@@ -24,14 +24,14 @@ QUICK = ["image_size=64", "batch_size=2", "trainer=cpu", "trainer.workers=0", "e
 
 
 def draw(path: Path, number: int) -> None:
-    image = Image.new("RGB", (96, 64), (40 * number, 120, 200))
-    ImageDraw.Draw(image).ellipse((10 + 6 * number, 8, 50 + 6 * number, 50), fill=(200, 40 * number, 20))
+    image = Image.new("RGB", (96, 64), (40 * number % 256, 120, 200))
+    ImageDraw.Draw(image).ellipse((10 + 6 * number, 8, 50 + 6 * number, 50), fill=(200, 40 * number % 256, 20))
     image.save(path)
 
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    """Six drawings and one file that is only called a JPEG."""
+    """Six drawings and one file that is only called a JPEG, which falls to the training split."""
     folder = tmp_path / "images"
     folder.mkdir()
     for number in range(6):
@@ -53,7 +53,10 @@ def tar(tmp_path: Path, images: Path) -> Path:
     return path
 
 
-def test_train_evaluate_segment(images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_train_evaluate_segment(
+    images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     run_dir, picture = tmp_path / "run", tmp_path / "out" / "cut.png"
     data = ["data=folder", f"data.path={images}"]
     assert app.main(["train", *data, *QUICK, "logger=csv", "budget=4 steps", f"hydra.run.dir={run_dir}"]) == 0
@@ -69,9 +72,15 @@ def test_train_evaluate_segment(images: Path, tmp_path: Path, capfd: pytest.Capt
     assert app.main(command) == 0
     metrics = json.loads((judged / "metrics.json").read_text())
     assert (metrics["images"], metrics["images_skipped"]) == (6, 1)
+    assert 0 <= metrics["blind/miou/point"] <= 1
+    said = capfd.readouterr()
+    assert said.out.count(f"split=all judges on images that {run_dir} was trained on") == 1
+    assert "held out" not in said.out
 
     command = ["segment", f"image={images / '3.png'}", "point=[48,28]", f"path={picture}"]
-    assert app.main([*command, f"hydra.run.dir={tmp_path / 'segment'}"]) == 0
+    assert app.main(command) == 0
+    assert list(picture.parent.iterdir()) == [picture]
+    assert not list(tmp_path.glob("**/segment*"))
     changed = np.asarray(Image.open(picture)).astype(int) - np.asarray(Image.open(images / "3.png"))
     assert (changed[28, 40] != 0).any(), "the ellipse is tinted"
     assert (changed[2, 2] == 0).all(), "the background is not"
@@ -82,7 +91,6 @@ def test_train_evaluate_segment(images: Path, tmp_path: Path, capfd: pytest.Capt
     [
         (["data=folder", "data.path=/nowhere"], "data.path=/nowhere does not exist; expected a folder of images"),
         (["data=sa1b", "data.path=/nowhere/*.tar"], "there is no /nowhere/*.tar"),
-        (["init=/nowhere.pt"], "no checkpoint /nowhere.pt: it is neither a file, a run folder nor a name"),
         (
             ["encoder=tinyvit_11m", "init=mobile_sam"],
             "holds the encoder TinyViT(size=5m), but this is TinyViT(size=11m)",
@@ -104,6 +112,42 @@ def test_mistakes_are_one_line(
     status = json.loads((tmp_path / "status.json").read_text())
     assert status["status"] == "failed"
     assert f"error: {status['why']}" == lines[0]
+
+
+@pytest.mark.parametrize(
+    ("argv", "complaint"),
+    [
+        (["train", "init=/nowhere.pt"], "no checkpoint /nowhere.pt: it is neither a file, a run folder nor a name"),
+        (["train", "resume=/nowhere"], "resume=/nowhere: there is no such folder"),
+        (["evaluate", "checkpoint=mobil_sam"], "did you mean mobile_sam?"),
+        (["train", "data=sa1b", "data.path=a_{0..9}.tar"], "quote it: 'data.path=\"a_{0..9}.tar\"'"),
+        (["segment", "image=x.png", "path=y.png", "point=[10,", "20]"], "quote it: 'point=[10, 20]'"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_mistakes_told_before_there_is_a_run(
+    argv: list[str], complaint: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert app.main(argv) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert complaint in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_segment_says_in_one_line_what_it_cannot_do(
+    images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = ["segment", f"image={images / '3.png'}", "trainer=cpu"]
+    for options, complaint in {
+        ("box=[30,20,10,40]", "path=a.png"): "error: box=[30, 20, 10, 40]: expected [x0,y0,x1,y1] with x0 < x1",
+        ("box=[3,2,10,40]", "path=/proc/a/b.png"): "error: path=/proc/a/b.png: cannot be written (",
+    }.items():
+        assert app.main([*command, *options]) == 1
+        (line,) = capfd.readouterr().err.splitlines()
+        assert line.startswith(complaint)
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
 
 
 def test_truncated_tar_and_wandb_offline(
@@ -160,6 +204,8 @@ def test_kill_and_resume(images: Path, tmp_path: Path) -> None:
 def test_two_processes_judge_as_one(images: Path, tmp_path: Path) -> None:
     """Data-parallel on the CPU: one run folder, and the agreement over the validation images of both ranks."""
     (images / "damaged.jpg").unlink()
+    for number in range(6, 16):
+        draw(images / f"{number}.png", number)
     rows, metrics = [], []
     for devices in (1, 2):
         run_dir = tmp_path / f"{devices}"

@@ -31,8 +31,9 @@ from rich.table import Table
 
 from sam_distill.cli.compose import compose_jobs
 from sam_distill.cli.config import check, parameters
-from sam_distill.cli.resume import continued, would_overwrite
+from sam_distill.cli.resume import continued, misplaced
 from sam_distill.cli.sources import task_overrides
+from sam_distill.cli.usage import print_usage
 
 PROGRAM = "sam-distill"
 tracebacks = logging.getLogger("sam_distill.tracebacks")  # goes to the log file only: conf/hydra/common.yaml
@@ -92,12 +93,15 @@ def _run(command: str, argv: list[str], conf_dir: Path) -> int:
     extra = [f"hydra.searchpath=['file://{Path(args.config_dir).resolve()}']"] if args.config_dir else []
     jobs, mistakes = compose_jobs(conf_dir, command, args.overrides + extra, args.multirun)
     if not (args.help or args.hydra_help or args.cfg or args.info or args.shell_completion):
-        for job in jobs:
-            mistakes += check(job)
+        told = {line.partition("=")[0] for line in mistakes}  # a key that can't be read is not missing as well
+        mistakes += [line for job in jobs for line in check(job) if line.partition("=")[0] not in told]
         mistakes += _forbidden_sweep(jobs, command, args.multirun)
-        mistakes += [] if args.multirun else [line for job in jobs for line in would_overwrite(job)]
+        mistakes += [] if args.multirun else [line for job in jobs for line in misplaced(job)]
     if mistakes:
         return _fail(*dict.fromkeys(mistakes), status=2)
+    if args.help:
+        print_usage(jobs[0])
+        return 0
 
     failed: list[str] = []
     original = list(sys.argv)
@@ -149,7 +153,8 @@ def _run_job(cfg: DictConfig, command: str, argv: list[str], failed: list[str]) 
             expected = isinstance(cause, UserError)
             # A loader's worker process sends its traceback along, the message last.
             status["why"] = str(cause).rpartition("UserError: ")[2].strip() if expected else _describe(cause)
-            tracebacks.exception(status["why"])
+            if recorded or not expected:  # a command without records leaves no log behind for a user's mistake
+                tracebacks.exception(status["why"])
             where = f"job {settings.job.num} ({settings.job.override_dirname}): " if swept else ""
             _fail(where + status["why"] + ("" if expected else f" (traceback in {log})"))
             failed.append(str(settings.job.num) if swept else command)

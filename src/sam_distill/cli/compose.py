@@ -6,6 +6,7 @@ Hydra stops at the first bad override. Here each is tried by itself once composi
 from __future__ import annotations
 
 import pkgutil
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -60,14 +61,15 @@ class _Composer:
         return self.loader.load_configuration(self.command, overrides, run_mode=RunMode.RUN, from_shell=False)
 
     def parse(self, overrides: list[str]) -> list[Override]:
-        parsed = []
-        for text in overrides:
+        parsed, words = [], list(overrides)
+        while words:
+            text = words.pop(0)
             try:
                 parsed.append(self.parser.parse_override(text))
             except HydraException as error:
-                key, equals, value = text.partition("=")
-                said = f"can't be read ({one_line(error)}); quote it: {key}='\"{value}\"'"
-                self.mistakes.append(f"{text}: {said if equals else 'not an override; write key=value'}")
+                torn = _torn_off(text, words)
+                del words[: len(torn)]
+                self.mistakes.append(_unreadable(text, torn, one_line(error)))
         return parsed
 
     def single(self, parsed: list[Override]) -> list[str]:
@@ -127,6 +129,30 @@ class _Composer:
             return f"in no file yet; add it with +{override.input_line}"
         guess = nearest(key, known | allowed)
         return f"no such key{guess and f'; did you mean {guess}?'}"
+
+
+def _torn_off(text: str, words: list[str]) -> list[str]:
+    """The words that belong to `text`, as in `point=[10, 20]` without quotes, which the shell splits at its space."""
+    ends = (end for end in range(1, len(words) + 1) if _open_brackets(" ".join([text, *words[:end]])) == 0)
+    return words[: next(ends, 0)] if _open_brackets(text) > 0 else []
+
+
+def _open_brackets(text: str) -> int:
+    return sum((char in "[{(") - (char in ")}]") for char in text)
+
+
+def _unreadable(text: str, torn: list[str], reason: str) -> str:
+    """A line about an override that isn't one; what it says to write works when pasted into a shell."""
+    whole = " ".join([text, *torn])
+    key, equals, value = text.partition("=")
+    if not equals:
+        return f"{text}: not an override; write key=value"
+    if torn:
+        return f"{whole}: torn apart at its spaces; leave them out, or quote it: {shlex.quote(whole)}"
+    if _open_brackets(text) > 0:
+        return f"{text}: a bracket is not closed"
+    quoted = value.replace('"', '\\"')
+    return f"{text}: can't be read ({reason}); quote it: " + shlex.quote(f'{key}="{quoted}"')
 
 
 def _why(error: Exception) -> str:

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from pathlib import Path
 from typing import Annotated
 
+import yaml
 from pydantic import Field
 
 from sam_distill.data.base import DataSource, Split
 from sam_distill.engine.evaluation import judge
 from sam_distill.engine.hardware import Hardware
 from sam_distill.evaluate.agreement import Agreement
-from sam_distill.models.checkpoints import load_sam
+from sam_distill.models.checkpoints import Checkpoint, load_sam
 from sam_distill.teachers import LiveTeacher
+
+log = logging.getLogger(__name__)
 
 
 def evaluate(
     *,
-    checkpoint: str,
+    checkpoint: Checkpoint,
     teacher: LiveTeacher,
     data: DataSource,
     split: Split,
@@ -27,6 +32,9 @@ def evaluate(
     run_dir: Path,
 ) -> None:
     """Judge `checkpoint` by `teacher`; conf/evaluate.yaml says what each option means."""
+    trained_on = _data_path(Path(checkpoint).expanduser())
+    if split == "all" and trained_on and trained_on == _data_path(run_dir):
+        log.warning("split=all judges on images that %s was trained on, too; split=val does not", checkpoint)
     judge(
         student=load_sam(checkpoint),
         teacher=teacher.sam,
@@ -37,3 +45,10 @@ def evaluate(
         batch_size=batch_size,
         run_dir=run_dir,
     )
+
+
+def _data_path(run_dir: Path) -> list[str]:
+    """What data.path named in a run folder's config.yaml; empty if there is no such thing."""
+    file = run_dir / "config.yaml"
+    path = yaml.safe_load(file.read_text())["data"].get("path") if file.is_file() else None
+    return [os.path.abspath(p) for p in ([path] if isinstance(path, str) else path or [])]

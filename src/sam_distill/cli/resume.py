@@ -23,10 +23,12 @@ def continued(argv: list[str]) -> list[str]:
     return [*kept, *argv, *place]
 
 
-def would_overwrite(cfg: DictConfig) -> list[str]:
-    """A complaint if a new run is to begin in the folder of another, whose checkpoint it would replace."""
-    run_dir = Path(cfg.hydra.run.dir)
-    if cfg.get("resume", "") is None and (run_dir / "checkpoints" / "last.ckpt").is_file():
+def misplaced(cfg: DictConfig) -> list[str]:
+    """A complaint if a run is to go on nowhere, or to begin in the folder of another, whose checkpoint it'd replace."""
+    run_dir, resume = Path(cfg.hydra.run.dir), cfg.get("resume", "")
+    if resume and not Path(resume).is_dir():
+        return [f"resume={resume}: there is no such folder; expected that of a run"]
+    if resume is None and (run_dir / "checkpoints" / "last.ckpt").is_file():
         return [
             f"hydra.run.dir={run_dir} holds a run already: resume={run_dir} goes on with it; else choose another folder"
         ]

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from sam_distill.engine.hardware import Hardware
 from sam_distill.images import decode
-from sam_distill.models.checkpoints import load_sam
+from sam_distill.models.checkpoints import Checkpoint, load_sam
 from sam_distill.predict.overlays import overlay
 from sam_distill.predict.predictor import SamPredictor
 from sam_distill.types import UserError
@@ -27,7 +27,7 @@ Box = Annotated[Sequence[float], Field(min_length=4, max_length=4)]
 def segment(
     *,
     image: str,
-    checkpoint: str,
+    checkpoint: Checkpoint,
     point: Point | None,
     points: Sequence[Point] | None,
     labels: Sequence[Literal[0, 1]] | None,
@@ -44,6 +44,8 @@ def segment(
     if not coordinates and box is None:
         raise UserError("nothing to segment: give point=[x,y], points=[[x,y],...] or box=[x0,y0,x1,y1]")
     corners = [] if box is None else [box[:2], box[2:]]
+    if box is not None and not (box[0] < box[2] and box[1] < box[3]):
+        raise UserError(f"box={list(box)}: expected [x0,y0,x1,y1] with x0 < x1 and y0 < y1")
     for x, y in [*coordinates, *corners]:
         if not (0 <= x <= picture.width and 0 <= y <= picture.height):
             raise UserError(f"({x:g}, {y:g}) lies outside {image}, which is {picture.width} x {picture.height} pixels")
@@ -57,9 +59,13 @@ def segment(
         multimask_output=box is None and len(coordinates) == 1,
     )
     mask = masks[iou.argmax()]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    overlay(picture, mask, points=coordinates, labels=signs, box=box).save(target)
-    log.info("%s: %.1f%% of the image, predicted IoU %.2f", target, 100 * mask.mean(), iou.max())
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        overlay(picture, mask, points=coordinates, labels=signs, box=box).save(target)
+    except OSError as error:
+        raise UserError(f"path={path}: cannot be written ({error.strerror or error})") from error
+    estimate = min(1.0, float(iou.max()))  # the decoder's own, which may overshoot
+    log.info("%s: %.1f%% of the image, predicted IoU %.2f", target, 100 * mask.mean(), estimate)
 
 
 def _points(

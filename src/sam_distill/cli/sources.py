@@ -46,7 +46,7 @@ class Sources:
         hydra = cfg.hydra
         self.choices: dict[str, Any] = dict(hydra.runtime.choices)
         self.overrides = [text.lstrip("+~").partition("=")[0] for text in task_overrides(hydra)]
-        roots = [Path(s.path) for s in hydra.runtime.config_sources if s.schema == "file"]
+        self.roots = [Path(s.path) for s in hydra.runtime.config_sources if s.schema == "file"]
         chosen = {hydra.job.config_name: ""} | {
             f"{group.partition('@')[0]}/{choice}": group.rpartition("@")[2].replace("/", ".")
             for group, choice in self.choices.items()
@@ -55,7 +55,7 @@ class Sources:
         self.files = [
             _Source(path, f"{root.name}/{name}.yaml", "" if "@package _global_" in path.read_text() else package)
             for name, package in chosen.items()
-            for root in roots
+            for root in self.roots
             if (path := root / f"{name}.yaml").is_file()
         ]
 
@@ -66,12 +66,23 @@ class Sources:
         return self._file(key).shown
 
     def comment(self, key: str) -> str:
-        """The comment beside a key's line in its file: mandatory keys have their example there."""
+        """The comment beside a key's line, or beside a group's in the command's defaults; "" if there is none."""
         name = re.escape(key.rpartition(".")[2])
-        line = re.search(rf"^\s*{name}:.*?#\s*(.+)$", self._file(key).path.read_text(), re.MULTILINE)
-        return line.group(1).strip() if line else ""
+        files = self.files[:1] if key in self.choices else self._defining(key) or [self._file(key)]
+        for file in reversed(files):
+            line = re.search(rf"^\s*(?:- )?(?:optional )?{name}:.*?#\s*(.+)$", file.path.read_text(), re.MULTILINE)
+            if line:
+                return line.group(1).strip()
+        return ""
+
+    def options(self, group: str) -> list[str]:
+        """The choices there are."""
+        return sorted({path.stem for root in self.roots for path in (root / group).glob("*.yaml")})
+
+    def _defining(self, key: str) -> list[_Source]:
+        return [file for file in self.files if file.defines(key)]
 
     def _file(self, key: str) -> _Source:
         inside = [file for file in self.files if file.keys_of(key) is not None]
-        defining = [file for file in inside if file.defines(key)]
+        defining = self._defining(key)
         return defining[-1] if defining else max(inside, key=lambda file: len(file.package))

@@ -14,6 +14,7 @@ from sam_distill.engine.loggers import CsvOnly, WandB
 from sam_distill.engine.optim import AdamW
 from sam_distill.engine.training import fit, new_student
 from sam_distill.evaluate.agreement import Agreement
+from sam_distill.models.checkpoints import Checkpoint
 from sam_distill.models.encoders import ImageEncoder
 from sam_distill.prompts.samplers import PromptSampler
 from sam_distill.strategies.base import Strategy
@@ -40,7 +41,7 @@ def train(
     seed: int,
     image_size: Annotated[int, Field(ge=64, le=1024, multiple_of=64)],
     neck_from_teacher: bool,
-    init: str | None,
+    init: Checkpoint | None,
     resume: str | None,
     run_dir: Path,
 ) -> None:

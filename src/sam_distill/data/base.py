@@ -45,7 +45,8 @@ class Damage:
     """
 
     def __init__(self, train_images: int) -> None:
-        self.unreadable = torch.zeros(train_images, dtype=torch.bool).share_memory_()
+        with torch.inference_mode(False):  # the first to ask may be a validation, whose tensors training can't change
+            self.unreadable = torch.zeros(train_images, dtype=torch.bool).share_memory_()
         self.others: set[str] = set()
 
     def report(self, index: int, reason: str) -> None:
@@ -67,7 +68,12 @@ class Damage:
 
 
 class DataSource(ABC):
-    """Images to train on and, disjoint from them, a few to validate on."""
+    """Images to train on and, disjoint from them, a few to validate on.
+
+    shortage: a line for those who train, where fewer images are held out than were asked for; else empty.
+    """
+
+    shortage: str = ""
 
     @property
     @abstractmethod
@@ -247,13 +253,12 @@ def unique_keys(short: Sequence[str], long: Sequence[str]) -> list[str]:
     return [brief if uses[brief] == 1 else full for brief, full in zip(short, long, strict=True)]
 
 
-def affordable_val(images: int, val_images: int, where: str) -> int:
-    """How many of all images to hold out: what was asked for, or a fifth if that would leave nothing to train on."""
-    if images > val_images:
-        return val_images
-    fewer = max(1, images // 5) if images > 1 else 0
-    logger.warning("%s has only %d images: %d, not %d, are held out for validation", where, images, fewer, val_images)
-    return fewer
+def affordable_val(images: int, val_images: int, where: str) -> tuple[int, str]:
+    """How many of all images to hold out, and the `shortage` if that is not what was asked for: at most a fifth."""
+    most = max(1, images // 5) if images > 1 else 0
+    if val_images <= most:
+        return val_images, ""
+    return most, f"{where} has only {images} images: {most}, not {val_images}, are held out for validation (a fifth)"
 
 
 def by_hash(keys: Sequence[str]) -> list[int]:

@@ -40,7 +40,7 @@ class Folder(IndexedSource[ImageFile]):
     def __init__(self, path: str, val_images: ValImages = 16, images: Images = None, fraction: Fraction = None) -> None:
         files = _find(Path(path).expanduser())
         order = by_hash([file.key for file in files])
-        held_out = affordable_val(len(files), val_images, path)
+        held_out, self.shortage = affordable_val(len(files), val_images, path)
         rest = [files[index] for index in sorted(order[held_out:])]
         self.files, self.images, self.fraction = files, images, fraction
         self.val = [files[index] for index in order[:held_out]]

@@ -53,7 +53,8 @@ class Sa1b(DataSource):
         shards, problems = index_tars(path, "data.path")
         total = sum(len(shard.keys) for shard in shards)
         if val_path is None:
-            self.val = spread(shards, affordable_val(total, val_images, f"data.path={path}"))
+            held, self.shortage = affordable_val(total, val_images, f"data.path={path}")
+            self.val = spread(shards, held)
         else:
             val_shards, val_problems = index_tars(val_path, "data.val_path")
             self.val = spread(val_shards, val_images)

@@ -112,8 +112,7 @@ class RunFolder(pl.Callback):
         assert isinstance(module, Distillation)
         step = trainer.global_step
         if step == 0:
-            for when, scores in (("before", module.metrics), ("blind", module.blind())):  # all ranks take part
-                self.before |= {f"{when}/{name}": value for name, value in scores.items() if "miou" in name}
+            self.before = {f"before/{n}": value for n, value in module.metrics.items() if "miou" in n} | module.blind()
         if not trainer.is_global_zero:
             return
         metrics = module.metrics | self.before | self.facts
@@ -121,7 +120,8 @@ class RunFolder(pl.Callback):
         metrics["images_skipped"] = self.source.skipped
         metrics["images_per_second"] = round(metrics["images"] / self.seconds, 2)
         write_json(self.run_dir / "metrics.json", metrics)
-        save_sam(module.student, self.run_dir / "student.pt")
+        if step:  # what has not trained is no student
+            save_sam(module.student, self.run_dir / "student.pt")
         self._draw(trainer, module, step)
         log.info(
             "step %d/%d  val mIoU point %.3f  box %.3f  embedding MSE %.5f  cosine %.3f",

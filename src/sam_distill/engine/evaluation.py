@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,20 +9,20 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 from rich.table import Table
 from torch.utils.data import DataLoader
 
 from sam_distill.data.base import DataSource, EvalStream, Split, collate
 from sam_distill.engine.hardware import Hardware
-from sam_distill.engine.judge import KINDS, Judge
+from sam_distill.engine.judge import BLIND, KINDS, Answer, Judge, blind
 from sam_distill.engine.record import write_json, write_prompts
 from sam_distill.evaluate.agreement import Agreement
 from sam_distill.models.sam import Sam
 from sam_distill.predict.overlays import column
-from sam_distill.types import UserError
+from sam_distill.types import Sample, UserError
 
-log = logging.getLogger(__name__)
+BLIND_IMAGES = 100  # the blind baseline is computed on so many images at most, which it holds in memory (9 MB each)
 
 
 @torch.inference_mode()
@@ -38,30 +37,33 @@ def judge(
     batch_size: int,
     run_dir: Path,
 ) -> dict[str, Any]:
-    """Compare `student` and `teacher` on all images of `source`; writes metrics.json, prompts.csv and pictures/."""
+    """Compare `student` and `teacher` on the images of `source`; writes metrics.json, prompts.csv and pictures/."""
     started = time.perf_counter()
-    stream = EvalStream(source, split)
-    loader = DataLoader(stream, batch_size=batch_size, collate_fn=collate, num_workers=hardware.num_workers)
     total = source.num_eval_images(split)
     for sam in (student, teacher):
         sam.to(hardware.kind).to(memory_format=torch.channels_last)
     result, images = Judge(protocol).to(hardware.kind), 0
-    for batch in track(loader, description="Evaluating", total=-(-total // batch_size)):
-        batch = batch.to(hardware.kind)
-        with hardware.autocast():
-            theirs, ours = (sam.encode(batch.images, batch.sizes) for sam in (teacher, student))
-        targets = protocol.ask(teacher, theirs, batch)
-        result.update(student, ours, batch, theirs, targets)
-        images += len(batch)
-    if not images:
-        raise UserError("not one image could be read: there is nothing to evaluate")
-    seconds = time.perf_counter() - started
-    metrics: dict[str, Any] = result.compute() | {
-        "images": images,
-        "images_skipped": total - images,
-        "seconds": round(seconds, 1),
-    }
-    metrics |= {"images_per_second": round(images / seconds, 2), "precision": hardware.num_format}
+    answers: list[Answer] = []
+    with Progress(auto_refresh=False) as bar:  # without a thread, whose locks the loader's workers would inherit
+        task = bar.add_task("Evaluating", total=total)
+        for batch in _loader(source, split, hardware, batch_size):
+            batch = batch.to(hardware.kind)
+            with hardware.autocast():
+                theirs, ours = (sam.encode(batch.images, batch.sizes) for sam in (teacher, student))
+            targets = protocol.ask(teacher, theirs, batch)
+            result.update(student, ours, batch, theirs, targets)
+            if images < BLIND_IMAGES:
+                answers.append((batch, theirs, targets))
+            images += len(batch)
+            bar.update(task, completed=images, refresh=True)
+        bar.update(task, total=images)  # the rest is damaged
+        if not images:
+            raise UserError("not one image could be read: there is nothing to evaluate")
+        seconds = time.perf_counter() - started
+        baseline = _never_looking(Judge(protocol).to(hardware.kind), teacher, answers, bar)
+    metrics: dict[str, Any] = result.compute() | baseline | {"images": images, "images_skipped": total - images}
+    metrics |= {"seconds": round(seconds, 1), "images_per_second": round(images / seconds, 2)}
+    metrics["precision"] = hardware.num_format
     write_json(run_dir / "metrics.json", metrics | protocol.description)
     write_prompts(run_dir / "prompts.csv", result.comparisons)
     (run_dir / "pictures").mkdir(exist_ok=True)
@@ -70,15 +72,31 @@ def judge(
     return metrics
 
 
+def _loader(source: DataSource, split: Split, hardware: Hardware, batch_size: int) -> DataLoader[Sample]:
+    stream = EvalStream(source, split)
+    return DataLoader(stream, batch_size=batch_size, collate_fn=collate, num_workers=hardware.num_workers)
+
+
+def _never_looking(judge: Judge, teacher: Sam, answers: list[Answer], bar: Progress) -> dict[str, Any]:
+    images = sum(len(batch) for batch, _, _ in answers)
+    total = torch.stack([embedding.float().sum(0) for _, embedding, _ in answers]).sum(0)
+    scores = blind(judge, teacher, bar.track(answers, description="Blind baseline"), total, images)
+    return scores | ({"blind/images": images} if scores else {})
+
+
 def _tell(metrics: Mapping[str, Any], run_dir: Path) -> None:
-    table = Table("", "", show_header=False, title=f"Agreement with the teacher on {metrics['images']} images")
+    table = Table("", "student", "blind", title=f"Agreement with the teacher on {metrics['images']} images")
     for kind in KINDS:
-        table.add_row(f"mIoU, one {kind}", f"{metrics[f'miou/{kind}']:.4f}")
+        never_looking = metrics.get(f"blind/miou/{kind}")
+        shown = "" if never_looking is None else f"{never_looking:.4f}"
+        table.add_row(f"mIoU, one {kind}", f"{metrics[f'miou/{kind}']:.4f}", shown)
     table.add_row("embedding MSE", f"{metrics['embedding_mse']:.5f}")
     table.add_row("embedding cosine", f"{metrics['embedding_cosine']:.4f}")
     skipped = metrics["prompts_skipped"]
     table.add_row("prompts", f"{metrics['prompts']}" + (f" ({skipped} without a teacher's mask)" if skipped else ""))
     console = Console()
     console.print(table)
+    part = metrics.get("blind/images", 0)
+    console.print(f"blind: {BLIND}" + (f"; on the first {part}" if 0 < part < metrics["images"] else ""))
     console.print(f"a row per prompt  {run_dir / 'prompts.csv'}", highlight=False, soft_wrap=True)
     console.print(f"pictures          {run_dir / 'pictures'}", highlight=False, soft_wrap=True)

@@ -25,6 +25,9 @@ class Hardware:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
 
+    def __post_init__(self) -> None:
+        _ = self.kind  # what isn't there is told before anything else is built
+
     @property
     def kind(self) -> str:
         """`cuda`, `mps` or `cpu`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import chain
 
 import torch
@@ -17,7 +18,11 @@ from sam_distill.predict.overlays import comparison
 from sam_distill.types import GRID, Batch, valid_area
 
 KINDS = ("point", "box")
+BLIND = "an encoder that answers every image with the teacher's mean embedding of the others"
 PICTURES = 8  # rows drawn per judgement: one prompt per image, points and boxes in turn
+
+
+Answer = tuple[Batch, Tensor, list[Target]]  # the teacher's embedding and masks
 
 
 def _of_all_ranks(rows: list[Comparison]) -> list[Comparison]:
@@ -82,3 +87,16 @@ class Judge(nn.Module):
         original = Image.fromarray(frame).resize((outcome.teacher.shape[1], outcome.teacher.shape[0]))
         teacher, student = outcome.teacher.cpu().numpy(), outcome.student.cpu().numpy()
         self.pictures.append((told, comparison(original, teacher, student, told.kind, told.prompt, told.iou)))
+
+
+def blind(judge: Judge, teacher: Sam, answers: Iterable[Answer], total: Tensor, images: int) -> dict[str, float]:
+    """What an encoder scores that never looks: it answers each image with the teacher's mean embedding of the others.
+
+    Large masks forgive a lot, so a student has learned something only as far as it beats this. A single image has no
+    others, and gets no score. total: the sum of all embeddings, [256, 64, 64]; images: how many (over all ranks).
+    """
+    if images < 2:
+        return {}
+    for batch, embedding, targets in answers:
+        judge.update(teacher, (total - embedding.float()) / (images - 1), batch, embedding, targets)
+    return {f"blind/{name}": value for name, value in judge.compute().items() if name.startswith("miou/")}

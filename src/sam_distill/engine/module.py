@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from sam_distill.engine.judge import Judge
+from sam_distill.engine.judge import Judge, blind
 from sam_distill.engine.optim import AdamW
 from sam_distill.evaluate.agreement import Agreement, Target
 from sam_distill.models.checkpoints import DESCRIPTION, describe
@@ -117,19 +117,13 @@ class Distillation(pl.LightningModule):
 
     @torch.no_grad()
     def blind(self) -> dict[str, float]:
-        """What an encoder scores that never looks: the teacher's mean embedding, the same for every validation image.
-
-        Large masks forgive a lot, so a student has learned something only as far as it beats this.
-        """
-        judge = Judge(self.judge.agreement).to(self.device)
-        own = torch.cat([embedding for _, embedding, _ in self._answers.values()])
-        count = torch.tensor(float(len(own)), device=self.device)
+        """The score of never looking, on the validation images; all ranks take part."""
+        own = torch.cat([embedding for _, embedding, _ in self._answers.values()]).float()
         totals: Any = self.all_gather(own.sum(0))  # [ranks, 256, 64, 64], or just [256, 64, 64] on one
-        counts: Any = self.all_gather(count)
-        mean = totals.reshape(-1, *own.shape[1:]).sum(0, keepdim=True) / counts.sum()
-        for batch, embedding, targets in self._answers.values():
-            judge.update(self.student, mean.expand_as(embedding), batch, embedding, targets)
-        return judge.compute()
+        counts: Any = self.all_gather(torch.tensor(len(own), device=self.device))
+        total, images = totals.reshape(-1, *own.shape[1:]).sum(0), int(counts.sum())
+        judge = Judge(self.judge.agreement).to(self.device)
+        return blind(judge, self.teacher.sam, self._answers.values(), total, images)
 
     def configure_optimizers(self) -> Any:
         optimizer, schedule = self.optim.build(self.trainable, self.trainer.max_steps)

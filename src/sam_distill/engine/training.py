@@ -12,7 +12,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import yaml
-from pytorch_lightning.callbacks import ModelCheckpoint, RichProgressBar
+from pytorch_lightning.callbacks import ModelCheckpoint
 from rich.console import Console
 from rich.table import Table
 
@@ -21,10 +21,11 @@ from sam_distill.engine.callbacks import Averaged, RunFolder, Throughput
 from sam_distill.engine.datamodule import Loaders
 from sam_distill.engine.durations import in_steps
 from sam_distill.engine.hardware import Hardware
-from sam_distill.engine.judge import KINDS
+from sam_distill.engine.judge import BLIND, KINDS
 from sam_distill.engine.loggers import CsvOnly, WandB, close
 from sam_distill.engine.module import Distillation, requirements
 from sam_distill.engine.optim import AdamW
+from sam_distill.engine.progress import TrainingBar
 from sam_distill.engine.record import History, write_prompts
 from sam_distill.engine.step_times import StepTimes
 from sam_distill.evaluate.agreement import Agreement
@@ -115,6 +116,11 @@ def fit(
         name, facts["parameters"] / 1e6, student.image_size, steps, images_per_step,
         steps * images_per_step / source.num_train_images, source.num_train_images, hardware.num_format, hardware.kind,
     )  # fmt: skip
+    if module.requires & teacher.provides and teacher.capacity >= source.num_train_images:
+        told = "The first %d images wait for the teacher, whose answers are then remembered: it gets faster after them"
+        log.info(told, source.num_train_images)
+    if source.shortage:
+        log.warning(source.shortage)
     try:
         if checkpoint is None:
             log.info("Validating before the first step (the teacher answers %d images)", source.val_images)
@@ -149,9 +155,8 @@ def _trainer(
         ModelCheckpoint(**last, every_n_train_steps=interval, save_on_train_epoch_end=False),
         ModelCheckpoint(**last, train_time_interval=timedelta(minutes=10), save_on_train_epoch_end=False),
     ]
-    terminal = Console().is_terminal
-    if terminal:
-        callbacks.append(RichProgressBar(leave=True))
+    if Console().is_terminal:
+        callbacks.append(TrainingBar())
     return pl.Trainer(
         **hardware.trainer_arguments(),
         max_steps=steps,
@@ -163,7 +168,7 @@ def _trainer(
         log_every_n_steps=max(1, min(50, steps // LOG_LINES)),
         gradient_clip_val=optim.clip or None,
         callbacks=callbacks,
-        enable_progress_bar=terminal,
+        enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=run_dir,
     )
@@ -175,10 +180,11 @@ def _tell(folder: RunFolder, module: Distillation, run_dir: Path) -> None:
     table = Table("", "before", "blind", "after", title="Agreement with the teacher on images the student never saw")
     for kind in KINDS:
         scores = [folder.before.get(f"{when}/miou/{kind}", float("nan")) for when in ("before", "blind")]
-        table.add_row(f"mIoU, one {kind}", *(f"{score:.3f}" for score in (*scores, module.metrics[f"miou/{kind}"])))
+        scores.append(module.metrics[f"miou/{kind}"])
+        table.add_row(f"mIoU, one {kind}", *(f"{score:.3f}".replace("nan", "") for score in scores))
     console = Console()
     console.print(table)
-    console.print("blind: an encoder that answers every image with the teacher's mean embedding")
+    console.print(f"blind: {BLIND}")
     console.print(f"{folder.seconds:.0f} seconds" + (f"; {skipped} damaged images or tars skipped" if skipped else ""))
     console.print(
         f"pictures  {run_dir / 'pictures'}\nstudent   {run_dir / 'student.pt'}", highlight=False, soft_wrap=True

@@ -13,9 +13,10 @@ import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import AfterValidator
 from torch import Tensor
 
 from sam_distill.models import weights
@@ -27,6 +28,18 @@ DESCRIPTION = "sam_distill"  # where a file keeps our description of it
 STUDENT = "student."  # prefix of the student's tensors in Lightning's checkpoints
 _ENCODER = "image_encoder."
 _TINY_VIT_SIZES = {320: "5m", 448: "11m", 576: "21m"}  # by width of the last stage
+
+
+def _known(checkpoint: str) -> str:
+    if checkpoint not in weights.names():
+        try:
+            find_checkpoint(checkpoint)
+        except UserError as error:
+            raise ValueError(str(error)) from None
+    return checkpoint
+
+
+Checkpoint = Annotated[str, AfterValidator(_known)]  # of a configuration: checked before anything is built or fetched
 
 
 def load_sam(checkpoint: str | Path) -> Sam:
@@ -107,10 +120,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever a broken file makes it raise
-        reason = str(error).strip().split("\n")[0][:120]
-        raise UserError(
-            f"{path} is not a PyTorch checkpoint that loads safely ({type(error).__name__}: {reason})"
-        ) from error
+        reason = re.split(r"\.\s|\n", str(error).strip())[0]  # the first sentence; the others are torch's advice
+        raise UserError(f"{path} is not a PyTorch checkpoint that loads safely ({reason})") from error
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds a {type(content).__name__}, not a state dict")
     if DESCRIPTION in content and "state_dict" in content:

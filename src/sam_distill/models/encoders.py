@@ -31,6 +31,7 @@ from sam_distill.models.layers import LayerNorm2d
 from sam_distill.types import EMBED_DIM, FRAME, GRID, UserError
 
 log = logging.getLogger(__name__)
+logging.getLogger("timm").setLevel(logging.WARNING)  # it announces downloads that may not succeed
 
 
 class Neck(nn.Module):

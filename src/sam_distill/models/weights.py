@@ -160,7 +160,8 @@ def _download(address: str, checkpoint: Checkpoint, arriving: Path) -> None:
     """Fetch the bytes still missing; a connection that breaks is taken up again as long as each attempt brings some."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     console = Console(stderr=True)
-    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as progress:
+    hidden = not console.is_terminal  # and transient, lest a failed source leaves its bar behind
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=hidden, transient=True) as progress:
         task = progress.add_task(checkpoint.file, total=checkpoint.size)
         while (done := _size(arriving)) < checkpoint.size:
             try:

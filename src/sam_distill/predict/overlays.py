@@ -31,7 +31,7 @@ def overlay(
     draw = ImageDraw.Draw(picture)
     unit = max(2, round(max(picture.size) / 130))
     if box is not None:
-        draw.rectangle(tuple(box), outline=(80, 255, 80), width=max(2, unit // 2))
+        draw.rectangle(_visible(box, 4 * unit), outline=(80, 255, 80), width=max(2, unit // 2))
     for (x, y), label in zip(points, labels, strict=True):
         fill = (80, 255, 80) if label else (255, 60, 60)
         draw.ellipse((x - unit, y - unit, x + unit, y + unit), fill=fill, outline="white", width=max(1, unit // 3))
@@ -66,6 +66,13 @@ def column(rows: Sequence[Image.Image]) -> Image.Image:
     return sheet
 
 
+def _visible(box: Sequence[float], least: float) -> tuple[float, float, float, float]:
+    """The box, a side shorter than `least` stretched about its middle: a few pixels would drown in their outline."""
+    x0, y0, x1, y1 = box
+    x, y = max(0.0, least - (x1 - x0)) / 2, max(0.0, least - (y1 - y0)) / 2
+    return x0 - x, y0 - y, x1 + x, y1 + y
+
+
 def _outline(mask: np.ndarray) -> np.ndarray:
     """[H, W] bool: pixels of the mask that touch its outside."""
     padded = np.pad(mask, 1)
@@ -79,12 +86,14 @@ def _shrink(panel: Image.Image) -> Image.Image:
 
 
 def _row(panels: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image:
-    width = sum(panel.width for panel in panels) + _GAP * (len(panels) - 1)
+    font = ImageFont.load_default(15)
+    widths = [max(panel.width, int(font.getlength(text)) + 5) for panel, text in zip(panels, captions, strict=True)]
+    width = sum(widths) + _GAP * (len(panels) - 1)
     row = Image.new("RGB", (width, panels[0].height + _CAPTION + _GAP), "white")
-    draw, font = ImageDraw.Draw(row), ImageFont.load_default(15)
+    draw = ImageDraw.Draw(row)
     x = 0
-    for panel, caption in zip(panels, captions, strict=True):
+    for panel, caption, column_width in zip(panels, captions, widths, strict=True):
         draw.text((x + 2, 2), caption, fill="black", font=font)
         row.paste(panel, (x, _CAPTION))
-        x += panel.width + _GAP
+        x += column_width + _GAP
     return row

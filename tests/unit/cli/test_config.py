@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -153,6 +154,23 @@ def test_valid(conf: Path, overrides: tuple[str, ...]) -> None:
 )  # fmt: skip
 def test_mistake(conf: Path, override: str, line: str) -> None:
     assert mistakes(conf, override) == [line]
+
+
+def test_a_list_torn_apart_by_the_shell_is_one_mistake(conf: Path) -> None:
+    assert mistakes(conf, "+optim.betas=[0.8,", "0.9]", "bach_size=1") == [
+        "+optim.betas=[0.8, 0.9]: torn apart at its spaces; leave them out, or quote it: '+optim.betas=[0.8, 0.9]'",
+        "bach_size=1: no such key; did you mean batch_size?",
+    ]
+    assert mistakes(conf, "+optim.betas=[0.8,", "seed=1") == ["+optim.betas=[0.8,: a bracket is not closed"]
+
+
+@pytest.mark.parametrize("value", ["a_{0..9}.tar", "it's (1).jpg", 'a (1) "b".jpg'])
+def test_the_advice_to_quote_works_in_a_shell(conf: Path, value: str) -> None:
+    (line,) = mistakes(conf, f"image={value}")
+    (pasted,) = shlex.split(line.partition("; quote it: ")[2])
+    jobs, found = compose_jobs(conf, "toy", [pasted])
+    assert found == []
+    assert jobs[0].image == value
 
 
 def test_mandatory_value_without_one(conf: Path) -> None:

@@ -3,7 +3,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from sam_distill.cli.resume import continued
+from omegaconf import OmegaConf
+
+from sam_distill.cli.resume import continued, misplaced
 
 
 def test_options_of_the_resumed_run_come_back(tmp_path: Path) -> None:
@@ -19,3 +21,15 @@ def test_options_of_the_resumed_run_come_back(tmp_path: Path) -> None:
 def test_other_command_lines_stay_as_they_are(tmp_path: Path) -> None:
     for argv in ([], ["encoder=vit_b"], ["resume=null"], [f"resume={tmp_path}"]):
         assert continued(argv) == argv
+
+
+def test_where_no_run_can_begin_or_go_on(tmp_path: Path) -> None:
+    def told(resume: str | None) -> list[str]:
+        return misplaced(OmegaConf.create({"resume": resume, "hydra": {"run": {"dir": str(tmp_path)}}}))
+
+    assert told("/nope") == ["resume=/nope: there is no such folder; expected that of a run"]
+    assert told(str(tmp_path)) == told(None) == []
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "last.ckpt").touch()
+    assert told(None)[0].startswith(f"hydra.run.dir={tmp_path} holds a run already")
+    assert told(str(tmp_path)) == []

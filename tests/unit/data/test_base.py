@@ -1,11 +1,9 @@
 """Choosing by hash, and laying samples into a batch."""
 
-import logging
-
 import pytest
 import torch
 
-from sam_distill.data.base import affordable_val, choose, collate, is_image, unique_keys
+from sam_distill.data.base import Damage, affordable_val, choose, collate, is_image, unique_keys
 from sam_distill.types import Sample, UserError
 
 KEYS = [f"key{number}" for number in range(1000)]
@@ -34,12 +32,19 @@ def test_too_many_are_wanted(caplog: pytest.LogCaptureFixture) -> None:
         choose(KEYS, 5, 0.5)
 
 
-def test_validation_never_takes_everything(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.WARNING)
-    assert affordable_val(17, 16, "x") == 16
-    assert not caplog.records
-    assert [affordable_val(images, 16, "x") for images in (16, 10, 2, 1)] == [3, 2, 1, 0]
-    assert "x has only 16 images: 3, not 16, are held out" in caplog.text
+def test_validation_takes_a_fifth_at_most() -> None:
+    assert affordable_val(80, 16, "x") == (16, "")
+    assert [affordable_val(images, 16, "x")[0] for images in (79, 19, 10, 2, 1)] == [15, 3, 2, 1, 0]
+    assert affordable_val(19, 16, "x")[1] == ("x has only 19 images: 3, not 16, are held out for validation (a fifth)")
+
+
+def test_damage_found_during_validation_can_be_added_to() -> None:
+    """Lightning validates in inference mode; the tensors made there can't be changed outside."""
+    with torch.inference_mode():
+        damage = Damage(2)
+    damage.report(0, "broken")
+    assert len(damage) == 1
+    assert damage.unreadable.is_shared()
 
 
 def test_names_of_images() -> None:

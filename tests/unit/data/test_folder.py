@@ -1,6 +1,5 @@
 """The folder source, and through it everything that `IndexedSource` promises."""
 
-import logging
 from collections import Counter
 from itertools import chain
 from pathlib import Path
@@ -101,13 +100,12 @@ def test_nothing_but_damage_is_the_end(photos: Path, batches, workers: int) -> N
     assert source.skipped == 13
 
 
-def test_few_images(tmp_path: Path, caplog: pytest.LogCaptureFixture, jpeg) -> None:
+def test_few_images(tmp_path: Path, jpeg) -> None:
     for number in range(5):
         (tmp_path / f"{number}.jpg").write_bytes(jpeg(number))
-    caplog.set_level(logging.WARNING)
     source = Folder(str(tmp_path))
     assert (source.num_train_images, source.val_images) == (4, 1)
-    assert "only 5 images" in caplog.text
+    assert "only 5 images" in source.shortage
 
 
 def test_mistakes_in_the_path(tmp_path: Path) -> None:

@@ -11,9 +11,10 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from sam_distill.data.base import IndexedSource
+from sam_distill.data.base import IndexedSource, collate
 from sam_distill.engine.evaluation import judge
 from sam_distill.engine.hardware import Hardware
+from sam_distill.engine.judge import Judge, blind
 from sam_distill.engine.loggers import CsvOnly
 from sam_distill.engine.optim import AdamW
 from sam_distill.engine.training import fit, new_student
@@ -35,10 +36,13 @@ HARDWARE = Hardware(accelerator="cpu", precision="fp32", workers=0)
 
 
 class Drawings(IndexedSource[int]):
-    def __init__(self) -> None:
+    def __init__(self, damaged: int | None = None) -> None:
         self.train, self.val = range(4), range(4, 6)
+        self.damaged = damaged
 
     def load(self, item: int) -> Sample:
+        if item == self.damaged:
+            raise UserError(f"drawing{item} is torn")
         image = Image.new("RGB", (96, 64), (40 * item, 120, 200))
         ImageDraw.Draw(image).ellipse((10 + 6 * item, 8, 50 + 6 * item, 50), fill=(200, 40 * item, 20))
         return Sample(f"drawing{item}", to_frame(image), (64, 96))
@@ -59,8 +63,9 @@ def run(run_dir: Path, live: LiveTeacher, sam: Sam, **changes: Any) -> dict[str,
         "strategy": Decoupled(), "optim": AdamW(lr=1e-3), "protocol": Agreement(points=1), "hardware": HARDWARE,
         "logger": CsvOnly(), "budget": "6 steps", "validate_every": "3 steps", "batch_size": 2, "seed": 0,
         "prompts": Points(1, 0), "accumulate": 1, "ema": None, "step_times": False, "init": None, "resume": None,
+        "source": Drawings(),
     }  # fmt: skip
-    return fit(student=sam, teacher=live, source=Drawings(), run_dir=run_dir, **options | changes)
+    return fit(student=sam, teacher=live, run_dir=run_dir, **options | changes)
 
 
 def history(run_dir: Path, column: str) -> dict[int, float]:
@@ -148,6 +153,19 @@ def test_a_resumed_run_follows_the_same_curve(finished: tuple[Path, Sam], tmp_pa
     for column in ("train/loss", "val/miou/point", "train/lr"):
         assert history(tmp_path, column) == pytest.approx(history(finished[0], column), rel=1e-4), column
     assert "before/miou/point" in json.loads((tmp_path / "metrics.json").read_text())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_a_damaged_training_image_is_left_out(
+    tmp_path: Path, live: LiveTeacher, workers: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    hardware = Hardware(accelerator="cpu", precision="fp32", workers=workers)
+    run(tmp_path, live, student(live), source=Drawings(damaged=1), hardware=hardware, validate_every=None)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert (metrics["steps"], metrics["images_skipped"]) == (6, 1)
+    assert "The first 4 images wait for the teacher" in caplog.text
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path, live: LiveTeacher) -> None:
@@ -277,5 +295,31 @@ def test_validation_and_evaluate_say_the_same(finished: tuple[Path, Sam], tmp_pa
         hardware=HARDWARE, batch_size=2, run_dir=tmp_path,
     )  # fmt: skip
     trained = json.loads((finished[0] / "metrics.json").read_text())
-    for name in ("miou/point", "miou/box", "embedding_mse"):
+    for name in ("miou/point", "miou/box", "embedding_mse", "blind/miou/point", "blind/miou/box"):
         assert metrics[name] == pytest.approx(trained[name], abs=1e-6)
+    assert metrics["blind/images"] == 2
+
+
+def test_a_single_image_has_no_blind_baseline(tmp_path: Path, live: LiveTeacher) -> None:
+    source = Drawings()
+    source.val = range(5, 6)
+    metrics = judge(
+        student=live.sam, teacher=live.sam, source=source, split="val", protocol=Agreement(points=1),
+        hardware=HARDWARE, batch_size=2, run_dir=tmp_path,
+    )  # fmt: skip
+    assert metrics["images"] == 1
+    assert not any("blind" in name for name in metrics)
+
+
+def test_the_blind_baseline_leaves_out_the_image_itself(live: LiveTeacher) -> None:
+    """Two images: each is answered with the other's embedding, whichever order they come in."""
+    batch = collate([Drawings().load(0), Drawings().load(3)])
+    agreement = Agreement(points=2)
+    own = live.sam.encode(batch.images, batch.sizes)
+    targets = agreement.ask(live.sam, own, batch)
+    swapped = Judge(agreement)
+    swapped.update(live.sam, own.flip(0), batch, own, targets)
+    expected = {f"blind/{name}": value for name, value in swapped.compute().items() if "miou" in name}
+    assert blind(Judge(agreement), live.sam, [(batch, own, targets)], own.sum(0), 2) == pytest.approx(
+        expected, abs=0.02
+    )

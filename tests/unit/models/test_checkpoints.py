@@ -36,9 +36,11 @@ def test_a_file_with_tensors_missing_is_refused(teacher: Sam, tmp_path: Path) ->
 
 def test_what_is_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "notes.pt").write_text("hello")
+    (tmp_path / "photo.jpg").write_bytes(b"\xff\xd8\xff\xe0 JFIF")
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pt")
     (tmp_path / "empty").mkdir()
     for name, complaint in {
+        "photo.jpg": r"photo.jpg is not a PyTorch checkpoint that loads safely \(Weights only load failed\)$",
         "notes.pt": "not a PyTorch checkpoint that loads safely",
         "other.pt": "holds no SAM we know",
         "empty": "not a run folder",

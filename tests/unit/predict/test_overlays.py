@@ -28,6 +28,19 @@ def test_prompts_are_drawn_where_they_are() -> None:
     assert (pixels[38, 58] == 100).all()
 
 
+def test_a_tiny_box_can_be_seen() -> None:
+    large = Image.new("RGB", (1300, 1000), (100, 100, 100))
+    changed = np.asarray(overlay(large, box=(600, 500, 602, 501))) != 100
+    assert np.ptp(np.nonzero(changed.any((0, 2)))[0]) >= 40
+    assert np.ptp(np.nonzero(changed.any((1, 2)))[0]) >= 40
+
+
+def test_captions_have_room_beside_narrow_images() -> None:
+    tall = Image.new("RGB", (40, 400))
+    row = comparison(tall, np.zeros((400, 40), bool), np.zeros((400, 40), bool), "point", (5.0, 5.0), 0.5)
+    assert row.width > 250
+
+
 def test_rows_and_columns() -> None:
     row = comparison(GREY, MASK, ~MASK, "point", (30.0, 20.0), 0.5)
     assert row.width > 3 * 380

@@ -1,0 +1,52 @@
+"""The progress bar of training, on a terminal. Elsewhere the log lines are all there is."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytorch_lightning as pl
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+INTERVAL = 0.2  # seconds between updates: reading the loss makes the CPU wait for the GPU
+
+
+class TrainingBar(pl.Callback):
+    """Steps done of all, the loss and the time left, in one line that disappears at the end; the log goes on above it.
+
+    It is drawn between steps, not by a thread of its own: loader workers are forked while it is on screen, and would
+    inherit that thread's locks.
+    """
+
+    def __init__(self) -> None:
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"), TimeRemainingColumn())
+        self._bar = Progress(
+            "{task.description}", *columns, transient=True, auto_refresh=False, speed_estimate_period=120
+        )
+        self._task = self._bar.add_task("training", loss="")
+        self._drawn = 0.0
+
+    def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit" and trainer.is_global_zero:
+            self._bar.start()
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._draw(total=trainer.max_steps, completed=trainer.global_step)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if time.perf_counter() - self._drawn > INTERVAL:
+            loss = f"loss {float(trainer.callback_metrics['train/loss']):.4f}"
+            self._draw(completed=trainer.global_step, loss=loss, description="training")
+
+    def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._draw(completed=trainer.global_step, description="validating")
+
+    def teardown(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
+        self._bar.stop()
+
+    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
+        self._bar.stop()
+
+    def _draw(self, **changes: Any) -> None:
+        self._bar.update(self._task, refresh=True, **changes)
+        self._drawn = time.perf_counter()

@@ -1,0 +1,22 @@
+from __future__ import annotations
+
+import pytest
+
+from sam_distill.cli import app
+
+
+def test_help_lists_the_commands_own_choices_and_explains_keys(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert app.main(["segment", "--help"]) == 0
+    said = capsys.readouterr().out
+    lines = [" ".join(line.split()) for line in said.splitlines()]
+    assert "point=null [x, y] in the image's own pixels" in lines
+    assert "trainer=auto the device: cpu, ddp, gpu" in lines
+    assert "encoder=" not in said
+    assert app.main(["train", "--help", "encoder=timm", "optim.lr=3e-3"]) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert any(line.startswith("encoder=timm the student's image encoder: efficientvit, ") for line in lines)
+    assert "encoder.name=??? e.g. encoder.name=resnet18" in lines
+    assert any(line.startswith("optim.lr=0.003 ") for line in lines)
