@@ -25,6 +25,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sam_distill.cli.config import nearest, one_line, parameters
 
+# ${when:given,wanted,value}: the value if given is wanted, else null; for experiments, where one choice follows another
+OmegaConf.register_new_resolver("when", lambda given, wanted, value: value if given == wanted else None, replace=True)
+
 BAD_CONFIG = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError)  # what composing raises
 
 

@@ -122,6 +122,8 @@ def _check_value(
     if OmegaConf.is_missing(parent, field):
         yield Mistake(key, "???", f"no value given, expected {type_name(expected)}; give {key}=...")
         return
+    if "${hydra:" in str(_raw(parent)[field]):
+        return  # known only when the job runs, such as the folder of an earlier job
     try:
         value = parent[field]
         if isinstance(value, DictConfig) and "_target_" in value:
