@@ -10,7 +10,7 @@ from typing import Any
 
 
 class Status:
-    """The record of one job. recorded: there is to be one. first: this process keeps it; others may record a failure."""
+    """The record of one job. recorded: there is to be one. first: this process keeps it; others may say why."""
 
     def __init__(self, run_dir: Path, command: list[str], first: bool, recorded: bool, resumed: bool) -> None:
         self.run_dir, self.first, self.recorded = run_dir, first, recorded
