@@ -104,7 +104,7 @@ def _watch(children: list[subprocess.Popen[bytes]], parent: int, run_dir: Path, 
         codes = [code for child in children if (code := child.poll())]
         if not codes and not orphaned:
             continue
-        if over.wait(PATIENCE if orphaned or codes[0] in STOPPED else PATIENCE / 3):
+        if over.wait(PATIENCE if codes and codes[0] in STOPPED else PATIENCE / 3):
             return
         why = "the first process has ended" if orphaned else _obituary(children)
         if status.fail(run_dir, why):
