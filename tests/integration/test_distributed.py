@@ -40,7 +40,7 @@ class Falling(Decoupled):
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    """Ten drawings of one size: eight to train on."""
+    """Ten drawings of one size."""
     folder = tmp_path / "images"
     folder.mkdir()
     for number in range(10):
@@ -66,9 +66,9 @@ class Run:
         out, err = self.process.communicate(timeout=seconds)
         return self.process.returncode, out, [line for line in err.splitlines() if line.startswith("error: ")]
 
-    def wait_for_steps(self, steps: int) -> None:
+    def wait_for_steps(self) -> None:
         deadline = time.monotonic() + 300
-        while not any(row["train/loss"] for row in self.history()[1 + steps :]):
+        while len(self.losses()) < 2:
             assert self.process.poll() is None, self.wait()
             assert time.monotonic() < deadline
             time.sleep(0.05)
@@ -111,7 +111,7 @@ def start(images: Path, tmp_path: Path) -> Iterator[Any]:
 
     def begin(name: str, *options: str, **more: Any) -> Run:
         place = [] if name == "unnamed" else [f"hydra.run.dir={tmp_path / name}"]
-        data = ["data=folder", f"data.path={images}", *place]
+        data = ["data=folder", f"data.path={images}", "data.images=4", *place]
         runs.append(Run(tmp_path / name, *data, *options, **more))
         return runs[-1]
 
@@ -122,7 +122,7 @@ def start(images: Path, tmp_path: Path) -> Iterator[Any]:
 
 def test_two_processes_train_as_one_with_twice_the_batch(start: Any) -> None:
     """An encoder full of BatchNorm, each step's loss, and all that was learned. 3 steps end between two validations."""
-    same = ["budget=3 steps", "validate_every=2 steps", "optim.warmup=0", "data.images=4"]
+    same = ["budget=3 steps", "validate_every=2 steps", "optim.warmup=0"]
     alone = start("alone", *same, "batch_size=4")
     together = start("together", *same, TWO, "trainer.sync_batchnorm=true")
     assert (alone.wait()[0], together.wait()[0]) == (0, 0)
@@ -143,9 +143,9 @@ def test_two_processes_train_as_one_with_twice_the_batch(start: Any) -> None:
 )
 def test_a_clean_stop(number: signal.Signals, to_all: bool, devices: int, start: Any) -> None:
     run = start(
-        "run", f"trainer.devices={devices}", "trainer.workers=1", "budget=400 steps", "validate_every=400 steps"
+        "run", f"trainer.devices={devices}", "trainer.workers=1", "budget=100 steps", "validate_every=100 steps"
     )
-    run.wait_for_steps(2)
+    run.wait_for_steps()
     (os.killpg if to_all else os.kill)(run.process.pid, number)
     code, _, lines = run.wait(30)
     assert code == 128 + number
@@ -154,11 +154,11 @@ def test_a_clean_stop(number: signal.Signals, to_all: bool, devices: int, start:
     assert lines == [f"error: {why}; resume={run.folder} goes on from the last checkpoint"]
     assert not run.left_over()
     done = run.steps_saved()
-    assert done >= 8 * len(run.losses()), "not a step is lost"
-    if to_all:
-        again = Run(run.folder, f"resume={run.folder}", f"budget={done + 8} steps")
+    assert done >= int(run.history()[-1]["step"]) > 0, "not a step is lost"
+    if to_all and devices == 2:
+        again = Run(run.folder, f"resume={run.folder}", f"budget={done + 3} steps")
         assert again.wait()[0] == 0
-        assert again.steps_saved() == done + 8
+        assert again.steps_saved() == done + 3
         assert again.status() == ("finished", None)
 
 
