@@ -1,23 +1,28 @@
 """Run a command: `sam-distill <command> [overrides]`. Compose, check all, then build and call; mistakes are one line.
 
-Exit status: 0 the job was done, 1 it failed, 2 the command line or a file of conf/ is wrong, 130 interrupted.
+Exit status: 0 the job was done, 1 it failed, 2 the command line or a file of conf/ is wrong, 130 interrupted (Ctrl-C),
+143 terminated (SIGTERM).
 """
 
 from __future__ import annotations
 
 import difflib
-import json
 import logging
 import os
 import pkgutil
 import random
 import secrets
+import signal
 import sys
+import threading
+import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import NoReturn
 
 import hydra
 from hydra._internal.utils import get_args_parser
@@ -34,6 +39,8 @@ from sam_distill.cli.config import check, parameters
 from sam_distill.cli.resume import continued, misplaced
 from sam_distill.cli.sources import task_overrides
 from sam_distill.cli.usage import print_usage
+from sam_distill.engine import processes
+from sam_distill.engine.status import Status
 
 PROGRAM = "sam-distill"
 tracebacks = logging.getLogger("sam_distill.tracebacks")  # goes to the log file only: conf/hydra/common.yaml
@@ -73,9 +80,12 @@ def run(command: str, argv: Sequence[str], conf_dir: Path | None = None) -> int:
     """Run one command with Hydra's flags and overrides, and return the exit status."""
     conf_dir = (conf_dir or default_conf_dir()).resolve()
     token = secrets.token_hex(3)
+    name = processes.shared_name() or f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{token}"
     OmegaConf.register_new_resolver("run_token", lambda: token, replace=True)
+    OmegaConf.register_new_resolver("run_name", lambda: name, replace=True)
     try:
-        return _run(command, continued(list(argv)), conf_dir)
+        with _signals_end_it():
+            return _run(command, continued(list(argv)), conf_dir)
     except KeyboardInterrupt:
         return _fail("interrupted", status=130)
     except SystemExit as stop:  # Hydra's flags such as --help end this way
@@ -97,6 +107,7 @@ def _run(command: str, argv: list[str], conf_dir: Path) -> int:
         mistakes += [line for job in jobs for line in check(job) if line.partition("=")[0] not in told]
         mistakes += _forbidden_sweep(jobs, command, args.multirun)
         mistakes += [] if args.multirun else [line for job in jobs for line in misplaced(job)]
+        mistakes += _homeless(argv)
     if mistakes:
         return _fail(*dict.fromkeys(mistakes), status=2)
     if args.help:
@@ -131,6 +142,13 @@ def _forbidden_sweep(jobs: list[DictConfig], command: str, multirun: bool) -> It
             )
 
 
+def _homeless(argv: list[str]) -> Iterator[str]:
+    """torchrun's processes compose their configurations each on its own."""
+    named = processes.shared_name() is not None or any("hydra.run.dir=" in word for word in argv)
+    if processes.started() > 1 and not named:
+        yield "the processes share no name for the run's folder: give hydra.run.dir=DIR, or torchrun --rdzv-id=NAME"
+
+
 def _run_job(cfg: DictConfig, command: str, argv: list[str], failed: list[str]) -> None:
     """One job in its run folder. Failures are told, recorded and added to `failed`; a multirun goes on."""
     settings = HydraConfig.get()
@@ -138,47 +156,67 @@ def _run_job(cfg: DictConfig, command: str, argv: list[str], failed: list[str]) 
     log = run_dir / f"{settings.job.name}.log"
     swept = settings.mode == RunMode.MULTIRUN
     recorded = "run_dir" in parameters(pkgutil.resolve_name(cfg._target_))
-    with _status_of(run_dir, [command, *(task_overrides(settings) if swept else argv)], recorded) as status:
-        try:
-            if recorded and _is_first_process():
-                _write_atomically(run_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
-            if not _is_first_process():
-                logging.getLogger().setLevel(logging.WARNING)
-            _seed(cfg.get("seed"))
-            instantiate(cfg, _convert_="all", **({"run_dir": run_dir} if recorded else {}))
-        except Exception as error:
-            from sam_distill.types import UserError  # brings torch, which --help should not wait for
+    words = [command, *(task_overrides(settings) if swept else argv)]
+    first = processes.is_first()
+    status = Status(run_dir, words, first, recorded, resumed=cfg.get("resume") is not None)
+    if not first:
+        log = log.with_suffix(f".{processes.name()}.log")
+        _be_quiet(log)
+    try:
+        status.begin(OmegaConf.to_yaml(cfg, resolve=True))
+        _seed(cfg.get("seed"))
+        instantiate(cfg, _convert_="all", **({"run_dir": run_dir} if recorded else {}))
+    except Exception as error:
+        from sam_distill.types import UserError  # brings torch, which --help should not wait for
 
-            cause = _unwrap(error)
-            expected = isinstance(cause, UserError)
-            # A loader's worker process sends its traceback along, the message last.
-            status["why"] = str(cause).rpartition("UserError: ")[2].strip() if expected else _describe(cause)
-            if recorded or not expected:  # a command without records leaves no log behind for a user's mistake
-                tracebacks.exception(status["why"])
+        cause = _unwrap(error)
+        expected = isinstance(cause, UserError)
+        # A loader's worker process sends its traceback along, the message last.
+        why = str(cause).rpartition("UserError: ")[2].strip() if expected else _describe(cause)
+        if recorded or not expected:  # a command without records leaves no log behind for a user's mistake
+            tracebacks.exception(why)
+        failed.append(str(settings.job.num) if swept else command)
+        if not first:
+            time.sleep(1)  # where all processes fail alike, the first one says so
+            why = f"{processes.name()}: {why}"
+        if status.end(why):
             where = f"job {settings.job.num} ({settings.job.override_dirname}): " if swept else ""
-            _fail(where + status["why"] + ("" if expected else f" (traceback in {log})"))
-            failed.append(str(settings.job.num) if swept else command)
+            _say(where + why + ("" if expected else f" (traceback in {log})"))
+    except BaseException as stop:  # a signal or sys.exit
+        code = 130 if isinstance(stop, KeyboardInterrupt) else getattr(stop, "code", None)
+        signalled = {130: "interrupted", 143: "interrupted by SIGTERM"}.get(code) if isinstance(code, int) else None
+        if first and status.end(signalled or _describe(stop)) and signalled:
+            goes_on = (run_dir / "checkpoints" / "last.ckpt").is_file()
+            _say(signalled + (f"; resume={run_dir} goes on from the last checkpoint" if goes_on else ""))
+        raise SystemExit(code) from stop
+    else:
+        status.end(None)
+
+
+def _be_quiet(log: Path) -> None:
+    """The first process speaks for all; what another has to say goes to a log of its own."""
+    handler = logging.FileHandler(log, delay=True)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    for logger in (logging.getLogger(), tracebacks):
+        logger.handlers[:] = [handler]
+    logging.getLogger().setLevel(logging.WARNING)
+    warnings.simplefilter("ignore")
 
 
 @contextmanager
-def _status_of(run_dir: Path, command: list[str], recorded: bool) -> Iterator[dict[str, Any]]:
-    """Keep status.json true while a job runs, whatever ends it. `why` set by the body means that it failed."""
-    status: dict[str, Any] = {"status": "running", "why": None, "command": command, "pid": os.getpid()}
-    status |= {"started": _now(), "ended": None}
+def _signals_end_it() -> Iterator[None]:
+    """SIGTERM, like Ctrl-C, unwinds the stack, so that whatever it ends is recorded; the engine refines this."""
 
-    def write() -> None:
-        if recorded and _is_first_process():
-            _write_atomically(run_dir / "status.json", json.dumps(status, indent=2) + "\n")
+    def end(number: int, frame: FrameType | None) -> NoReturn:
+        raise SystemExit(128 + number)
 
-    write()
+    here = threading.current_thread() is threading.main_thread()  # only there Python allows it
+    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM) if here}
     try:
-        yield status
-    except BaseException as stop:  # Ctrl-C or sys.exit: not caught by the body
-        status["why"] = "interrupted" if isinstance(stop, KeyboardInterrupt) else _describe(stop)
-        raise
+        yield
     finally:
-        status |= {"status": "failed" if status["why"] else "finished", "ended": _now()}
-        write()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
@@ -213,30 +251,21 @@ def _unwrap(error: BaseException) -> BaseException:
     return error
 
 
-def _is_first_process() -> bool:
-    """Whether this is the process of a distributed job that keeps the records."""
-    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(text)
-    draft.replace(path)
-
-
-def _now() -> str:
-    return datetime.now().astimezone().isoformat(timespec="seconds")
-
-
 def _describe(error: BaseException) -> str:
     """Type and message on one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
 
 
 def _fail(*lines: str, status: int = 1) -> int:
+    """What all processes of a job have to say alike is said once."""
+    if processes.is_first():
+        _say(*lines)
+    return status
+
+
+def _say(*lines: str) -> None:
     for line in lines:
         print(f"error: {line}", file=sys.stderr)
-    return status
 
 
 def _print_help(known: dict[str, str]) -> None:

@@ -17,6 +17,7 @@ class Hardware:
     """accelerator: auto takes a GPU if there is one. devices, nodes: how many; more than one device means DDP.
     precision: auto is bf16 wherever the hardware computes it natively, else fp32.
     workers: processes that decode images, per device; auto leaves a core to the training process.
+    sync_batchnorm: with several devices, BatchNorm's statistics are those of all their batches together.
     """
 
     accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
@@ -24,6 +25,7 @@ class Hardware:
     nodes: Annotated[int, Field(gt=0)] = 1
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    sync_batchnorm: bool = False
 
     def __post_init__(self) -> None:
         _ = self.kind  # what isn't there is told before anything else is built

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from sam_distill.engine.judge import Judge, blind
 from sam_distill.engine.optim import AdamW
+from sam_distill.engine.sync_batchnorm import SyncBatchNorm
 from sam_distill.evaluate.agreement import Agreement, Target
 from sam_distill.models.checkpoints import DESCRIPTION, describe
 from sam_distill.models.sam import Sam
@@ -42,6 +44,7 @@ class Distillation(pl.LightningModule):
         prompts: PromptSampler,
         optim: AdamW,
         agreement: Agreement,
+        sync_batchnorm: bool = False,
     ) -> None:
         super().__init__()
         self.requires = requirements(strategy, prompts)
@@ -54,6 +57,7 @@ class Distillation(pl.LightningModule):
         self.strategy = strategy
         self.prompts = prompts
         self.optim = optim
+        self.sync_batchnorm = sync_batchnorm
         self.judge = Judge(agreement)
         self.metrics: dict[str, float] = {}  # of the latest validation, ...
         self.validated_at: int | None = None  # ... and its step
@@ -81,17 +85,27 @@ class Distillation(pl.LightningModule):
         batch = self.teacher.fill(batch, self.requires)
         if "prompts" in self.requires:
             batch = replace(batch, prompts=self.prompts.draw(batch))
-        out = self.strategy.step(self.student, batch)
+        with SyncBatchNorm() if self.sync_batchnorm else nullcontext():
+            out = self.strategy.step(self.student, batch)
         if not torch.isfinite(out.loss):
             raise UserError(
                 f"the loss is {out.loss.item()} at step {self.global_step} (images {', '.join(batch.keys)}): "
                 "try a smaller optim.lr, or trainer.precision=fp32"
             )
-        self.log("train/loss", out.loss, prog_bar=True, batch_size=len(batch))
+        logs = self._over_ranks({"loss": out.loss} | out.logs)
+        self.log("train/loss", logs.pop("loss"), prog_bar=True, batch_size=len(batch))
         # Lightning would count this step from 0, and validations from -1.
-        logs = {f"train/{name}": value for name, value in out.logs.items()} | {"step": self.global_step + 1.0}
-        self.log_dict(logs, batch_size=len(batch))
+        named = {f"train/{name}": value for name, value in logs.items()} | {"step": self.global_step + 1.0}
+        self.log_dict(named, batch_size=len(batch))
         return out.loss
+
+    def _over_ranks(self, logs: Mapping[str, Any]) -> dict[str, Any]:
+        """Means over all ranks where a step is logged; between those steps, what this rank sees will do."""
+        if self.trainer.world_size == 1 or (self.global_step + 1) % self.trainer.log_every_n_steps:  # type: ignore[attr-defined]
+            return dict(logs)
+        values = torch.stack([torch.as_tensor(value, device=self.device).detach().float() for value in logs.values()])
+        torch.distributed.all_reduce(values)
+        return dict(zip(logs, values / self.trainer.world_size, strict=True))
 
     def on_validation_epoch_start(self) -> None:
         self.judge.reset()

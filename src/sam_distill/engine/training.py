@@ -22,12 +22,14 @@ from sam_distill.engine.datamodule import Loaders
 from sam_distill.engine.durations import in_steps
 from sam_distill.engine.hardware import Hardware
 from sam_distill.engine.judge import BLIND, KINDS
+from sam_distill.engine.launch import all_processes
 from sam_distill.engine.loggers import CsvOnly, WandB, close
 from sam_distill.engine.module import Distillation, requirements
 from sam_distill.engine.optim import AdamW
 from sam_distill.engine.progress import TrainingBar
 from sam_distill.engine.record import History, write_prompts
 from sam_distill.engine.step_times import StepTimes
+from sam_distill.engine.stopping import Stopping
 from sam_distill.evaluate.agreement import Agreement
 from sam_distill.models.checkpoints import load_weights
 from sam_distill.models.encoders import ImageEncoder
@@ -81,6 +83,8 @@ def fit(
 ) -> dict[str, Any]:
     """Train `student` for `budget` and return the metrics of the last validation, which metrics.json holds too."""
     checkpoint = None if resume is None else _last_checkpoint(Path(resume))
+    if not source.val_images:
+        raise UserError("there is no image to validate on: data.val_images must be at least 1")
     if strategy.finetunes and init is None and resume is None:
         raise UserError(f"{type(strategy).__name__} starts from a distilled student: give init=RUN_DIR or a checkpoint")
     if "annotations" in requirements(strategy, prompts):
@@ -93,7 +97,8 @@ def fit(
     interval = in_steps(validate_every, images_per_step, source.num_train_images) if validate_every else 0
     interval = min(steps, interval or -(-steps // VALIDATIONS))
 
-    module = Distillation(student, strategy, teacher, prompts, optim, protocol)
+    together = hardware.sync_batchnorm and hardware.devices * hardware.nodes > 1
+    module = Distillation(student, strategy, teacher, prompts, optim, protocol, sync_batchnorm=together)
     loaders = Loaders(source, batch_size, seed, hardware)
     history = History(run_dir / "history.csv", resume=checkpoint is not None)
     facts: dict[str, Any] = {
@@ -107,10 +112,6 @@ def fit(
     callbacks: list[pl.Callback] = [Throughput(), folder]  # the run folder first: it saves the average
     callbacks += [Averaged(decay=ema)] if ema else []
     callbacks += [StepTimes()] if step_times else []
-    trainer = _trainer(hardware, optim, run_dir, steps, interval, accumulate, callbacks)
-    if not source.val_images:
-        raise UserError("there is no image to validate on: data.val_images must be at least 1")
-    trainer.loggers = [history, *logger.build(run_dir, name, _config(run_dir))]
     log.info(
         "%s, %.1fM parameters at %d px: %d steps of %d images (%.1f epochs of %d), %s on %s",
         name, facts["parameters"] / 1e6, student.image_size, steps, images_per_step,
@@ -121,21 +122,23 @@ def fit(
         log.info(told, source.num_train_images)
     if source.shortage:
         log.warning(source.shortage)
-    try:
-        if checkpoint is None:
-            log.info("Validating before the first step (the teacher answers %d images)", source.val_images)
-            trainer.validate(module, loaders, verbose=False)
-        trainer.fit(module, loaders, ckpt_path=checkpoint, weights_only=True)
-        if module.validated_at != trainer.global_step:
-            trainer.validate(module, loaders, verbose=False)
-    except SystemExit as stop:  # how Lightning ends on Ctrl-C
-        raise KeyboardInterrupt from stop
-    finally:
-        close(trainer.loggers)
-    if trainer.is_global_zero:
-        write_prompts(run_dir / "prompts.csv", module.judge.comparisons)
-        _tell(folder, module, run_dir)
-    return module.metrics
+    with all_processes(hardware, run_dir):
+        trainer = _trainer(hardware, optim, run_dir, steps, interval, accumulate, callbacks)
+        first = trainer.is_global_zero
+        trainer.loggers = [history, *(logger.build(run_dir, name, _config(run_dir)) if first else [])]
+        try:
+            if checkpoint is None:
+                log.info("Validating before the first step (the teacher answers %d images)", source.val_images)
+                trainer.validate(module, loaders, verbose=False)
+            trainer.fit(module, loaders, ckpt_path=checkpoint, weights_only=True)
+            if module.validated_at != trainer.global_step:
+                trainer.validate(module, loaders, verbose=False)
+        finally:
+            close(trainer.loggers)
+        if first:
+            write_prompts(run_dir / "prompts.csv", module.judge.comparisons)
+            _tell(folder, module, run_dir)
+        return module.metrics
 
 
 def _trainer(
@@ -152,6 +155,7 @@ def _trainer(
     last: dict[str, Any] = {"dirpath": run_dir / "checkpoints", "filename": "last", "enable_version_counter": False}
     callbacks = [
         *callbacks,
+        Stopping(run_dir / "checkpoints" / "last.ckpt"),
         ModelCheckpoint(**last, every_n_train_steps=interval, save_on_train_epoch_end=False),
         ModelCheckpoint(**last, train_time_interval=timedelta(minutes=10), save_on_train_epoch_end=False),
     ]
@@ -212,6 +216,6 @@ def _words(student: Sam) -> list[str]:
 def _quieten() -> None:
     """Lightning's advice is about choices that are made here on purpose."""
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module="pytorch_lightning")
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="pytorch_lightning|lightning_fabric")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")

@@ -1,0 +1,46 @@
+"""The processes of a data-parallel run, as the environment describes them. Quick to import: no torch."""
+
+from __future__ import annotations
+
+import os
+
+# srun's, torchrun's, and those of Lightning's own contract for processes that someone else starts
+_RANKS = ("SLURM_PROCID", "RANK", "LOCAL_RANK", "NODE_RANK")
+
+
+def launcher() -> str | None:
+    """`torchrun` or `srun`, if one of them has started this process; it then starts the others, too."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return "torchrun"
+    interactive = os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")  # Lightning's own rule
+    return "srun" if "SLURM_NTASKS" in os.environ and not interactive else None
+
+
+def started() -> int:
+    """How many processes the launcher has started; 1 without one."""
+    size = {"torchrun": "WORLD_SIZE", "srun": "SLURM_NTASKS"}.get(launcher() or "", "")
+    return int(os.environ.get(size, "1"))
+
+
+def is_first() -> bool:
+    """Whether this process keeps the records and talks to the user."""
+    return all(os.environ.get(name, "0") == "0" for name in _RANKS)
+
+
+def name() -> str:
+    """Names a process that is not the first, in logs and messages."""
+    if launcher() is not None:
+        return "rank" + os.environ["SLURM_PROCID" if launcher() == "srun" else "RANK"]
+    node, device = (os.environ.get(key, "0") for key in ("NODE_RANK", "LOCAL_RANK"))
+    return f"rank{device}" if node == "0" else f"node{node}rank{device}"
+
+
+def shared_name() -> str | None:
+    """What all processes of this run, and no others, know: part of the name of their common folder. None: nothing."""
+    env = os.environ
+    if launcher() == "srun" and "SLURM_JOB_ID" in env:
+        again = f"_restart{env['SLURM_RESTART_COUNT']}" if env.get("SLURM_RESTART_COUNT", "0") != "0" else ""
+        return f"slurm_{env['SLURM_JOB_ID']}_{env.get('SLURM_STEP_ID', '0')}{again}"
+    if launcher() == "torchrun" and env["TORCHELASTIC_RUN_ID"] != "none":  # what torchrun says without --rdzv-id
+        return f"torchrun_{env['TORCHELASTIC_RUN_ID']}"
+    return None

@@ -1,0 +1,79 @@
+"""status.json: how a run stands. Whichever of its processes fails first says why. Quick to import: no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+
+class Status:
+    """The record of one job. recorded: there is to be one. first: this process keeps it; others may say why."""
+
+    def __init__(self, run_dir: Path, command: list[str], first: bool, recorded: bool, resumed: bool) -> None:
+        self.run_dir, self.first, self.recorded = run_dir, first, recorded
+        self._content: dict[str, Any] = {"status": "running", "why": None, "command": command, "pid": os.getpid()}
+        self._content |= {"started": now(), "ended": None}
+        self._history = _modified(run_dir)
+        files = [run_dir / name for name in ("status.json", "config.yaml")] if resumed else []
+        self._before = {file: file.read_text() for file in files if file.is_file()}
+
+    def begin(self, config: str) -> None:
+        if self.first and self.recorded:
+            write_text(self.run_dir / "config.yaml", config)
+            self._write()
+
+    def end(self, why: str | None) -> bool:
+        """Whether to tell the user, which is no use if another process has failed already, and this one for it."""
+        if not self.recorded:
+            return self.first
+        if not self.first:
+            return why is not None and fail(self.run_dir, why)
+        news = why is None or _read(self.run_dir).get("status") != "failed"
+        if why is not None and self._before and _modified(self.run_dir) == self._history:
+            for file, content in self._before.items():  # resumed, but no step further: the old record is the true one
+                write_text(file, content)
+        elif news:
+            self._content |= {"status": "failed" if why else "finished", "why": why, "ended": now()}
+            self._write()
+        return news
+
+    def _write(self) -> None:
+        write_text(self.run_dir / "status.json", json.dumps(self._content, indent=2) + "\n")
+
+
+def fail(run_dir: Path, why: str) -> bool:
+    """Record that a running run has failed. False if it was not running."""
+    content = _read(run_dir)
+    if content.get("status") != "running":
+        return False
+    content |= {"status": "failed", "why": why, "ended": now()}
+    write_text(run_dir / "status.json", json.dumps(content, indent=2) + "\n")
+    return True
+
+
+def write_text(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_text(text)
+    draft.replace(path)
+
+
+def now() -> str:
+    return datetime.now().astimezone().isoformat(timespec="seconds")
+
+
+def _read(run_dir: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads((run_dir / "status.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return content
+
+
+def _modified(run_dir: Path) -> float | None:
+    """When the run last logged anything."""
+    file = run_dir / "history.csv"
+    return file.stat().st_mtime if file.is_file() else None

@@ -1,0 +1,75 @@
+"""A clean stop: on Ctrl-C or SIGTERM the step in hand is finished on all ranks and a checkpoint saved."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.trainer.states import TrainerFn
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+REPEATS = 3.0  # seconds: torchrun passes on a Ctrl-C that its processes have received themselves
+
+
+class Stopping(pl.Callback):
+    """Ranks agree on the step after which to stop, since each hears of a signal at a time of its own, or never.
+
+    Outside of training steps there is nothing to lose: a signal ends validation at once. So does a second one.
+    """
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.checkpoint = checkpoint
+        self._signal, self._agreed, self._heard = 0, 0, 0.0
+        self._stepping = False
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._listen()
+        self._stepping = True
+
+    def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._listen()
+        self._stepping = False
+        if self._signal:
+            raise SystemExit(128 + self._signal)
+
+    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._stepping = trainer.state.fn == TrainerFn.FITTING
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._stepping = False
+        trainer.save_checkpoint(self.checkpoint)  # the budget need not be a multiple of the interval
+
+    def on_before_backward(self, trainer: pl.Trainer, module: pl.LightningModule, loss: Tensor) -> None:
+        """Here the device's queue is empty, since the loss has just been looked at: asking costs next to nothing."""
+        heard = torch.tensor(self._signal, device=module.device)
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(heard, torch.distributed.ReduceOp.MAX)
+        self._agreed = int(heard)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, index: int
+    ) -> None:
+        if self._agreed:
+            trainer.save_checkpoint(self.checkpoint)
+            raise SystemExit(128 + self._agreed)
+
+    def _listen(self) -> None:
+        """In place of Lightning's handlers, which it puts back to what they were when it ends."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._hear)
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if not self._stepping or (self._signal and now - self._heard > REPEATS):
+            raise SystemExit(128 + number)
+        if not self._signal:
+            self._signal, self._heard = number, now
+            log.info("Stopping after this step (once more: at once)")

@@ -1,0 +1,90 @@
+"""BatchNorm over the batches of all devices, so that N devices with batch B train like one with batch N x B."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+from torch.nn import functional as F
+from torch.nn.modules._functions import SyncBatchNorm as OnGpu
+from torch.overrides import TorchFunctionMode
+
+
+class SyncBatchNorm(TorchFunctionMode):
+    """Within this context, every `F.batch_norm` in training mode takes its statistics over all ranks.
+
+    Modules are neither replaced nor changed: whatever normalises by that function, such as timm's BatchNorm with an
+    activation inside, takes part, and state dicts stay as they are. Frozen ones, in eval mode, are left alone.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is F.batch_norm:
+            return _batch_norm(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+class _Sum(torch.autograd.Function):
+    """Every rank's loss depends on the sum, so its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        total = value.clone()
+        distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        total = gradient.clone()
+        distributed.all_reduce(total)
+        return total
+
+
+def _batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """The signature of `F.batch_norm`."""
+    if not training:
+        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    if input.is_cuda:
+        group, ranks = distributed.group.WORLD, distributed.get_world_size()
+        return OnGpu.apply(input, weight, bias, running_mean, running_var, eps, momentum, group, ranks)
+    return _on_cpu(input, running_mean, running_var, weight, bias, momentum, eps)
+
+
+def _on_cpu(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """Torch's own works on GPUs only. Mean first, then squares around it: one pass would lose digits."""
+    axes = [axis for axis in range(input.ndim) if axis != 1]
+    shape = [-1 if axis == 1 else 1 for axis in range(input.ndim)]
+    x = input.float()
+    sums = _Sum.apply(torch.cat([x.sum(axes), x.new_tensor([x.numel() / x.shape[1]])]))
+    count = sums[-1].item()
+    mean = sums[:-1] / count
+    centred = x - mean.view(shape)
+    var = _Sum.apply(centred.square().sum(axes)) / count
+    if running_mean is not None and running_var is not None:
+        with torch.no_grad():
+            running_mean.lerp_(mean.to(running_mean), momentum)
+            running_var.lerp_((var * (count / max(1, count - 1))).to(running_var), momentum)
+    out = centred * (var + eps).rsqrt().view(shape)
+    if weight is not None and bias is not None:
+        out = out * weight.view(shape) + bias.view(shape)
+    return out.to(input.dtype)
