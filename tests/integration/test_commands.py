@@ -95,7 +95,6 @@ def test_train_evaluate_segment(
             ["encoder=tinyvit_11m", "init=mobile_sam"],
             "holds the encoder TinyViT(size=5m), but this is TinyViT(size=11m)",
         ),
-        (["teacher.checkpoint=mobil_sam"], "did you mean mobile_sam?"),
         (["trainer=gpu"], "this machine has none that PyTorch can use; try trainer=cpu"),
         (["encoder=timm", "encoder.name=resnet81"], "timm has no such model"),
     ],
@@ -118,6 +117,7 @@ def test_mistakes_are_one_line(
     ("argv", "complaint"),
     [
         (["train", "init=/nowhere.pt"], "no checkpoint /nowhere.pt: it is neither a file, a run folder nor a name"),
+        (["train", "teacher.checkpoint=mobil_sam"], "did you mean mobile_sam?"),
         (["train", "resume=/nowhere"], "resume=/nowhere: there is no such folder"),
         (["evaluate", "checkpoint=mobil_sam"], "did you mean mobile_sam?"),
         (["train", "data=sa1b", "data.path=a_{0..9}.tar"], "quote it: 'data.path=\"a_{0..9}.tar\"'"),

@@ -24,7 +24,7 @@ TWO = "trainer.devices=2"
 
 FALLING = """
 import os, signal
-from sam_distill.strategies.embeddings import Decoupled
+from sam_distill.strategies.decoupled import Decoupled
 
 class Falling(Decoupled):
     steps = 0
@@ -120,9 +120,10 @@ def start(images: Path, tmp_path: Path) -> Iterator[Any]:
         run.end()
 
 
-def test_two_processes_train_as_one_with_twice_the_batch(start: Any) -> None:
+@pytest.mark.parametrize("strategy", ["decoupled", "coupled"])
+def test_two_processes_train_as_one_with_twice_the_batch(strategy: str, start: Any) -> None:
     """An encoder full of BatchNorm, each step's loss, and all that was learned. 3 steps end between two validations."""
-    same = ["budget=3 steps", "validate_every=2 steps", "optim.warmup=0"]
+    same = ["budget=3 steps", "validate_every=2 steps", "optim.warmup=0", f"strategy={strategy}", "prompts.count=1"]
     alone = start("alone", *same, "batch_size=4")
     together = start("together", *same, TWO, "trainer.sync_batchnorm=true")
     assert (alone.wait()[0], together.wait()[0]) == (0, 0)

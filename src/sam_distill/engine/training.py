@@ -83,8 +83,9 @@ def fit(
 ) -> dict[str, Any]:
     """Train `student` for `budget` and return the metrics of the last validation, which metrics.json holds too."""
     checkpoint = None if resume is None else _last_checkpoint(Path(resume))
-    if not source.val_images:
-        raise UserError("there is no image to validate on: data.val_images must be at least 1")
+    processes = hardware.devices * hardware.nodes
+    if source.val_images < processes:
+        raise UserError(f"data.val_images: {source.val_images} to validate on, but every device needs one: {processes}")
     if strategy.finetunes and init is None and resume is None:
         raise UserError(f"{type(strategy).__name__} starts from a distilled student: give init=RUN_DIR or a checkpoint")
     if "annotations" in requirements(strategy, prompts):
@@ -92,12 +93,12 @@ def fit(
     strategy.prepare(student)
     if init is not None:
         load_weights(student, init)
-    images_per_step = batch_size * accumulate * hardware.devices * hardware.nodes
+    images_per_step = batch_size * accumulate * processes
     steps = in_steps(budget, images_per_step, source.num_train_images)
     interval = in_steps(validate_every, images_per_step, source.num_train_images) if validate_every else 0
     interval = min(steps, interval or -(-steps // VALIDATIONS))
 
-    together = hardware.sync_batchnorm and hardware.devices * hardware.nodes > 1
+    together = hardware.sync_batchnorm and processes > 1
     module = Distillation(student, strategy, teacher, prompts, optim, protocol, sync_batchnorm=together)
     loaders = Loaders(source, batch_size, seed, hardware)
     history = History(run_dir / "history.csv", resume=checkpoint is not None)

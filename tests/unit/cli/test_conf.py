@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from sam_distill.cli.app import commands, default_conf_dir
 from sam_distill.cli.compose import compose_jobs
@@ -21,7 +22,7 @@ MANDATORY = {  # what a choice can't know by itself
 CHOICES = [
     f"{path.parent.name}={path.stem}"
     for path in sorted(CONF.glob("*/*.yaml"))
-    if path.parent.name not in ("hydra", "recipe")
+    if path.parent.name not in ("hydra", "recipe", "stage")
 ]
 
 
@@ -49,6 +50,25 @@ def test_the_quick_recipe_is_for_the_embedded_default_alone() -> None:
     assert changed.image_size == 512
 
 
+def test_a_second_stage_takes_smaller_steps() -> None:
+    rates = {}
+    for strategy in ("coupled", "finetune_decoder", "finetune_joint"):
+        (job,), _ = compose_jobs(CONF, "train", [f"strategy={strategy}", "data=folder", "data.path=x"])
+        rates[strategy] = job.optim.lr
+    assert rates["finetune_decoder"] == rates["finetune_joint"] < rates["coupled"]
+
+
+def test_table2_finetunes_the_decoupled_student_of_the_same_seed() -> None:
+    jobs, _ = compose_jobs(CONF, "train", ["experiment=table2_strategies", "data=sa1b", "data.path=x"], multirun=True)
+    names = [job.hydra.runtime.choices.strategy for job in jobs]
+    assert names == ["decoupled"] * 2 + ["semi_coupled"] * 2 + ["coupled"] * 2 + ["finetune_decoder"] * 2
+    starts = [OmegaConf.to_container(job, resolve=False)["init"] for job in jobs]
+    assert set(starts) == {
+        '${when:${hydra:runtime.choices.strategy},finetune_decoder,"${hydra:sweep.dir}/decoupled_seed${seed}"}'
+    }
+    assert len({(job.budget, job.batch_size, job.optim.lr) for job in jobs[:6]}) == 1, "the same budget for all"
+
+
 def test_all_mistakes_are_told_at_once() -> None:
     """Design, section 3: one line each, before anything heavy."""
     told = mistakes(
@@ -59,6 +79,12 @@ def test_all_mistakes_are_told_at_once() -> None:
     for mistake in expected:
         assert sum(line.startswith(mistake) for line in told) == 1, (mistake, told)
     assert any("did you mean" in line and "tinyvit" in line for line in told)
+
+
+def test_options_that_a_strategy_inherits_are_checked_too() -> None:
+    told = mistakes("train", "strategy=coupled", "+strategy.tokns=all", "strategy.rounds=0", "strategy.decoder=new")
+    assert len(told) == 3
+    assert any("did you mean strategy.tokens?" in line for line in told)
 
 
 def test_conf_travels_with_the_wheel() -> None:
