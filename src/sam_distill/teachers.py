@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import logging
+import os
+from abc import ABC, abstractmethod
 from collections.abc import Collection
 from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
 from typing import Annotated
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from sam_distill.models.checkpoints import Checkpoint, load_sam
-from sam_distill.types import ALL, EMBED_DIM, GRID, Batch, Masks, Prompts
+from sam_distill.models.encoders import Neck
+from sam_distill.models.sam import Sam
+from sam_distill.types import ALL, EMBED_DIM, GRID, Batch, Masks, Prompts, UserError
 
 log = logging.getLogger(__name__)
 
@@ -20,32 +26,38 @@ _EMBEDDING_BYTES = 2 * EMBED_DIM * GRID * GRID  # as kept: float16
 _memory: dict[tuple[object, ...], Tensor] = {}  # of all teachers of this process: the jobs of a multirun share it
 
 
-class LiveTeacher:
-    """A SAM that is asked during training.
+class Teacher(ABC):
+    """sam: its prompt encoder and mask decoder answer prompts; only its neck is sure to be there of its encoder.
 
-    checkpoint: a name (`mobile_sam`, `sam_vit_h`, ...), a file or a run folder.
-    memory_gb: embeddings of images already seen are kept in memory up to this size, so that on a small data set the
-        teacher runs once, in the first epoch. They are kept in float16.
+    provides: the fields of `Batch` that it can fill. capacity: images that it remembers.
     """
 
     provides = frozenset({"teacher_embedding", "ask_teacher"})
+    capacity = 0
 
-    def __init__(self, checkpoint: Checkpoint, memory_gb: Annotated[float, Field(ge=0)] = 2.0) -> None:
-        log.info("Loading the teacher %s", checkpoint)
-        self.checkpoint = checkpoint
-        self.sam = load_sam(checkpoint).requires_grad_(False).to(memory_format=torch.channels_last)
-        self.capacity = int(memory_gb * 1e9) // _EMBEDDING_BYTES  # images that it can remember
+    @cached_property
+    @abstractmethod
+    def sam(self) -> Sam:
+        """Loaded when it is first needed."""
 
-    def __deepcopy__(self, _: object) -> LiveTeacher:
+    @abstractmethod
+    def embed(self, batch: Batch) -> Tensor:
+        """Its embeddings, exactly: [B, 256, 64, 64]."""
+
+    def recall(self, batch: Batch) -> Tensor:
+        """Its embeddings, perhaps from a memory of lower precision."""
+        return self.embed(batch)
+
+    def __deepcopy__(self, _: object) -> Teacher:
         return self  # weight averaging copies the module that holds us
 
     @torch.no_grad()
     def fill(self, batch: Batch, requires: Collection[str]) -> Batch:
-        """The batch with what is required of `provides`; the encoder runs on the images it doesn't remember."""
+        """The batch with what is required of `provides`."""
         if not self.provides & set(requires):
             return batch
         self.sam.to(batch.images.device)
-        embedding = self._embed(batch)
+        embedding = self.recall(batch)
 
         @torch.no_grad()
         def ask(prompts: Prompts) -> Masks:
@@ -53,9 +65,31 @@ class LiveTeacher:
 
         return replace(batch, teacher_embedding=embedding, ask_teacher=ask)
 
-    def _embed(self, batch: Batch) -> Tensor:
+
+class LiveTeacher(Teacher):
+    """A SAM that is asked during training.
+
+    checkpoint: a name (`mobile_sam`, `sam_vit_h`, ...), a file or a run folder.
+    memory_gb: embeddings of images already seen are kept in memory up to this size, so that on a small data set the
+        teacher runs once, in the first epoch. They are kept in float16.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, memory_gb: Annotated[float, Field(ge=0)] = 2.0) -> None:
+        self.checkpoint = checkpoint
+        self.capacity = int(memory_gb * 1e9) // _EMBEDDING_BYTES
+
+    @cached_property
+    def sam(self) -> Sam:
+        log.info("Loading the teacher %s", self.checkpoint)
+        return load_sam(self.checkpoint).requires_grad_(False).to(memory_format=torch.channels_last)
+
+    def embed(self, batch: Batch) -> Tensor:
+        return self.sam.encode(batch.images, batch.sizes)
+
+    def recall(self, batch: Batch) -> Tensor:
+        """The encoder runs on the images that are not remembered."""
         if not self.capacity:
-            return self.sam.encode(batch.images, batch.sizes)
+            return self.embed(batch)
         marks = self._marks(batch)
         new = [i for i, mark in enumerate(marks) if mark not in _memory]
         embedding = torch.empty(len(batch), EMBED_DIM, GRID, GRID, device=batch.images.device)
@@ -76,3 +110,42 @@ class LiveTeacher:
             (self.checkpoint, precise, key, *size, total)
             for key, size, total in zip(batch.keys, sizes, sums, strict=True)
         ]
+
+
+class CachedTeacher(Teacher):
+    """The teacher of a distillation cache, whose embeddings come with the data. Its backbone is not even built.
+
+    path: the cache, which holds the rest of the teacher.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.checkpoint = str(Path(path).expanduser() / "teacher.pt")
+        if not Path(self.checkpoint).is_file():
+            raise UserError(f"{path} holds no cache: there is no teacher.pt in it")
+
+    @cached_property
+    def sam(self) -> Sam:
+        sam = Sam(_NoEncoder())
+        sam.load_state_dict(torch.load(self.checkpoint, map_location="cpu", weights_only=True))
+        return sam.requires_grad_(False).eval()
+
+    def embed(self, batch: Batch) -> Tensor:
+        if batch.teacher_embedding is None:
+            raise UserError("teacher=cached knows the images of its cache alone: take data=cache, or a live teacher")
+        return batch.teacher_embedding
+
+
+class _NoEncoder(nn.Module):
+    """What is left of an image encoder: the part of its neck that has the same shape in all of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.neck = Neck([])
+
+
+def save_parts(sam: Sam, path: Path) -> None:
+    """All of a teacher but its backbone, for `CachedTeacher`; whole or not at all."""
+    ours = Sam(_NoEncoder()).state_dict().keys()
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    torch.save({key: value.detach().cpu() for key, value in sam.state_dict().items() if key in ours}, part)
+    part.replace(path)

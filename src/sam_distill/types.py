@@ -86,6 +86,8 @@ class Sample:
     epoch: how often training has come past this image before.
     annotations: [A, 256, 256] bool in the frame, so many drawn from the image's annotations; empty where there are
         fewer. None unless a strategy or prompts require them.
+    teacher_embedding: [256, 64, 64] float32, zero in the padding, where the data come with it.
+    json: what lies beside the image in SA-1B's layout, where it has been asked for.
     """
 
     key: str
@@ -93,6 +95,8 @@ class Sample:
     original_size: tuple[int, int]
     epoch: int = 0
     annotations: Tensor | None = None
+    teacher_embedding: Tensor | None = None
+    json: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,7 @@ class Batch:
     original_sizes: [B, 2] int64, (H, W).
     epochs: B numbers, see `Sample`. What is drawn at random for an image depends on (seed, key, epoch) alone.
     annotations: [B, A, 256, 256] bool, see `Sample`.
-    teacher_embedding: [B, 256, 64, 64] float32, filled in by a teacher.
+    teacher_embedding: [B, 256, 64, 64] float32, filled in by a teacher, unless the data come with it.
     ask_teacher: the teacher's masks for any prompts on these images, all four tokens: one light decoder call.
     prompts: filled in by a prompt sampler.
     """

@@ -10,6 +10,7 @@ from typing import Annotated
 import yaml
 from pydantic import Field
 
+from sam_distill.cli.answers import answering
 from sam_distill.data.base import DataSource, Split
 from sam_distill.engine.evaluation import judge
 from sam_distill.engine.hardware import Hardware
@@ -37,7 +38,7 @@ def evaluate(
         log.warning("split=all judges on images that %s was trained on, too; split=val does not", checkpoint)
     judge(
         student=load_sam(checkpoint),
-        teacher=teacher.sam,
+        teacher=answering(teacher, data),
         source=data,
         split=split,
         protocol=protocol,

@@ -7,6 +7,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from sam_distill.cli.answers import answering
 from sam_distill.data.base import DataSource
 from sam_distill.engine.durations import Duration
 from sam_distill.engine.hardware import Hardware
@@ -43,13 +44,15 @@ def train(
     neck_from_teacher: bool,
     init: Checkpoint | None,
     resume: str | None,
+    plan: bool,
     run_dir: Path,
 ) -> None:
     """Distil `teacher` into `encoder`; conf/train.yaml says what each option means."""
+    whose = answering(teacher, data)
     fit(
         strategy=strategy,
-        student=new_student(encoder, teacher.sam, image_size, neck_from_teacher),
-        teacher=teacher,
+        student=new_student(encoder, whose.sam, image_size, neck_from_teacher),
+        teacher=whose,
         prompts=prompts,
         source=data,
         optim=optim,
@@ -65,5 +68,6 @@ def train(
         seed=seed,
         init=init,
         resume=resume,
+        plan=plan,
         run_dir=run_dir,
     )

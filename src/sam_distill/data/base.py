@@ -1,25 +1,20 @@
 """What every data source offers: an endless, resumable training stream and a small fixed validation set.
 
-A source with random access subclasses `IndexedSource` and says how to load one item. The functions here choose images
-by a hash of their keys, so that a choice depends neither on the order of files nor on the machine, and images=100 is
-part of images=1000.
+A source with random access subclasses `IndexedSource` and says how to load one item.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import count, islice
-from typing import Annotated, Generic, Literal, TypeVar
+from typing import Generic, Literal, TypeVar
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch.utils.data import IterableDataset, get_worker_info
 
 from sam_distill.types import FRAME, Batch, Sample, UserError
@@ -28,14 +23,7 @@ logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 
-# the options that all sources share, as their signatures name them
-ValImages = Annotated[int, Field(ge=0)]
-Images = Annotated[int, Field(ge=1)] | None
-Fraction = Annotated[float, Field(gt=0, le=1)] | None
-
 Split = Literal["all", "val"]  # what to evaluate on: everything there is, or what training holds out
-
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
 
 
 class Damage:
@@ -49,10 +37,10 @@ class Damage:
             self.unreadable = torch.zeros(train_images, dtype=torch.bool).share_memory_()
         self.others: set[str] = set()
 
-    def report(self, index: int, reason: str) -> None:
-        """A training image is skipped; when none is left to train on, that is the end."""
-        if not self.unreadable[index]:
-            self.unreadable[index] = True
+    def report(self, reason: str, *indices: int) -> None:
+        """Training images are skipped; when none is left to train on, that is the end."""
+        if not self.unreadable[list(indices)].all():
+            self.unreadable[list(indices)] = True
             logger.warning("skipped: %s", reason)
         if self.unreadable.all():
             raise UserError(f"not one of {len(self.unreadable)} training images can be read; for one, {reason}")
@@ -65,6 +53,14 @@ class Damage:
 
     def __len__(self) -> int:
         return int(self.unreadable.sum()) + len(self.others)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Images that are read together, in this order: what `sam-distill cache` makes one tar of."""
+
+    keys: list[str]
+    loads: Callable[[], Iterator[Callable[[], Sample]]]
 
 
 class DataSource(ABC):
@@ -111,6 +107,20 @@ class DataSource(ABC):
     def num_eval_images(self, split: Split) -> int:
         """How many of them there are, damaged ones included."""
 
+    @property
+    def has_annotations(self) -> bool:
+        """Whether any image comes with annotations."""
+        return False
+
+    @abstractmethod
+    def blocks(self, size: int) -> list[Block]:
+        """The images held out and those to train on, `size` of them or fewer at a time."""
+
+    @property
+    @abstractmethod
+    def val_keys(self) -> list[str]:
+        """Keys of the images held out."""
+
     @cached_property
     def damage(self) -> Damage:
         """What had to be skipped so far."""
@@ -129,6 +139,10 @@ class IndexedSource(DataSource, Generic[Item]):
     val: Sequence[Item]
 
     @abstractmethod
+    def key(self, item: Item) -> str:
+        """The key that the item's sample will have."""
+
+    @abstractmethod
     def load(self, item: Item) -> Sample:
         """Decode one image; a UserError says that it is damaged."""
 
@@ -145,10 +159,22 @@ class IndexedSource(DataSource, Generic[Item]):
         return self.val
 
     def eval_loads(self, split: Split) -> Iterator[Callable[[], Sample]]:
-        return (partial(self.load, item) for item in self.eval_items(split))
+        return self._loads(self.eval_items(split))
 
     def num_eval_images(self, split: Split) -> int:
         return len(self.eval_items(split))
+
+    def blocks(self, size: int) -> list[Block]:
+        items = [*self.val, *self.train]
+        parts = [items[first : first + size] for first in range(0, len(items), size)]
+        return [Block([self.key(item) for item in part], partial(self._loads, part)) for part in parts]
+
+    @property
+    def val_keys(self) -> list[str]:
+        return [self.key(item) for item in self.val]
+
+    def _loads(self, items: Sequence[Item]) -> Iterator[Callable[[], Sample]]:
+        return (partial(self.load, item) for item in items)
 
     def train_stream(self, start: int, seed: int, rank: int, world_size: int, batch_size: int) -> IndexedStream[Item]:
         return IndexedStream(self, start, seed, rank, world_size, batch_size)
@@ -187,7 +213,7 @@ class IndexedStream(IterableDataset[Sample], Generic[Item]):
             try:
                 yield replace(self.source.load(self.source.train[index]), epoch=epoch)
             except UserError as error:
-                self.damage.report(index, str(error))
+                self.damage.report(str(error), index)
 
     def _indices(self) -> Iterator[tuple[int, int]]:
         """Epochs and indices into `source.train`, for the batches that fall to this worker."""
@@ -226,7 +252,6 @@ def loader_worker() -> tuple[int, int]:
 
 def collate(samples: list[Sample]) -> Batch:
     """Lay each image into the top-left corner of a black frame: B samples -> images [B, 3, 1024, 1024] uint8."""
-    annotations = [sample.annotations for sample in samples if sample.annotations is not None]
     images = torch.zeros(len(samples), 3, FRAME, FRAME, dtype=torch.uint8)
     for frame, sample in zip(images, samples, strict=True):
         height, width = sample.image.shape[-2:]
@@ -237,42 +262,12 @@ def collate(samples: list[Sample]) -> Batch:
         sizes=torch.tensor([sample.image.shape[-2:] for sample in samples]),
         original_sizes=torch.tensor([sample.original_size for sample in samples]),
         epochs=[sample.epoch for sample in samples],
-        annotations=torch.stack(annotations) if annotations else None,
+        annotations=_stacked(sample.annotations for sample in samples),
+        teacher_embedding=_stacked(sample.teacher_embedding for sample in samples),
     )
 
 
-def is_image(name: str) -> bool:
-    """Whether a file's name, without its folders, is that of an image; hidden files are not."""
-    stem, dot, suffix = name.rpartition(".")
-    return bool(stem) and not stem.startswith(".") and (dot + suffix).lower() in IMAGE_SUFFIXES
-
-
-def unique_keys(short: Sequence[str], long: Sequence[str]) -> list[str]:
-    """The short key of each image, or the long one where several images share the short one."""
-    uses = Counter(short)
-    return [brief if uses[brief] == 1 else full for brief, full in zip(short, long, strict=True)]
-
-
-def affordable_val(images: int, val_images: int, where: str) -> tuple[int, str]:
-    """How many of all images to hold out, and the `shortage` if that is not what was asked for: at most a fifth."""
-    most = max(1, images // 5) if images > 1 else 0
-    if val_images <= most:
-        return val_images, ""
-    return most, f"{where} has only {images} images: {most}, not {val_images}, are held out for validation (a fifth)"
-
-
-def by_hash(keys: Sequence[str]) -> list[int]:
-    """Indices of the keys in an order that looks random and never changes."""
-    return sorted(range(len(keys)), key=lambda index: hashlib.blake2b(keys[index].encode(), digest_size=8).digest())
-
-
-def choose(keys: Sequence[str], images: int | None, fraction: float | None) -> list[int]:
-    """Indices, in their order, of the training images that data.images or data.fraction keeps."""
-    if images is not None and fraction is not None:
-        raise UserError("data.images and data.fraction exclude each other: give one of them")
-    wanted = len(keys) if images is None else images
-    if fraction is not None:
-        wanted = max(1, round(fraction * len(keys)))
-    if wanted > len(keys):
-        logger.warning("data.images=%d, but there are only %d to train on: all are used", wanted, len(keys))
-    return sorted(by_hash(keys)[:wanted])
+def _stacked(values: Iterable[torch.Tensor | None]) -> torch.Tensor | None:
+    """One tensor for the batch, where every sample has one."""
+    tensors = [value for value in values if value is not None]
+    return torch.stack(tensors) if tensors else None

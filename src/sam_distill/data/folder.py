@@ -7,18 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sam_distill.data.base import (
-    Fraction,
-    Images,
-    IndexedSource,
-    Split,
-    ValImages,
-    affordable_val,
-    by_hash,
-    choose,
-    is_image,
-    unique_keys,
-)
+from sam_distill.data.base import IndexedSource, Split
+from sam_distill.data.choice import Fraction, Images, ValImages, affordable_val, by_hash, choose, is_image, unique_keys
 from sam_distill.images import decode, to_frame
 from sam_distill.types import Sample, UserError
 
@@ -50,6 +40,9 @@ class Folder(IndexedSource[ImageFile]):
         if split == "val":
             return self.val
         return [self.files[i] for i in choose([file.key for file in self.files], self.images, self.fraction)]
+
+    def key(self, item: ImageFile) -> str:
+        return item.key
 
     def load(self, item: ImageFile) -> Sample:
         image, original_size = decode(item.path)

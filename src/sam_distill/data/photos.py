@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 from pydantic import Field
 
-from sam_distill.data.base import Fraction, IndexedSource, ValImages
+from sam_distill.data.base import IndexedSource
+from sam_distill.data.choice import Fraction, ValImages
 from sam_distill.images import to_frame
 from sam_distill.types import Sample
 
@@ -57,6 +58,9 @@ class Photos(IndexedSource[str]):
         self.seed = seed
         self.train = [f"train_{number:05d}" for number in range(max(1, round(images * (fraction or 1))))]
         self.val = [f"val_{number:03d}_{source(number)}" for number in range(val_images)]
+
+    def key(self, item: str) -> str:
+        return item
 
     def load(self, item: str) -> Sample:
         split, number = item.split("_")[0], int(item.split("_")[1])

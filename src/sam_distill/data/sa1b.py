@@ -8,38 +8,48 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import count, islice
+from itertools import chain, count, islice
 from typing import Annotated
 
 import numpy as np
 from pydantic import Field
 from torch.utils.data import IterableDataset
 
-from sam_distill.data.base import (
-    Damage,
-    DataSource,
-    Fraction,
-    Images,
-    Split,
-    ValImages,
-    affordable_val,
-    choose,
-    loader_worker,
-)
-from sam_distill.data.shards import Encoded, Shard, index_tars, spread, subset
+from sam_distill.data.annotations import draw_annotations
+from sam_distill.data.base import Block, Damage, DataSource, Split, loader_worker
+from sam_distill.data.choice import Fraction, Images, ValImages, affordable_val, choose
+from sam_distill.data.shards import Shard, companion, index_tars, spread, subset
+from sam_distill.images import decode, to_frame
 from sam_distill.types import Sample, UserError
 
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """An image as it lies in its tar, with the companions that are wanted. index: among all training images."""
+
+    index: int
+    epoch: int
+    shard: Shard
+    member: str
+    contents: list[bytes]
+
+
 class Sa1b(DataSource):
-    """Local tars in SA-1B's layout. path, val_path: a folder, a tar, a glob, a brace pattern, or a list of these.
+    """Tars in SA-1B's layout.
+
+    path, val_path: a folder, a tar, a glob, a brace pattern, an http(s) address (also with braces), a `pipe:` command
+    that writes a tar, or a list of these.
 
     Validation takes the first images of several tars, evenly spaced, out of `path`, unless it has its own `val_path`.
     images, fraction: train on so many of the rest, chosen by hash; tars without a chosen image are not read.
     shuffle_buffer: images, still encoded, that a loader worker shuffles at a time (1.1 MB each in SA-1B).
     """
+
+    kinds: tuple[str, ...] = ()  # companions that are read with every image
 
     def __init__(
         self,
@@ -85,36 +95,76 @@ class Sa1b(DataSource):
         return subset(self.shards, {keys[index] for index in choose(keys, self.images, self.fraction)})
 
     def eval_loads(self, split: Split) -> Iterator[Callable[[], Sample]]:
-        for shard in self.eval_shards(split):
-            for member, content in shard.read(shard.keys):
-                yield partial(shard.decode, member, content)
+        return chain.from_iterable(self._loads(shard) for shard in self.eval_shards(split))
 
     def num_eval_images(self, split: Split) -> int:
         return sum(len(shard.keys) for shard in self.eval_shards(split))
 
     def annotate(self, count: int, seed: int) -> None:
-        annotated = subset(self.train, {s.keys[member] for s in self.train for member in s.annotated & s.keys.keys()})
+        having = {s.keys[member] for s in self.train for member in s.beside[".json"] & s.keys.keys()}
+        annotated = subset(self.train, having)
         if not annotated:
             raise UserError("not one training image has annotations: a JSON of the same name beside it in its tar")
         before, self.train, self.annotations = self.num_train_images, annotated, (count, seed)
+        self.kinds = tuple(dict.fromkeys([*self.kinds, ".json"]))
         problems, self.damage = self.damage.others, Damage(self.num_train_images)
         self.damage.others |= problems
         if before > self.num_train_images:
             log.warning("%d training images have no annotations: left out", before - self.num_train_images)
 
+    @property
+    def has_annotations(self) -> bool:
+        return any(shard.beside[".json"] for shard in self.shards)
+
     def train_stream(self, start: int, seed: int, rank: int, world_size: int, batch_size: int) -> TarStream:
-        return TarStream(
-            self.train, self.damage, self.shuffle_buffer, start, seed, rank, world_size, batch_size, self.annotations
-        )
+        return TarStream(self, start, seed, rank, world_size, batch_size)
+
+    def decode(self, image: Encoded) -> Sample:
+        """A UserError says that it is damaged."""
+        key = image.shard.keys[image.member]
+        picture, original_size = decode(image.contents[0], f"{key} in {image.shard.tar}")
+        sample = Sample(key, to_frame(picture, original_size), original_size, image.epoch)
+        return self.annotated(sample, image, image.contents[-1]) if ".json" in self.kinds else sample
+
+    def annotated(self, sample: Sample, image: Encoded, json: bytes) -> Sample:
+        """With its JSON, and with masks drawn from it if they are wanted."""
+        if self.annotations is None:
+            return replace(sample, json=json)
+        name, (count, seed) = f"{companion(image.member, '.json')} in {image.shard.tar}", self.annotations
+        drawn = draw_annotations(json, sample.key, name, count, seed, image.epoch)
+        return replace(sample, annotations=drawn, json=json)
+
+    def blocks(self, size: int) -> list[Block]:
+        self.kinds = (".json",)
+        blocks = []
+        for shard in [*self.val, *self.train]:
+            members = list(shard.keys.items())
+            parts = [dict(members[first : first + size]) for first in range(0, len(members), size)]
+            blocks += [Block(list(part.values()), partial(self._loads, replace(shard, keys=part))) for part in parts]
+        return blocks
+
+    @property
+    def val_keys(self) -> list[str]:
+        return [key for shard in self.val for key in shard.keys.values()]
+
+    def _loads(self, shard: Shard) -> Iterator[Callable[[], Sample]]:
+        found = dict.fromkeys(shard.keys)
+        for member, contents in shard.read(shard.keys, self.kinds):
+            del found[member]
+            yield partial(self.decode, Encoded(-1, 0, shard, member, contents))
+        for member in found:
+            yield partial(self._lost, shard, member)
+
+    def _lost(self, shard: Shard, member: str) -> Sample:
+        raise UserError(f"{shard.keys[member]} in {shard.tar}: the tar has changed or broken")
 
     def val_samples(self) -> list[Sample]:
         samples = []
-        for shard in self.val:
-            for member, content in shard.read(shard.keys):
-                try:
-                    samples.append(shard.decode(member, content))
-                except UserError as error:
-                    self.damage.note(str(error))
+        for load in self.eval_loads("val"):
+            try:
+                samples.append(load())
+            except UserError as error:
+                self.damage.note(str(error))
         return samples
 
 
@@ -127,28 +177,17 @@ class TarStream(IterableDataset[Sample]):
     first one stopped, opening only tars it needs (damaged images aside, which shift what follows).
     """
 
-    def __init__(
-        self,
-        shards: list[Shard],
-        damage: Damage,
-        shuffle_buffer: int,
-        start: int,
-        seed: int,
-        rank: int,
-        world_size: int,
-        batch_size: int,
-        annotations: tuple[int, int] | None,
-    ) -> None:
-        self.shards = shards
-        self.first = np.cumsum([0, *(len(shard.keys) for shard in shards)])  # of each shard, among all images
-        self.damage = damage
-        self.shuffle_buffer = shuffle_buffer
+    def __init__(self, source: Sa1b, start: int, seed: int, rank: int, world_size: int, batch_size: int) -> None:
+        self.source = source
+        self.shards = source.train
+        self.first = np.cumsum([0, *(len(shard.keys) for shard in self.shards)])  # of each shard, among all images
+        self.damage = source.damage  # made here, before there are workers, so that they share it
+        self.shuffle_buffer = source.shuffle_buffer
         self.start = start
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
         self.batch_size = batch_size
-        self.annotations = annotations
 
     def __iter__(self) -> Iterator[Sample]:
         worker, workers = loader_worker()
@@ -158,9 +197,9 @@ class TarStream(IterableDataset[Sample]):
         images = self._images(self.rank * workers + worker, self.world_size * workers, consumed)
         for image in images:
             try:
-                yield image.decode(self.annotations)
+                yield self.source.decode(image)
             except UserError as error:
-                self.damage.report(image.index, str(error))
+                self.damage.report(str(error), image.index)
 
     def _images(self, place: int, places: int, skip: int) -> Iterator[Encoded]:
         """Endless images for one of so many places, without its first `skip`; blocks end where an epoch ends."""
@@ -196,15 +235,11 @@ class TarStream(IterableDataset[Sample]):
             shard, first = self.shards[number], int(self.first[number])
             members = list(shard.keys)
             missing = {members[image]: first + image for image in images}
-            read: Iterable[tuple[str, bytes, bytes | None]]
-            if self.annotations is None:
-                read = ((member, content, None) for member, content in shard.read(missing))
-            else:
-                read = shard.read_pairs(missing)
-            for member, content, beside in read:
-                yield Encoded(missing.pop(member), epoch, shard, member, content, beside)
-            for member, index in missing.items():
-                self.damage.report(index, f"{shard.keys[member]} in {shard.path}: the tar has changed or broken")
+            for member, contents in shard.read(missing, self.source.kinds):
+                yield Encoded(missing.pop(member), epoch, shard, member, contents)
+            if missing:
+                told = f"{len(missing)} images of {shard.tar} from {shard.keys[next(iter(missing))]} on"
+                self.damage.report(f"{told}: the tar has changed or broken", *missing.values())
 
     def _shuffled(self, images: Iterator[Encoded], seed: tuple[int, ...], first_block: int) -> Iterator[Encoded]:
         for number in count(first_block):

@@ -3,82 +3,71 @@
 from __future__ import annotations
 
 import glob
+import logging
 import tarfile
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import chain, islice, zip_longest
 from pathlib import Path, PurePosixPath
+from urllib.parse import urlsplit
 
 from webdataset.shardlists import expand_urls
 from webdataset.tariterators import tar_file_iterator
 
-from sam_distill.data.annotations import draw_annotations
-from sam_distill.data.base import is_image, unique_keys
-from sam_distill.images import decode, to_frame
-from sam_distill.types import Sample, UserError
+from sam_distill.data.choice import is_image, unique_keys
+from sam_distill.data.tars import Contents, HttpTar, LocalTar, PipedTar, Tar
+from sam_distill.types import UserError
+
+log = logging.getLogger(__name__)
+
+CONNECTIONS = 16  # at a time, while indices are read
+COMPANIONS = (".json", ".embedding")  # what may lie beside an image: its annotations, its teacher's embedding
 
 
 @dataclass(frozen=True)
 class Shard:
     """A tar, or a choice of its images. keys: member name -> key, in the order of the tar; never empty.
 
-    annotated: the members that have a JSON of the same name beside them.
+    beside: for each kind of COMPANIONS, the members that have one.
     """
 
-    path: Path
+    tar: Tar
     keys: dict[str, str]
-    annotated: frozenset[str]
+    beside: dict[str, frozenset[str]]
 
-    def read(self, members: Collection[str]) -> Iterator[tuple[str, bytes]]:
-        """(member, content) of the named members, in the tar's order, up to where the tar is damaged."""
-        left = set(members)
+    def read(self, members: Collection[str], kinds: Sequence[str] = ()) -> Iterator[tuple[str, list[bytes]]]:
+        """(member, its content and those of its companions) in the tar's order, up to where the tar is damaged.
+
+        A companion that a member does not have is empty.
+        """
+        names = {m: [m, *(companion(m, kind) for kind in kinds if m in self.beside[kind])] for m in members}
+        owner = {name: member for member, its in names.items() for name in its}
+        parts: dict[str, dict[str, bytes]] = {}  # of members that are not complete yet
+        for name, content in self._read(owner.keys()):
+            member = owner[name]
+            whole = parts.setdefault(member, {})
+            whole[name] = content
+            if len(whole) == len(names[member]):
+                yield member, [whole[member], *(whole.get(companion(member, kind), b"") for kind in kinds)]
+                del parts[member]
+
+    def _read(self, names: Collection[str]) -> Iterator[tuple[str, bytes]]:
+        left = set(names)
         try:
-            with self.path.open("rb") as file:
+            with self.tar.stream() as file:
                 for found in tar_file_iterator(file, skip_meta=None, select_files=left.__contains__):
                     left.remove(found["fname"])
                     yield found["fname"], found["data"]
                     if not left:
                         return
-        except (tarfile.TarError, OSError):
-            return
-
-    def read_pairs(self, members: Collection[str]) -> Iterator[tuple[str, bytes, bytes]]:
-        """(member, content, content of its JSON) of the named members that have both."""
-        images = {_json_of(member): member for member in members}
-        halves: dict[str, bytes] = {}  # by the image's name
-        for found, content in self.read({*images.keys(), *images.values()}):
-            member = images.get(found, found)
-            if member not in halves:
-                halves[member] = content
-            elif found == member:
-                yield member, content, halves.pop(member)
-            else:
-                yield member, halves.pop(member), content
-
-    def decode(self, member: str, content: bytes) -> Sample:
-        image, original_size = decode(content, f"{self.keys[member]} in {self.path}")
-        return Sample(self.keys[member], to_frame(image, original_size), original_size)
+        except (tarfile.TarError, OSError, UserError) as error:  # hours into a run, too: the other tars are still there
+            log.warning("%s: %s", self.tar, " ".join(str(error).split()))
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """A training image as it lies in its tar. index: among all training images. annotations: its JSON, if wanted."""
-
-    index: int
-    epoch: int
-    shard: Shard
-    member: str
-    content: bytes
-    annotations: bytes | None
-
-    def decode(self, wanted: tuple[int, int] | None) -> Sample:
-        """wanted: how many annotations, and the seed to draw them with."""
-        sample = replace(self.shard.decode(self.member, self.content), epoch=self.epoch)
-        if self.annotations is None or wanted is None:
-            return sample
-        name, (count, seed) = f"{_json_of(self.member)} in {self.shard.path}", wanted
-        drawn = draw_annotations(self.annotations, sample.key, name, count, seed, self.epoch)
-        return replace(sample, annotations=drawn)
+def companion(member: str, kind: str) -> str:
+    """The name of what lies beside an image: sa_1.jpg and .json make sa_1.json."""
+    return member.rpartition(".")[0] + kind
 
 
 def index_tars(path: str | list[str], option: str) -> tuple[list[Shard], list[str]]:
@@ -87,64 +76,54 @@ def index_tars(path: str | list[str], option: str) -> tuple[list[Shard], list[st
     paths = list(dict.fromkeys(paths))  # patterns may overlap
     if not paths:
         raise UserError(f"{option}={path} names no tar")
-    members, jsons, problems = zip(*map(_headers, paths), strict=True)
+    contents = _contents(paths)
+    members = [[n for n in c.names if is_image(PurePosixPath(n).name)] for c in contents]
+    problems = [c.problem for c in contents if c.problem]
     names = [(tar, name) for tar, found in zip(paths, members, strict=True) for name in found]
     if not names:
-        reason = next(filter(None, problems), "none of them holds a jpg or png")
+        reason = next(iter(problems), "none of them holds a jpg or png")
         raise UserError(f"{option}={path}: no image in {len(paths)} tars ({reason})")
     keys = unique_keys([name.rpartition(".")[0] for _, name in names], [f"{tar.stem}/{name}" for tar, name in names])
     if len(set(keys)) < len(keys):
         raise UserError(f"{option}={path}: two tars of the same name hold images of the same name; rename one of them")
     left = iter(keys)
     shards = [
-        Shard(tar, dict(zip(found, left)), frozenset(name for name in found if _json_of(name) in beside))  # noqa: B905
-        for tar, found, beside in zip(paths, members, jsons, strict=True)
+        Shard(tar, dict(zip(found, left)), _beside(found, set(held.names)))  # noqa: B905
+        for tar, found, held in zip(paths, members, contents, strict=True)
     ]
-    return [shard for shard in shards if shard.keys], [problem for problem in problems if problem]
+    return [shard for shard in shards if shard.keys], problems
 
 
-def _expand(pattern: str, option: str) -> list[Path]:
-    if "://" in pattern or pattern.startswith("pipe:"):
-        raise UserError(f"{option}={pattern}: only local tars can be read so far; download them first")
-    if Path(pattern).expanduser().is_dir():
+def _expand(pattern: str, option: str) -> list[Tar]:
+    if pattern.startswith("pipe:"):
+        return [PipedTar(pattern)]
+    is_remote = urlsplit(pattern).scheme in ("http", "https")
+    if not is_remote and Path(pattern).expanduser().is_dir():
         pattern = f"{glob.escape(pattern)}/*.tar"
-    tars = []
     try:
         names = expand_urls(pattern)
     except ValueError as error:
         raise UserError(f"{option}={pattern}: {error}") from None
-    for name in names:
-        tars += sorted(glob.glob(str(Path(name).expanduser()))) or [name]
+    if is_remote:
+        return [HttpTar(name) for name in names]
+    tars = [tar for name in names for tar in sorted(glob.glob(str(Path(name).expanduser()))) or [name]]
     missing = next((tar for tar in tars if not Path(tar).is_file()), None)
     if missing:
-        raise UserError(f"{option}={pattern}: there is no {missing}; expected a folder of tars, a tar, or a pattern")
-    return [Path(tar) for tar in tars]
+        hint = "; http(s) addresses and pipe: commands can be read, too" if "://" in missing else ""
+        raise UserError(
+            f"{option}={pattern}: there is no {missing}; expected a folder of tars, a tar, or a pattern{hint}"
+        )
+    return [LocalTar(tar) for tar in tars]
 
 
-def _headers(path: Path) -> tuple[list[str], set[str], str | None]:
-    """Names of the images that a tar holds whole, in its order, of its JSONs, and what is wrong, if anything."""
-    names: dict[str, None] = {}  # an ordered set
-    jsons: set[str] = set()
-    try:
-        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            size = path.stat().st_size
-            for member in tar:
-                if member.isreg() and member.offset_data + member.size > size:
-                    raise tarfile.ReadError(f"truncated in {member.name}")
-                if member.isreg() and is_image(PurePosixPath(member.name).name):
-                    names[member.name] = None
-                elif member.name.endswith(".json"):
-                    jsons.add(member.name)
-            file.seek(tar.offset)
-            if file.read(tarfile.BLOCKSIZE).strip(b"\0"):  # neither the end of the archive nor that of the file
-                raise tarfile.ReadError("damaged header")
-    except (tarfile.TarError, OSError) as error:
-        return list(names), jsons, f"the rest of {path} after {len(names)} images ({error})"
-    return list(names), jsons, None
+def _contents(tars: list[Tar]) -> list[Contents]:
+    """What each holds; several at a time, since those that lie elsewhere answer slowly."""
+    with ThreadPoolExecutor(1 if all(isinstance(tar, LocalTar) for tar in tars) else CONNECTIONS) as pool:
+        return list(pool.map(lambda tar: tar.contents(), tars))
 
 
-def _json_of(member: str) -> str:
-    return member.rpartition(".")[0] + ".json"
+def _beside(members: Iterable[str], others: Collection[str]) -> dict[str, frozenset[str]]:
+    return {kind: frozenset(m for m in members if companion(m, kind) in others) for kind in COMPANIONS}
 
 
 def subset(shards: Iterable[Shard], keys: Collection[str]) -> list[Shard]:

@@ -20,6 +20,7 @@ from sam_distill.engine.record import write_json, write_prompts
 from sam_distill.evaluate.agreement import Agreement
 from sam_distill.models.sam import Sam
 from sam_distill.predict.overlays import column
+from sam_distill.teachers import Teacher
 from sam_distill.types import Sample, UserError
 
 BLIND_IMAGES = 100  # the blind baseline is computed on so many images at most, which it holds in memory (9 MB each)
@@ -29,7 +30,7 @@ BLIND_IMAGES = 100  # the blind baseline is computed on so many images at most, 
 def judge(
     *,
     student: Sam,
-    teacher: Sam,
+    teacher: Teacher,
     source: DataSource,
     split: Split,
     protocol: Agreement,
@@ -40,7 +41,7 @@ def judge(
     """Compare `student` and `teacher` on the images of `source`; writes metrics.json, prompts.csv and pictures/."""
     started = time.perf_counter()
     total = source.num_eval_images(split)
-    for sam in (student, teacher):
+    for sam in (student, teacher.sam):
         sam.to(hardware.kind).to(memory_format=torch.channels_last)
     result, images = Judge(protocol).to(hardware.kind), 0
     answers: list[Answer] = []
@@ -49,8 +50,8 @@ def judge(
         for batch in _loader(source, split, hardware, batch_size):
             batch = batch.to(hardware.kind)
             with hardware.autocast():
-                theirs, ours = (sam.encode(batch.images, batch.sizes) for sam in (teacher, student))
-            targets = protocol.ask(teacher, theirs, batch)
+                theirs, ours = teacher.embed(batch), student.encode(batch.images, batch.sizes)
+            targets = protocol.ask(teacher.sam, theirs, batch)
             result.update(student, ours, batch, theirs, targets)
             if images < BLIND_IMAGES:
                 answers.append((batch, theirs, targets))
@@ -60,7 +61,7 @@ def judge(
         if not images:
             raise UserError("not one image could be read: there is nothing to evaluate")
         seconds = time.perf_counter() - started
-        baseline = _never_looking(Judge(protocol).to(hardware.kind), teacher, answers, bar)
+        baseline = _never_looking(Judge(protocol).to(hardware.kind), teacher.sam, answers, bar)
     metrics: dict[str, Any] = result.compute() | baseline | {"images": images, "images_skipped": total - images}
     metrics |= {"seconds": round(seconds, 1), "images_per_second": round(images / seconds, 2)}
     metrics["precision"] = hardware.num_format

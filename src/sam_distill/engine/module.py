@@ -19,7 +19,7 @@ from sam_distill.models.checkpoints import DESCRIPTION, describe
 from sam_distill.models.sam import Sam
 from sam_distill.prompts.samplers import PromptSampler
 from sam_distill.strategies.base import Strategy
-from sam_distill.teachers import LiveTeacher
+from sam_distill.teachers import Teacher
 from sam_distill.types import Batch, UserError
 
 
@@ -40,7 +40,7 @@ class Distillation(pl.LightningModule):
         self,
         student: Sam,
         strategy: Strategy,
-        teacher: LiveTeacher,
+        teacher: Teacher,
         prompts: PromptSampler,
         optim: AdamW,
         agreement: Agreement,
@@ -70,7 +70,7 @@ class Distillation(pl.LightningModule):
         self.train()  # Lightning calls it no more: it restores the modes that it finds
 
     @property
-    def teacher(self) -> LiveTeacher:
+    def teacher(self) -> Teacher:
         return self._teacher[0]
 
     def train(self, mode: bool = True) -> Distillation:
@@ -125,7 +125,7 @@ class Distillation(pl.LightningModule):
         keys = tuple(batch.keys)
         if keys not in self._answers:
             self.teacher.sam.to(self.device)
-            embedding = self.teacher.sam.encode(batch.images, batch.sizes)
+            embedding = self.teacher.embed(batch)
             self._answers[keys] = batch, embedding, self.judge.agreement.ask(self.teacher.sam, embedding, batch)
         return self._answers[keys][1:]
 

@@ -27,6 +27,16 @@ def is_first() -> bool:
     return all(os.environ.get(name, "0") == "0" for name in _RANKS)
 
 
+def place(devices: int, nodes: int) -> tuple[int, int]:
+    """(rank, how many processes there are), also where no process group has been made."""
+    env = os.environ
+    if launcher() == "srun":
+        return int(env["SLURM_PROCID"]), devices * nodes
+    if launcher() == "torchrun":
+        return int(env["RANK"]), devices * nodes
+    return int(env.get("NODE_RANK", "0")) * devices + int(env.get("LOCAL_RANK", "0")), devices * nodes
+
+
 def name() -> str:
     """Names a process that is not the first, in logs and messages."""
     if launcher() is not None:

@@ -1,12 +1,16 @@
-"""The progress bar of training, on a terminal. Elsewhere the log lines are all there is."""
+"""Progress bars, on a terminal. Elsewhere there are log lines."""
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import Any
 
 import pytorch_lightning as pl
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+log = logging.getLogger(__name__)
 
 INTERVAL = 0.2  # seconds between updates: reading the loss makes the CPU wait for the GPU
 
@@ -50,3 +54,40 @@ class TrainingBar(pl.Callback):
     def _draw(self, **changes: Any) -> None:
         self._bar.update(self._task, refresh=True, **changes)
         self._drawn = time.perf_counter()
+
+
+class Tally:
+    """Things done of all, their rate and the time left: a bar on a terminal, else a log line every half minute.
+
+    Drawn by hand, for the reason above.
+    """
+
+    every = 30.0  # seconds between log lines
+
+    def __init__(self, total: int, what: str) -> None:
+        self.total, self.what, self.completed = total, what, 0
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
+        self._bar = Progress("{task.description}", *columns, auto_refresh=False, speed_estimate_period=120)
+        self._task = self._bar.add_task(what, total=total, note="")
+        self._is_terminal = Console().is_terminal
+        self._started = self._told = time.perf_counter()
+
+    def __enter__(self) -> Tally:
+        if self._is_terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def add(self, number: int, note: str = "") -> None:
+        self.completed += number
+        now = time.perf_counter()
+        rate = self.completed / (now - self._started)
+        said = f"{rate:.1f}/s  {note}"
+        if self._is_terminal:
+            self._bar.update(self._task, completed=self.completed, note=said, refresh=True)
+        elif now - self._told > self.every:
+            self._told = now
+            left = (self.total - self.completed) / rate / 60
+            log.info("%s %d/%d  %s  %.0f minutes left", self.what, self.completed, self.total, said, left)

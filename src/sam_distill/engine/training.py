@@ -26,6 +26,7 @@ from sam_distill.engine.launch import all_processes
 from sam_distill.engine.loggers import CsvOnly, WandB, close
 from sam_distill.engine.module import Distillation, requirements
 from sam_distill.engine.optim import AdamW
+from sam_distill.engine.planning import plan_training
 from sam_distill.engine.progress import TrainingBar
 from sam_distill.engine.record import History, write_prompts
 from sam_distill.engine.step_times import StepTimes
@@ -36,7 +37,7 @@ from sam_distill.models.encoders import ImageEncoder
 from sam_distill.models.sam import Sam
 from sam_distill.prompts.samplers import PromptSampler
 from sam_distill.strategies.base import Strategy
-from sam_distill.teachers import LiveTeacher
+from sam_distill.teachers import Teacher
 from sam_distill.types import UserError
 
 log = logging.getLogger(__name__)
@@ -52,7 +53,6 @@ def new_student(encoder: ImageEncoder, teacher: Sam, image_size: int, neck_from_
     of the teacher's, so that embeddings have the right statistics from the first step. The paper does not say.
     """
     if neck_from_teacher:
-        assert isinstance(teacher.image_encoder, ImageEncoder)
         for part in ("norm1", "conv", "norm2"):
             theirs = getattr(teacher.image_encoder.neck, part)
             getattr(encoder.neck, part).load_state_dict(theirs.state_dict())
@@ -63,7 +63,7 @@ def fit(
     *,
     strategy: Strategy,
     student: Sam,
-    teacher: LiveTeacher,
+    teacher: Teacher,
     prompts: PromptSampler,
     source: DataSource,
     optim: AdamW,
@@ -79,9 +79,13 @@ def fit(
     seed: int,
     init: str | None,
     resume: str | None,
+    plan: bool,
     run_dir: Path,
 ) -> dict[str, Any]:
-    """Train `student` for `budget` and return the metrics of the last validation, which metrics.json holds too."""
+    """Train `student` for `budget` and return the metrics of the last validation, which metrics.json holds too.
+
+    plan: only measure a few steps and say what the training will take.
+    """
     checkpoint = None if resume is None else _last_checkpoint(Path(resume))
     processes = hardware.devices * hardware.nodes
     if source.val_images < processes:
@@ -101,6 +105,10 @@ def fit(
     together = hardware.sync_batchnorm and processes > 1
     module = Distillation(student, strategy, teacher, prompts, optim, protocol, sync_batchnorm=together)
     loaders = Loaders(source, batch_size, seed, hardware)
+    if plan:
+        _quieten()
+        plan_training(module, loaders, hardware, steps, accumulate)
+        return {}
     history = History(run_dir / "history.csv", resume=checkpoint is not None)
     facts: dict[str, Any] = {
         "images_per_step": images_per_step,

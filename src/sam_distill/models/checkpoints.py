@@ -8,6 +8,7 @@ rides in `state_dict._metadata`, where strict loaders don't look.
 from __future__ import annotations
 
 import difflib
+import hashlib
 import os
 import re
 from collections import OrderedDict
@@ -113,6 +114,17 @@ def find_checkpoint(checkpoint: str | Path) -> Path:
         hint = f"did you mean {nearest[0]}?" if nearest else f"the names known are {', '.join(weights.names())}"
         raise UserError(f"no checkpoint {checkpoint}: it is neither a file, a run folder nor a name ({hint})")
     return path
+
+
+def fingerprint(checkpoint: str) -> str:
+    """sha256 of the file that a checkpoint stands for; a name's is known without the file."""
+    if checkpoint in weights.names():
+        return weights.sha256(checkpoint)
+    digest = hashlib.sha256()
+    with find_checkpoint(checkpoint).open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

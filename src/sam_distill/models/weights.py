@@ -60,6 +60,11 @@ def names() -> list[str]:
     return list(_table())
 
 
+def sha256(name: str) -> str:
+    """Of a named checkpoint's file, which need not be here."""
+    return _table()[name].sha256
+
+
 def fetch(name: str) -> Path:
     """The local file of a named checkpoint, downloaded on first use into $SAM_DISTILL_HOME/weights.
 
@@ -89,9 +94,14 @@ def _table() -> dict[str, Checkpoint]:
     return {name: Checkpoint(**row) for name, row in rows.items()}
 
 
-def _folder() -> Path:
+def home() -> Path:
+    """$SAM_DISTILL_HOME, or our part of the user's cache folder."""
     cache_home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.environ.get("SAM_DISTILL_HOME") or Path(cache_home, "sam-distill")).expanduser() / "weights"
+    return Path(os.environ.get("SAM_DISTILL_HOME") or Path(cache_home, "sam-distill")).expanduser()
+
+
+def _folder() -> Path:
+    return home() / "weights"
 
 
 def _beside(path: Path, suffix: str) -> Path:

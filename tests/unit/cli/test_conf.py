@@ -14,9 +14,11 @@ from sam_distill.cli.config import check
 CONF = default_conf_dir()
 MANDATORY = {  # what a choice can't know by itself
     "data=folder": ["data.path=photos"],
+    "data=cache": ["data.path=cache"],
     "data=sa1b": ["data.path=tars"],
     "encoder=timm": ["encoder.name=resnet18"],
     "evaluate": ["checkpoint=mobile_sam"],
+    "cache": ["path=cache"],
     "segment": ["image=photo.jpg", "path=out.png", "point=[1,2]"],
 }
 CHOICES = [

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from sam_distill.data import tars
 from sam_distill.data.sa1b import Sa1b
 from sam_distill.types import UserError
 
@@ -102,7 +103,7 @@ def test_a_truncated_tar_gives_its_whole_images(make_tar, batches, caplog: pytes
     source = Sa1b(str(tar), val_images=1)
     assert set(keys_of(batches(source, 6, workers=2))) == {"1", "2", "3"}
     assert source.skipped == 1
-    assert f"{tar} after 4 images (truncated in 4.jpg)" in caplog.text
+    assert f"{tar} after 4 files (truncated in 4.jpg)" in caplog.text
     tar.write_bytes(content[: content.index(b"4.jpg") + 100])
     assert (Sa1b(str(tar), val_images=1).num_train_images, Sa1b(str(tar), val_images=1).skipped) == (3, 1)
     tar.write_bytes(content[: content.index(b"4.jpg")] + b"garbage" * 1000)
@@ -147,7 +148,8 @@ def test_every_way_to_name_tars(make_shards, tmp_path: Path) -> None:
     assert Sa1b([f"{folder}/sa_000001.tar", f"{folder}/*.tar"], val_images=0).num_train_images == 6
 
 
-def test_mistakes_in_the_path(make_tar, tmp_path: Path) -> None:
+def test_mistakes_in_the_path(make_tar, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tars, "PATIENCE", (0, 0, 0))
     (tmp_path / "no.tar").write_text("not a tar" * 100)
     make_tar("text/a.tar", {"a.txt": b""})
     for path, line in {
@@ -156,8 +158,9 @@ def test_mistakes_in_the_path(make_tar, tmp_path: Path) -> None:
         f"{tmp_path}/sa_{{0..3.tar": "Unbalanced braces",
         f"{tmp_path}/no.tar": r"no image in 1 tars \(the rest of \S+no.tar after 0",
         f"{tmp_path}/text": "none of them holds",
-        "https://host/sa_000000.tar": "only local tars",
-        "pipe:cat x": "only local tars",
+        "https://localhost:1/sa_000000.tar": "https://localhost:1/sa_000000.tar: no connection",
+        "pipe:cat /nowhere": r"no image in 1 tars \(.* after 0 files \(given up after 4 attempts: exit status 1",
+        "s3://bucket/a.tar": "there is no s3://bucket/a.tar; .* http.s. addresses and pipe: commands can be read, too",
     }.items():
         with pytest.raises(UserError, match=line) as caught:
             Sa1b(path)

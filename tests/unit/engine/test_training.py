@@ -63,6 +63,7 @@ def run(run_dir: Path, live: LiveTeacher, sam: Sam, **changes: Any) -> dict[str,
         "strategy": Decoupled(), "optim": AdamW(lr=1e-3), "protocol": Agreement(points=1), "hardware": HARDWARE,
         "logger": CsvOnly(), "budget": "6 steps", "validate_every": "3 steps", "batch_size": 2, "seed": 0,
         "prompts": Points(1, 0), "accumulate": 1, "ema": None, "step_times": False, "init": None, "resume": None,
+        "plan": False,
         "source": Drawings(),
     }  # fmt: skip
     return fit(student=sam, teacher=live, run_dir=run_dir, **options | changes)
@@ -250,7 +251,7 @@ def test_the_average_is_what_is_judged_and_saved(tmp_path: Path, live: LiveTeach
     assert not torch.equal(average, last)
     assert torch.equal(load_sam(whole).state_dict()[key], average)
     metrics = judge(
-        student=load_sam(whole), teacher=live.sam, source=Drawings(), split="val", protocol=Agreement(points=1),
+        student=load_sam(whole), teacher=live, source=Drawings(), split="val", protocol=Agreement(points=1),
         hardware=HARDWARE, batch_size=2, run_dir=tmp_path,
     )  # fmt: skip
     assert metrics["embedding_mse"] == pytest.approx(history(whole, "val/embedding_mse")[6], rel=1e-5)
@@ -269,6 +270,14 @@ def test_step_times_add_up(tmp_path: Path, live: LiveTeacher) -> None:
     assert sum(values[4] for values in parts.values()) == pytest.approx(whole, rel=0.1)
 
 
+def test_a_plan_trains_nothing(tmp_path: Path, live: LiveTeacher, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(tmp_path, live, student(live), plan=True, budget="500 steps", accumulate=2) == {}
+    said = capfd.readouterr().out
+    assert "What 500 steps will take" in said
+    assert "2000, 500.0 epochs of 4" in said
+    assert not list(tmp_path.iterdir())
+
+
 def test_resuming_nothing(tmp_path: Path, live: LiveTeacher) -> None:
     with pytest.raises(UserError, match=r"there is no .*last\.ckpt"):
         run(tmp_path, live, student(live), resume=str(tmp_path))
@@ -282,7 +291,7 @@ def test_resuming_another_architecture(finished: tuple[Path, Sam], tmp_path: Pat
 
 def test_the_teacher_agrees_with_itself(tmp_path: Path, live: LiveTeacher) -> None:
     metrics = judge(
-        student=load_sam("mobile_sam"), teacher=live.sam, source=Drawings(), split="val", protocol=Agreement(points=2),
+        student=load_sam("mobile_sam"), teacher=live, source=Drawings(), split="val", protocol=Agreement(points=2),
         hardware=HARDWARE, batch_size=2, run_dir=tmp_path,
     )  # fmt: skip
     assert metrics["miou/point"] == metrics["miou/box"] == 1.0
@@ -291,7 +300,7 @@ def test_the_teacher_agrees_with_itself(tmp_path: Path, live: LiveTeacher) -> No
 
 def test_validation_and_evaluate_say_the_same(finished: tuple[Path, Sam], tmp_path: Path, live: LiveTeacher) -> None:
     metrics = judge(
-        student=load_sam(finished[0]), teacher=live.sam, source=Drawings(), split="val", protocol=Agreement(points=1),
+        student=load_sam(finished[0]), teacher=live, source=Drawings(), split="val", protocol=Agreement(points=1),
         hardware=HARDWARE, batch_size=2, run_dir=tmp_path,
     )  # fmt: skip
     trained = json.loads((finished[0] / "metrics.json").read_text())
@@ -304,7 +313,7 @@ def test_a_single_image_has_no_blind_baseline(tmp_path: Path, live: LiveTeacher)
     source = Drawings()
     source.val = range(5, 6)
     metrics = judge(
-        student=live.sam, teacher=live.sam, source=source, split="val", protocol=Agreement(points=1),
+        student=live.sam, teacher=live, source=source, split="val", protocol=Agreement(points=1),
         hardware=HARDWARE, batch_size=2, run_dir=tmp_path,
     )  # fmt: skip
     assert metrics["images"] == 1

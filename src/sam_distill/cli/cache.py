@@ -1,0 +1,58 @@
+"""`sam-distill cache`."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from sam_distill.data.base import DataSource
+from sam_distill.data.embeddings import Dtype
+from sam_distill.engine.caching import verify, write_cache
+from sam_distill.engine.hardware import Hardware
+from sam_distill.engine.launch import all_processes
+from sam_distill.engine.planning import plan_cache
+from sam_distill.teachers import LiveTeacher
+from sam_distill.types import UserError
+
+log = logging.getLogger(__name__)
+
+
+def cache(
+    *,
+    data: DataSource,
+    teacher: LiveTeacher,
+    trainer: Hardware,
+    path: str,
+    dtype: Dtype,
+    quality: Annotated[int, Field(ge=50, le=100)],
+    batch_size: Annotated[int, Field(gt=0)],
+    tar_images: Annotated[int, Field(gt=0)],
+    check: bool,
+    plan: bool,
+) -> None:
+    """Write the embeddings of `teacher` for `data` to `path`; conf/cache.yaml says what each option means."""
+    folder = Path(path).expanduser()
+    if check:
+        found = verify(folder)
+        log.info("%s is whole: %d images in %d tars", folder, found["images"], found["tars"])
+        return
+    work: dict[str, Any] = {
+        "source": data, "teacher": teacher, "hardware": trainer, "folder": folder,
+        "dtype": dtype, "quality": quality, "batch_size": batch_size, "tar_images": tar_images,
+    }  # fmt: skip
+    if plan:
+        if not plan_cache(**work):
+            raise UserError(f"path={path}: its disk is too small; data.images or data.fraction take fewer images")
+        return
+    with all_processes(trainer, folder):
+        manifest = write_cache(**work)
+    lines = manifest["shards"].values()
+    total, skipped = sum(line["bytes"] for line in lines), sum(len(line["skipped"]) for line in lines)
+    log.info(
+        "%s: %d images in %d of %d tars, %.2f GB, %.0f kB per image%s",
+        folder, manifest["images"], len(lines), manifest["tars"], total / 1e9, total / 1e3 / max(1, manifest["images"]),
+        f"; {skipped} damaged images skipped" if skipped else "",
+    )  # fmt: skip

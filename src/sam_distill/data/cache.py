@@ -1,0 +1,177 @@
+"""The distillation cache: images with their teacher's embeddings in self-contained tars (design, section 5).
+
+    manifest.json          what made it, and every tar's count, size and hash
+    teacher.pt             the teacher without its backbone: what it takes to turn an embedding into masks
+    cache-000000.tar       key.jpg (resized to the frame), key.embedding (of that jpg), key.json (size, annotations)
+
+A tar is written under a temporary name and renamed when whole. Its line for the manifest lies beside it first, so that
+several processes can write at once and a killed one loses only the tar in hand.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+from filelock import FileLock
+from pydantic import Field
+
+from sam_distill.data.choice import Fraction, Images, choose
+from sam_distill.data.embeddings import Dtype, pack, unpack
+from sam_distill.data.sa1b import Encoded, Sa1b
+from sam_distill.data.shards import companion, index_tars, subset
+from sam_distill.images import decode, to_frame
+from sam_distill.types import Sample, UserError
+
+MANIFEST, TEACHER = "manifest.json", "teacher.pt"
+
+
+class Cache(Sa1b):
+    """What `sam-distill cache` has written to `path`. The images held out are those that its source held out.
+
+    images, fraction: train on so many of the others, chosen by hash.
+    shuffle_buffer: images, still encoded, that a loader worker shuffles at a time (0.9 MB each).
+    """
+
+    kinds = (".embedding", ".json")
+
+    def __init__(
+        self,
+        path: str,
+        images: Images = None,
+        fraction: Fraction = None,
+        shuffle_buffer: Annotated[int, Field(ge=1)] = 100,
+    ) -> None:
+        self.path = path
+        folder = Path(path).expanduser()
+        self.manifest = read_manifest(folder)
+        missing = self.manifest["tars"] - sum((folder / name).is_file() for name in self.manifest["shards"])
+        if missing:
+            raise UserError(
+                f"data.path={path}: {missing} of {self.manifest['tars']} tars are missing: run the sam-distill cache"
+                " that began it again, it goes on where it stopped"
+            )
+        self.shards, problems = index_tars(path, "data.path")
+        self.images, self.fraction, self.shuffle_buffer = images, fraction, shuffle_buffer
+        held_out = set(self.manifest["held_out"])
+        rest = [key for shard in self.shards for key in shard.keys.values() if key not in held_out]
+        if not rest:
+            raise UserError(f"data.path={path} has nothing to train on: all its images are held out")
+        self.val = subset(self.shards, held_out)
+        self.train = subset(self.shards, {rest[index] for index in choose(rest, images, fraction)})
+        self.annotations: tuple[int, int] | None = None
+        for problem in problems:
+            self.damage.note(problem)
+
+    def annotate(self, count: int, seed: int) -> None:
+        if not self.has_annotations:
+            raise UserError("the images of this cache have no annotations")
+        self.annotations = (count, seed)
+
+    @property
+    def has_annotations(self) -> bool:
+        return bool(self.manifest["annotations"])
+
+    def decode(self, image: Encoded) -> Sample:
+        key, (jpg, embedding, about) = image.shard.keys[image.member], image.contents
+        where = f"{key} in {image.shard.tar}"
+        picture, _ = decode(jpg, where)
+        try:
+            height, width = json.loads(about)["original_size"]
+        except (ValueError, KeyError) as error:
+            raise UserError(f"{where}: its JSON can't be read ({error})") from None
+        sample = Sample(key, to_frame(picture), (height, width), image.epoch)
+        sample = replace(sample, teacher_embedding=unpack(embedding, companion(where, ".embedding")))
+        return self.annotated(sample, image, about)
+
+
+def members(sample: Sample, jpg: bytes, embedding: Any, dtype: Dtype) -> dict[str, bytes]:
+    """What a tar holds of one image, by name. embedding: [256, 64, 64] float32, of exactly that jpg."""
+    about = json.loads(sample.json) if sample.json else {"annotations": []}
+    about["original_size"] = list(sample.original_size)
+    size = (sample.image.shape[1], sample.image.shape[2])
+    return {
+        f"{sample.key}.jpg": jpg,
+        f"{sample.key}.embedding": pack(embedding, size, dtype),
+        f"{sample.key}.json": json.dumps(about).encode(),
+    }
+
+
+class ShardWriter:
+    """One tar of the cache, which is there only when it is whole."""
+
+    def __init__(self, folder: Path, number: int) -> None:
+        self.path = folder / shard_name(number)
+        self._part = self.path.with_suffix(".part")
+        self._tar = tarfile.open(self._part, "w")  # noqa: SIM115 (closed by finish or abandon)
+        self.images = 0
+        self.skipped: list[str] = []
+
+    def add(self, content: Mapping[str, bytes]) -> None:
+        for name, data in content.items():
+            info = tarfile.TarInfo(name)  # no times, no owner: the same images make the same bytes
+            info.size = len(data)
+            self._tar.addfile(info, io.BytesIO(data))
+        self.images += 1
+
+    def finish(self) -> dict[str, Any]:
+        """Its line for the manifest."""
+        self._tar.close()
+        line = {"images": self.images, "bytes": self._part.stat().st_size, "sha256": digest(self._part)}
+        line["skipped"] = self.skipped
+        write_json(self.path.with_suffix(".json"), line)
+        self._part.replace(self.path)
+        return line
+
+    def abandon(self) -> None:
+        self._tar.close()
+        self._part.unlink(missing_ok=True)
+
+
+def shard_name(number: int) -> str:
+    return f"cache-{number:06d}.tar"
+
+
+def done(folder: Path, number: int) -> bool:
+    tar = folder / shard_name(number)
+    return tar.is_file() and tar.with_suffix(".json").is_file()
+
+
+def update_manifest(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Gather the lines of all tars that are there; `facts` say what made them."""
+    with FileLock(folder / ".manifest.lock"):
+        lines = {p.name: json.loads(p.with_suffix(".json").read_text()) for p in sorted(folder.glob("cache-*.tar"))}
+        manifest = {**facts, "images": sum(line["images"] for line in lines.values()), "shards": lines}
+        write_json(folder / MANIFEST, manifest)
+    return manifest
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    try:
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+    except FileNotFoundError:
+        raise UserError(f"{folder} holds no cache: there is no {MANIFEST} in it") from None
+    except ValueError as error:
+        raise UserError(f"{folder / MANIFEST} can't be read ({error})") from None
+    return manifest
+
+
+def digest(path: Path) -> str:
+    total = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            total.update(block)
+    return total.hexdigest()
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Whole or not at all."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(content, indent=1) + "\n")
+    part.replace(path)

@@ -1,0 +1,63 @@
+"""Which images: what counts as one, its key, and which of many to train on or to hold out.
+
+Images are chosen by a hash of their keys, so that a choice depends neither on the order of files nor on the machine,
+and images=100 is part of images=1000.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from typing import Annotated
+
+from pydantic import Field
+
+from sam_distill.types import UserError
+
+log = logging.getLogger(__name__)
+
+# the options that all sources share, as their signatures name them
+ValImages = Annotated[int, Field(ge=0)]
+Images = Annotated[int, Field(ge=1)] | None
+Fraction = Annotated[float, Field(gt=0, le=1)] | None
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
+
+
+def is_image(name: str) -> bool:
+    """Whether a file's name, without its folders, is that of an image; hidden files are not."""
+    stem, dot, suffix = name.rpartition(".")
+    return bool(stem) and not stem.startswith(".") and (dot + suffix).lower() in IMAGE_SUFFIXES
+
+
+def unique_keys(short: Sequence[str], long: Sequence[str]) -> list[str]:
+    """The short key of each image, or the long one where several images share the short one."""
+    uses = Counter(short)
+    return [brief if uses[brief] == 1 else full for brief, full in zip(short, long, strict=True)]
+
+
+def affordable_val(images: int, val_images: int, where: str) -> tuple[int, str]:
+    """How many of all images to hold out, and the `shortage` if that is not what was asked for: at most a fifth."""
+    most = max(1, images // 5) if images > 1 else 0
+    if val_images <= most:
+        return val_images, ""
+    return most, f"{where} has only {images} images: {most}, not {val_images}, are held out for validation (a fifth)"
+
+
+def by_hash(keys: Sequence[str]) -> list[int]:
+    """Indices of the keys in an order that looks random and never changes."""
+    return sorted(range(len(keys)), key=lambda index: hashlib.blake2b(keys[index].encode(), digest_size=8).digest())
+
+
+def choose(keys: Sequence[str], images: int | None, fraction: float | None) -> list[int]:
+    """Indices, in their order, of the training images that data.images or data.fraction keeps."""
+    if images is not None and fraction is not None:
+        raise UserError("data.images and data.fraction exclude each other: give one of them")
+    wanted = len(keys) if images is None else images
+    if fraction is not None:
+        wanted = max(1, round(fraction * len(keys)))
+    if wanted > len(keys):
+        log.warning("data.images=%d, but there are only %d to train on: all are used", wanted, len(keys))
+    return sorted(by_hash(keys)[:wanted])

@@ -1,0 +1,180 @@
+"""Tars behind addresses and commands, with a real server on loopback that breaks down."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from sam_distill.data import tars
+from sam_distill.data.sa1b import Sa1b
+from sam_distill.types import UserError
+
+
+class Server:
+    """Serves a folder, ranges included. breaks: after so many bytes of each answer in turn the connection is cut."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.breaks, self.ranges, self.asked = folder, list[int](), True, list[str]()
+        self.port = 0
+        self.start()
+
+    def start(self) -> None:
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+            def do_HEAD(self) -> None:
+                self.answer(body=False)
+
+            def do_GET(self) -> None:
+                self.answer(body=True)
+
+            def answer(self, body: bool) -> None:
+                file = outer.folder / self.path.partition("?")[0].lstrip("/")
+                if not file.is_file():
+                    self.send_error(404)
+                    return
+                data, span = file.read_bytes(), self.headers.get("Range")
+                outer.asked.append(f"{self.command} {span or ''}".strip())
+                if span and outer.ranges:
+                    first, _, last = span.removeprefix("bytes=").partition("-")
+                    self.send_response(206)
+                    data = data[int(first) : int(last) + 1 if last else None]
+                else:
+                    self.send_response(200)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                if not body:
+                    return
+                if len(data) > 20000 and outer.breaks:
+                    self.wfile.write(data[: outer.breaks.pop(0)])
+                    self.close_connection = True
+                else:
+                    self.wfile.write(data)
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", self.port), Handler)
+        self.port = self.http.server_port
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+    def stop(self) -> None:
+        self.http.shutdown()
+        self.http.server_close()
+
+    def __str__(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setenv("SAM_DISTILL_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(tars, "PATIENCE", (0.01, 0.1, 0.5, 0.5, 0.5, 0.5))
+    (tmp_path / "shards").mkdir(exist_ok=True)
+    server = Server(tmp_path / "shards")
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def shards(make_shards: Callable[[Sequence[int]], list[str]]) -> list[str]:
+    return make_shards([12, 9])
+
+
+BRACES = "sa_{000000..000001}.tar"
+
+
+def test_an_address_is_read_like_a_disk(
+    server: Server, shards: list[str], tmp_path: Path, batches: Callable[..., list[list[str]]]
+) -> None:
+    there, here = Sa1b(f"{server}/{BRACES}", val_images=3), Sa1b(str(tmp_path / "shards"), val_images=3)
+    assert [sample.key for sample in there.val_samples()] == [sample.key for sample in here.val_samples()]
+    for workers in (0, 2):
+        assert batches(there, 12, workers=workers) == batches(here, 12, workers=workers)
+    assert batches(there, 5, start=8) == batches(here, 5, start=8)
+
+
+def test_what_a_tar_holds_is_asked_once(server: Server, shards: list[str]) -> None:
+    Sa1b(f"{server}/{BRACES}?signature=monday", val_images=1)
+    assert len(server.asked) > 20
+    server.asked.clear()
+    Sa1b(f"{server}/{BRACES}?signature=tuesday", val_images=1)
+    assert server.asked == ["HEAD", "HEAD"]
+
+
+def test_broken_connections_cost_a_warning(
+    server: Server,
+    shards: list[str],
+    tmp_path: Path,
+    batches: Callable[..., list[list[str]]],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    there, here = Sa1b(f"{server}/{BRACES}", val_images=1), Sa1b(str(tmp_path / "shards"), val_images=1)
+    server.breaks = [700, 5000, 0, 12345]
+    assert batches(there, 10) == batches(here, 10)
+    assert caplog.text.count("broke off at") == 4
+    assert there.skipped == 0
+
+
+def test_a_server_that_is_restarted(
+    server: Server, shards: list[str], tmp_path: Path, batches: Callable[..., list[list[str]]]
+) -> None:
+    there, here = Sa1b(f"{server}/{BRACES}", val_images=1), Sa1b(str(tmp_path / "shards"), val_images=1)
+    server.breaks = [5000]
+    server.stop()
+    threading.Timer(0.5, server.start).start()
+    assert batches(there, 10) == batches(here, 10)
+    assert there.skipped == 0
+
+
+def test_a_server_that_knows_no_ranges(
+    server: Server, shards: list[str], tmp_path: Path, batches: Callable[..., list[list[str]]]
+) -> None:
+    there, here = Sa1b(f"{server}/{BRACES}", val_images=1), Sa1b(str(tmp_path / "shards"), val_images=1)
+    server.ranges, server.breaks = False, [5000]
+    assert batches(there, 10) == batches(here, 10)
+    with pytest.raises(UserError, match="the server can't send parts of a file; download it first, or use pipe:"):
+        Sa1b(f"{server}/{BRACES}".replace("127.0.0.1", "localhost"), val_images=1)
+
+
+def test_a_tar_that_is_gone_for_good(
+    server: Server, shards: list[str], batches: Callable[..., list[list[str]]], caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(UserError, match=r"sa_000007\.tar: HTTP 404 Not Found"):
+        Sa1b(f"{server}/sa_000007.tar")
+    source = Sa1b(f"{server}/{BRACES}", val_images=1)
+    Path(shards[1]).unlink()  # hours later
+    keys = {key for batch in batches(source, 8) for key in batch}
+    assert keys <= {f"sa_{number}" for number in range(12)}
+    assert caplog.text.count("skipped: ") == 1
+    assert "9 images of" in caplog.text
+    assert source.skipped == 9
+
+
+def test_a_command(server: Server, shards: list[str], tmp_path: Path, batches: Callable[..., list[list[str]]]) -> None:
+    here = Sa1b(shards[0], val_images=1)
+    there = Sa1b(f"pipe:cat {shards[0]}", val_images=1)
+    assert batches(there, 8) == batches(here, 8)
+
+
+def test_a_command_that_fails_now_and_then(
+    server: Server,
+    shards: list[str],
+    tmp_path: Path,
+    batches: Callable[..., list[list[str]]],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    mark = tmp_path / "was_here"
+    fails = f"head -c 9000 {shards[0]}; touch {mark}; echo no network >&2; exit 3"
+    script = f"if [ -e {mark} ]; then cat {shards[0]}; else {fails}; fi"
+    mark.touch()
+    source = Sa1b(f"pipe:{script}", val_images=1)
+    mark.unlink()
+    assert batches(source, 5) == batches(Sa1b(shards[0], val_images=1), 5)
+    assert "broke off at 9000 (exit status 3: no network)" in caplog.text
