@@ -88,8 +88,6 @@ def fit(
     """
     checkpoint = None if resume is None else _last_checkpoint(Path(resume))
     processes = hardware.devices * hardware.nodes
-    if source.val_images < processes:
-        raise UserError(f"data.val_images: {source.val_images} to validate on, but every device needs one: {processes}")
     if strategy.finetunes and init is None and resume is None:
         raise UserError(f"{type(strategy).__name__} starts from a distilled student: give init=RUN_DIR or a checkpoint")
     if "annotations" in requirements(strategy, prompts):
@@ -132,6 +130,9 @@ def fit(
     if source.shortage:
         log.warning(source.shortage)
     with all_processes(hardware, run_dir):
+        if source.val_images < processes:
+            told = f"data.val_images: {source.val_images} to validate on, but every device needs one: {processes}"
+            raise UserError(told)
         trainer = _trainer(hardware, optim, run_dir, steps, interval, accumulate, callbacks)
         first = trainer.is_global_zero
         trainer.loggers = [history, *(logger.build(run_dir, name, _config(run_dir)) if first else [])]

@@ -15,6 +15,7 @@ CONF = default_conf_dir()
 MANDATORY = {  # what a choice can't know by itself
     "data=folder": ["data.path=photos"],
     "data=cache": ["data.path=cache"],
+    "experiment=mobilesam_1pct": ["data.path=cache"],
     "data=sa1b": ["data.path=tars"],
     "encoder=timm": ["encoder.name=resnet18"],
     "evaluate": ["checkpoint=mobile_sam"],
