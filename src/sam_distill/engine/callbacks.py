@@ -70,6 +70,9 @@ class Averaged(EMAWeightAveraging):
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         super().on_validation_epoch_end(trainer, module)
 
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Nothing is put in place of the weights: the last checkpoint, from which a run may go on, needs both."""
+
 
 class RunFolder(pl.Callback):
     """Keeps student.pt, metrics.json and pictures/ up to date at every validation, and tells how it goes."""
