@@ -27,9 +27,15 @@ from sam_distill.types import Sample, UserError
 log = logging.getLogger(__name__)
 
 
+NOT_TRAINED_ON = -1
+
+
 @dataclass(frozen=True)
 class Encoded:
-    """An image as it lies in its tar, with the companions that are wanted. index: among all training images."""
+    """An image as it lies in its tar, with the companions that are wanted.
+
+    index: among all training images, or NOT_TRAINED_ON.
+    """
 
     index: int
     epoch: int
@@ -127,8 +133,8 @@ class Sa1b(DataSource):
         return self.annotated(sample, image, image.contents[-1]) if ".json" in self.kinds else sample
 
     def annotated(self, sample: Sample, image: Encoded, json: bytes) -> Sample:
-        """With its JSON, and with masks drawn from it if they are wanted."""
-        if self.annotations is None:
+        """With its JSON, and, in training, with masks drawn from it if they are wanted."""
+        if self.annotations is None or image.index == NOT_TRAINED_ON:
             return replace(sample, json=json)
         name, (count, seed) = f"{companion(image.member, '.json')} in {image.shard.tar}", self.annotations
         drawn = draw_annotations(json, sample.key, name, count, seed, image.epoch)
@@ -151,7 +157,7 @@ class Sa1b(DataSource):
         found = dict.fromkeys(shard.keys)
         for member, contents in shard.read(shard.keys, self.kinds):
             del found[member]
-            yield partial(self.decode, Encoded(-1, 0, shard, member, contents))
+            yield partial(self.decode, Encoded(NOT_TRAINED_ON, 0, shard, member, contents))
         for member in found:
             yield partial(self._lost, shard, member)
 

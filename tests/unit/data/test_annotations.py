@@ -71,8 +71,10 @@ def test_a_source_pairs_images_with_annotations(
             pair[f"sa_{number}.json"] = content(annotation(48, 64 + number, (0, 0, 8 * number + 8, 48)))
         members |= dict(reversed(pair.items())) if json_first else pair
     members["sa_9.jpg"], members["sa_9.json"] = jpeg(9), b"damaged"
-    source = Sa1b(str(make_tar("sa_000000.tar", members)), val_images=0)
+    photo = make_tar("val/photo.tar", {"photo.jpg": jpeg(7)})
+    source = Sa1b(str(make_tar("sa_000000.tar", members)), val_path=str(photo))
     source.annotate(2, seed=0)
+    assert [sample.key for sample in source.val_samples()] == ["photo"], "validation needs none"
     assert source.num_train_images == 4
     assert "1 training images have no annotations" in caplog.text
     stream = source.train_stream(start=0, seed=0, rank=0, world_size=1, batch_size=3)
