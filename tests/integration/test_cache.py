@@ -14,10 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image, ImageDraw
 
 from sam_distill.cli import app
 from sam_distill.data.cache import Cache
+from sam_distill.engine import caching
 from sam_distill.engine.hardware import Hardware
 from sam_distill.engine.loggers import CsvOnly
 from sam_distill.engine.optim import AdamW
@@ -111,6 +113,15 @@ def test_two_processes_share_the_work(images: Path, cached: Path, tmp_path: Path
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, PROGRAM, *arguments], env=environment, check=True, timeout=300)
     assert hashes(tmp_path) == hashes(cached)
+
+
+def test_one_at_a_time(
+    images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(caching, "LOCK_PATIENCE", 0)
+    with FileLock(tmp_path / ".writing-0.lock"):
+        assert app.main(command(images, tmp_path)) == 1
+    assert "another process is writing this cache" in capfd.readouterr().err
 
 
 def test_caches_are_not_mixed(images: Path, cached: Path, capfd: pytest.CaptureFixture[str]) -> None:

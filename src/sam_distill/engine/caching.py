@@ -11,12 +11,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
@@ -35,6 +37,7 @@ from sam_distill.types import FRAME, Sample, UserError
 log = logging.getLogger(__name__)
 
 WAITING = 4  # batches that may wait for the writer
+LOCK_PATIENCE = 20  # seconds; the loader workers of a process that was killed need a few to notice
 
 
 @dataclass(frozen=True)
@@ -99,8 +102,8 @@ def write_cache(
     stream = ToCache(blocks, todo, batch_size, quality)
     loader = DataLoader(stream, batch_size=None, num_workers=hardware.num_workers)
     writer = _Writer(folder, {n: len(blocks[n].keys) for n in todo}, dtype, facts)
-    teacher.sam.to(hardware.kind)
-    with Tally(sum(len(blocks[number].keys) for number in todo), "Caching") as tally, writer:
+    with _alone(folder, rank), Tally(sum(len(blocks[number].keys) for number in todo), "Caching") as tally, writer:
+        teacher.sam.to(hardware.kind)
         for number, prepared in loader:
             samples = [item.sample for item in prepared if item.sample is not None]
             embeddings: list[Tensor] = []
@@ -113,6 +116,20 @@ def write_cache(
     while rank == 0 and not all(done(folder, number) for number in range(len(blocks))):
         time.sleep(0.5)  # the other processes are still at it
     return update_manifest(folder, facts)
+
+
+@contextmanager
+def _alone(folder: Path, rank: int) -> Iterator[None]:
+    """Two that write the same tars would be in each other's way. The lock goes with the process, however it ends."""
+    lock = FileLock(folder / f".writing-{rank}.lock")
+    try:
+        lock.acquire(timeout=LOCK_PATIENCE)
+    except Timeout:
+        raise UserError(f"path={folder}: another process is writing this cache; wait for it, or stop it") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class _Writer:
