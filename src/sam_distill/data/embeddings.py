@@ -2,8 +2,8 @@
 
 A third of a 3:2 image's frame is padding. It can't be left out altogether: the mask decoder looks at it, and without it
 a teacher's masks agree with themselves to 0.97 only. Averaged over blocks of 3 x 8 cells it takes 14 kB as int8, and
-they agree to 0.994 and better (experiments/scale). So a 3:2 image takes 0.72 MB as int8 and 1.44 MB as fp16; fp32 keeps the whole
-square, 4.19 MB.
+they agree to 0.994 and better (experiments/scale). So a 3:2 image takes 0.72 MB as int8 and 1.44 MB as fp16; fp32
+keeps the whole square, 4.19 MB.
 """
 
 from __future__ import annotations

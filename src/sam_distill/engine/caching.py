@@ -90,7 +90,7 @@ def write_cache(
 ) -> dict[str, Any]:
     """Write what is missing of the cache in `folder`, and return its manifest. Processes share the work tar by tar."""
     blocks = source.blocks(tar_images)
-    facts = _facts(source, blocks, teacher, hardware, dtype, quality)
+    facts = _facts(source, blocks, teacher, hardware, dtype, quality) | {"tar_images": tar_images}
     _begin(folder, facts, teacher)
     rank, ranks = processes.place(hardware.devices, hardware.nodes)
     mine = range(rank, len(blocks), ranks)
@@ -207,9 +207,11 @@ def verify(folder: Path) -> dict[str, int]:
                 wrong.append(f"{name} has changed")
             tally.add(1)
     missing = manifest["tars"] - len(manifest["shards"])
-    wrong += [f"{missing} of {manifest['tars']} tars have not been written yet"] if missing else []
     if wrong:
         raise UserError(f"{folder}: {'; '.join(wrong)}. Delete what has changed and run sam-distill cache again")
+    if missing:
+        told = f"{missing} of {manifest['tars']} tars have not been written yet; the others are whole"
+        raise UserError(f"{folder}: {told}. Run the same sam-distill cache again: it goes on where it stopped")
     return {"images": manifest["images"], "tars": manifest["tars"]}
 
 

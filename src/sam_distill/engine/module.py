@@ -64,6 +64,7 @@ class Distillation(pl.LightningModule):
         self._teacher = (teacher,)  # in a tuple, where nn.Module does not find it
         self._answers: dict[tuple[str, ...], tuple[Batch, Tensor, list[Target]]] = {}
         self.trainable = strategy.trainable(student)
+        optim.check(self.trainable)
         student.requires_grad_(False)
         for part in self.trainable.values():
             part.requires_grad_(True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Annotated, Any
 
 import torch
@@ -43,11 +43,14 @@ class AdamW:
         self.clip = clip
         self.scale = dict(scale or {})
 
+    def check(self, parts: Collection[str]) -> None:
+        """Complain of a scale for what does not train."""
+        idle = {name for name, factor in self.scale.items() if factor != 1} - set(parts)
+        if idle:
+            raise UserError(f"optim.scale names {', '.join(sorted(idle))}; what trains is {', '.join(parts)}")
+
     def build(self, parts: Mapping[str, nn.Module], total_steps: int) -> tuple[torch.optim.AdamW, LambdaLR]:
         """Optimizer over the trainable parts, and its per-step schedule."""
-        unknown = self.scale.keys() - parts.keys()
-        if unknown:
-            raise UserError(f"optim.scale names {', '.join(sorted(unknown))}; what trains is {', '.join(parts)}")
         groups = [group for name, part in parts.items() for group in self._groups(name, part)]
         optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=self.betas)
         return optimizer, LambdaLR(optimizer, lambda step: self._factor(step, total_steps))
