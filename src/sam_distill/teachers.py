@@ -22,6 +22,7 @@ from sam_distill.types import ALL, EMBED_DIM, GRID, Batch, Masks, Prompts, UserE
 
 log = logging.getLogger(__name__)
 
+PARTS = "teacher.pt"  # what a cache keeps of its teacher
 _EMBEDDING_BYTES = 2 * EMBED_DIM * GRID * GRID  # as kept: float16
 _memory: dict[tuple[object, ...], Tensor] = {}  # of all teachers of this process: the jobs of a multirun share it
 
@@ -119,9 +120,9 @@ class CachedTeacher(Teacher):
     """
 
     def __init__(self, path: str) -> None:
-        self.checkpoint = str(Path(path).expanduser() / "teacher.pt")
+        self.checkpoint = str(Path(path).expanduser() / PARTS)
         if not Path(self.checkpoint).is_file():
-            raise UserError(f"{path} holds no cache: there is no teacher.pt in it")
+            raise UserError(f"{path} holds no cache: there is no {PARTS} in it")
 
     @cached_property
     def sam(self) -> Sam:
@@ -143,8 +144,9 @@ class _NoEncoder(nn.Module):
         self.neck = Neck([])
 
 
-def save_parts(sam: Sam, path: Path) -> None:
-    """All of a teacher but its backbone, for `CachedTeacher`; whole or not at all."""
+def save_parts(sam: Sam, cache: Path) -> None:
+    """All of a teacher but its backbone, for the `CachedTeacher` of that cache; whole or not at all."""
+    path = cache / PARTS
     ours = Sam(_NoEncoder()).state_dict().keys()
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     torch.save({key: value.detach().cpu() for key, value in sam.state_dict().items() if key in ours}, part)

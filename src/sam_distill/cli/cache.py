@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field
 
 from sam_distill.data.base import DataSource
 from sam_distill.data.embeddings import Dtype
-from sam_distill.engine.caching import verify, write_cache
+from sam_distill.engine.caching import CacheJob, verify, write_cache
 from sam_distill.engine.hardware import Hardware
 from sam_distill.engine.launch import all_processes
 from sam_distill.engine.planning import plan_cache
@@ -39,16 +39,13 @@ def cache(
         found = verify(folder)
         log.info("%s is whole: %d images in %d tars", folder, found["images"], found["tars"])
         return
-    work: dict[str, Any] = {
-        "source": data, "teacher": teacher, "hardware": trainer, "folder": folder,
-        "dtype": dtype, "quality": quality, "batch_size": batch_size, "tar_images": tar_images,
-    }  # fmt: skip
+    job = CacheJob(data, teacher, trainer, folder, dtype, quality, batch_size, tar_images)
     if plan:
-        if not plan_cache(**work):
+        if not plan_cache(job):
             raise UserError(f"path={path}: its disk is too small; data.images or data.fraction take fewer images")
         return
     with all_processes(trainer, folder):
-        manifest = write_cache(**work)
+        manifest = write_cache(job)
     lines = manifest["shards"].values()
     total, skipped = sum(line["bytes"] for line in lines), sum(len(line["skipped"]) for line in lines)
     log.info(

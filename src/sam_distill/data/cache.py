@@ -10,7 +10,6 @@ several processes can write at once and a killed one loses only the tar in hand.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import tarfile
@@ -27,9 +26,10 @@ from sam_distill.data.embeddings import Dtype, pack, unpack
 from sam_distill.data.sa1b import Encoded, Sa1b
 from sam_distill.data.shards import companion, index_tars, subset
 from sam_distill.images import decode, to_frame
+from sam_distill.models.weights import digest
 from sam_distill.types import Sample, UserError
 
-MANIFEST, TEACHER = "manifest.json", "teacher.pt"
+MANIFEST = "manifest.json"
 
 
 class Cache(Sa1b):
@@ -120,14 +120,13 @@ class ShardWriter:
             self._tar.addfile(info, io.BytesIO(data))
         self.images += 1
 
-    def finish(self) -> dict[str, Any]:
-        """Its line for the manifest."""
+    def finish(self) -> None:
+        """Leave the tar, and beside it its line for the manifest."""
         self._tar.close()
         line = {"images": self.images, "bytes": self._part.stat().st_size, "sha256": digest(self._part)}
         line["skipped"] = self.skipped
         write_json(self.path.with_suffix(".json"), line)
         self._part.replace(self.path)
-        return line
 
     def abandon(self) -> None:
         self._tar.close()
@@ -160,14 +159,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{folder / MANIFEST} can't be read ({error})") from None
     return manifest
-
-
-def digest(path: Path) -> str:
-    total = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            total.update(block)
-    return total.hexdigest()
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -112,7 +112,7 @@ class Sa1b(DataSource):
         if not annotated:
             raise UserError("not one training image has annotations: a JSON of the same name beside it in its tar")
         before, self.train, self.annotations = self.num_train_images, annotated, (count, seed)
-        self.kinds = tuple(dict.fromkeys([*self.kinds, ".json"]))
+        self._read_json()
         problems, self.damage = self.damage.others, Damage(self.num_train_images)
         self.damage.others |= problems
         if before > self.num_train_images:
@@ -141,7 +141,7 @@ class Sa1b(DataSource):
         return replace(sample, annotations=drawn, json=json)
 
     def blocks(self, size: int) -> list[Block]:
-        self.kinds = (".json",)
+        self._read_json()
         blocks = []
         for shard in [*self.val, *self.train]:
             members = list(shard.keys.items())
@@ -152,6 +152,9 @@ class Sa1b(DataSource):
     @property
     def val_keys(self) -> list[str]:
         return [key for shard in self.val for key in shard.keys.values()]
+
+    def _read_json(self) -> None:
+        self.kinds = tuple(dict.fromkeys([*self.kinds, ".json"]))
 
     def _loads(self, shard: Shard) -> Iterator[Callable[[], Sample]]:
         found = dict.fromkeys(shard.keys)

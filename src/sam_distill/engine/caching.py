@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from sam_distill.data.base import Block, DataSource, collate, loader_worker
-from sam_distill.data.cache import TEACHER, ShardWriter, digest, done, members, read_manifest, update_manifest
+from sam_distill.data.cache import MANIFEST, ShardWriter, done, members, read_manifest, update_manifest
 from sam_distill.data.embeddings import Dtype
 from sam_distill.engine import processes
 from sam_distill.engine.hardware import Hardware
 from sam_distill.engine.progress import Tally
 from sam_distill.images import decode, to_frame
 from sam_distill.models.checkpoints import fingerprint
+from sam_distill.models.weights import digest
 from sam_distill.teachers import LiveTeacher, save_parts
 from sam_distill.types import FRAME, Sample, UserError
 
@@ -76,43 +78,68 @@ class ToCache(IterableDataset[tuple[int, list[Prepared]]]):
         return Prepared(again, buffer.getvalue())
 
 
+@dataclass(frozen=True)
+class CacheJob:
+    """What to cache, and how; conf/cache.yaml says what each means."""
+
+    source: DataSource
+    teacher: LiveTeacher
+    hardware: Hardware
+    folder: Path
+    dtype: Dtype
+    quality: int
+    batch_size: int
+    tar_images: int
+
+    @cached_property
+    def blocks(self) -> list[Block]:
+        """The images of each tar."""
+        return self.source.blocks(self.tar_images)
+
+    @property
+    def images(self) -> int:
+        return sum(len(block.keys) for block in self.blocks)
+
+    def loader(self, todo: list[int]) -> DataLoader[tuple[int, list[Prepared]]]:
+        """Batches for the tars of these numbers."""
+        stream = ToCache(self.blocks, todo, self.batch_size, self.quality)
+        return DataLoader(stream, batch_size=None, num_workers=self.hardware.num_workers)
+
+    def members(self, prepared: list[Prepared], embeddings: list[Tensor]) -> Iterator[dict[str, bytes]]:
+        """What the tar holds of each image that can be read. embeddings: theirs, as `embed` gives them."""
+        readable = [(item.sample, item.jpg) for item in prepared if item.sample is not None]
+        for (sample, jpg), embedding in zip(readable, embeddings, strict=True):
+            yield members(sample, jpg, embedding, self.dtype)
+
+    def embed(self, prepared: list[Prepared]) -> list[Tensor]:
+        """The teacher's embeddings of the images that can be read, each [256, 64, 64] on the CPU."""
+        samples = [item.sample for item in prepared if item.sample is not None]
+        if not samples:
+            return []
+        batch = collate(samples).to(self.hardware.kind)
+        with self.hardware.autocast():
+            return list(self.teacher.sam.encode(batch.images, batch.sizes).cpu())
+
+
 @torch.inference_mode()
-def write_cache(
-    *,
-    source: DataSource,
-    teacher: LiveTeacher,
-    hardware: Hardware,
-    folder: Path,
-    dtype: Dtype,
-    quality: int,
-    batch_size: int,
-    tar_images: int,
-) -> dict[str, Any]:
-    """Write what is missing of the cache in `folder`, and return its manifest. Processes share the work tar by tar."""
-    blocks = source.blocks(tar_images)
-    facts = _facts(source, blocks, teacher, hardware, dtype, quality) | {"tar_images": tar_images}
-    _begin(folder, facts, teacher)
+def write_cache(job: CacheJob) -> dict[str, Any]:
+    """Write what is missing of the cache, and return its manifest. Processes share the work tar by tar."""
+    folder, blocks, hardware = job.folder, job.blocks, job.hardware
+    facts = _facts(job)
+    _begin(folder, facts, job.teacher)
     rank, ranks = processes.place(hardware.devices, hardware.nodes)
-    mine = range(rank, len(blocks), ranks)
-    todo = [number for number in mine if not done(folder, number)]
-    log.info(
-        "%s: %d images in %d tars, %d of them to be written by this process; %s on %s",
-        folder, sum(len(block.keys) for block in blocks), len(blocks), len(todo), hardware.num_format, hardware.kind,
-    )  # fmt: skip
-    stream = ToCache(blocks, todo, batch_size, quality)
-    loader = DataLoader(stream, batch_size=None, num_workers=hardware.num_workers)
-    writer = _Writer(folder, {n: len(blocks[n].keys) for n in todo}, dtype, facts)
-    with _alone(folder, rank), Tally(sum(len(blocks[number].keys) for number in todo), "Caching") as tally, writer:
-        teacher.sam.to(hardware.kind)
-        for number, prepared in loader:
-            samples = [item.sample for item in prepared if item.sample is not None]
-            embeddings: list[Tensor] = []
-            if samples:
-                batch = collate(samples).to(hardware.kind)
-                with hardware.autocast():
-                    embeddings = list(teacher.sam.encode(batch.images, batch.sizes).cpu())
-            writer.take(number, prepared, embeddings)
-            tally.add(len(prepared), f"{writer.bytes / 1e6:,.0f} MB")
+    with _alone(folder, rank):
+        job.teacher.sam.to(hardware.kind)
+        todo = [number for number in range(rank, len(blocks), ranks) if not done(folder, number)]
+        log.info(
+            "%s: %d images in %d tars, %d of them to be written by this process; %s on %s",
+            folder, job.images, len(blocks), len(todo), hardware.num_format, hardware.kind,
+        )  # fmt: skip
+        writer = _Writer(job, {n: len(blocks[n].keys) for n in todo}, facts)
+        with Tally(sum(writer.expected.values()), "Caching") as tally, writer:
+            for number, prepared in job.loader(todo):
+                writer.take(number, prepared, job.embed(prepared))
+                tally.add(len(prepared), f"{writer.bytes / 1e6:,.0f} MB")
     while rank == 0 and not all(done(folder, number) for number in range(len(blocks))):
         time.sleep(0.5)  # the other processes are still at it
     return update_manifest(folder, facts)
@@ -135,8 +162,8 @@ def _alone(folder: Path, rank: int) -> Iterator[None]:
 class _Writer:
     """Packs and writes in a thread of its own, a few batches behind."""
 
-    def __init__(self, folder: Path, expected: dict[int, int], dtype: Dtype, facts: dict[str, Any]) -> None:
-        self.folder, self.expected, self.dtype, self.facts = folder, expected, dtype, facts
+    def __init__(self, job: CacheJob, expected: dict[int, int], facts: dict[str, Any]) -> None:
+        self.job, self.folder, self.expected, self.facts = job, job.folder, expected, facts
         self.bytes, self.images = 0, 0
         self._shard: ShardWriter | None = None
         self._seen = 0
@@ -177,13 +204,10 @@ class _Writer:
     def _write(self, number: int, prepared: list[Prepared], embeddings: list[Tensor]) -> None:
         if self._shard is None:
             self._shard, self._seen = ShardWriter(self.folder, number), 0
-        rest = iter(embeddings)
-        for item in prepared:
-            if item.sample is None:
-                log.warning("skipped: %s", item.why)
-                self._shard.skipped.append(item.why)
-                continue
-            content = members(item.sample, item.jpg, next(rest), self.dtype)
+        for why in (item.why for item in prepared if item.sample is None):
+            log.warning("skipped: %s", why)
+            self._shard.skipped.append(why)
+        for content in self.job.members(prepared, embeddings):
             self._shard.add(content)
             self.bytes += sum(map(len, content.values()))
         self._seen += len(prepared)
@@ -215,37 +239,36 @@ def verify(folder: Path) -> dict[str, int]:
     return {"images": manifest["images"], "tars": manifest["tars"]}
 
 
-def _facts(
-    source: DataSource, blocks: list[Block], teacher: LiveTeacher, hardware: Hardware, dtype: Dtype, quality: int
-) -> dict[str, Any]:
+def _facts(job: CacheJob) -> dict[str, Any]:
     """All that the content of a cache depends on."""
-    keys = hashlib.sha256("\n".join(key for block in blocks for key in block.keys).encode()).hexdigest()
+    keys = hashlib.sha256("\n".join(key for block in job.blocks for key in block.keys).encode()).hexdigest()
     return {
         "format": 1,
-        "teacher": teacher.checkpoint,
-        "teacher_sha256": fingerprint(teacher.checkpoint),
-        "precision": hardware.num_format,
+        "teacher": job.teacher.checkpoint,
+        "teacher_sha256": fingerprint(job.teacher.checkpoint),
+        "precision": job.hardware.num_format,
         "frame": FRAME,
         "resize": "Pillow, bilinear, antialiased; sides int(x + 0.5)",
-        "quality": quality,
-        "dtype": dtype,
+        "quality": job.quality,
+        "dtype": job.dtype,
         "keys": keys,
-        "tars": len(blocks),
-        "held_out": source.val_keys,
-        "annotations": source.has_annotations,
+        "tars": len(job.blocks),
+        "held_out": job.source.val_keys,
+        "annotations": job.source.has_annotations,
+        "tar_images": job.tar_images,
     }
 
 
 def _begin(folder: Path, facts: dict[str, Any], teacher: LiveTeacher) -> None:
     """Refuse a folder that holds another cache, or anything else."""
     folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.glob("cache-*.tar")) or (folder / "manifest.json").is_file():
+    if any(folder.glob("cache-*.tar")) or (folder / MANIFEST).is_file():
         before = read_manifest(folder)
         other = [name for name, value in facts.items() if name != "teacher" and before.get(name) != value]
         if other:
             told = ", ".join(f"{name} {_short(before.get(name))} there, {_short(facts[name])} here" for name in other)
             raise UserError(f"path={folder} holds another cache, and caches are not mixed: {told}")
-    save_parts(teacher.sam, folder / TEACHER)
+    save_parts(teacher.sam, folder)
     update_manifest(folder, facts)
 
 

@@ -15,16 +15,11 @@ import pytorch_lightning as pl
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch.utils.data import DataLoader
 
-from sam_distill.data.base import DataSource, collate
-from sam_distill.data.cache import members
-from sam_distill.data.embeddings import Dtype
-from sam_distill.engine.caching import ToCache
+from sam_distill.engine.caching import CacheJob
 from sam_distill.engine.datamodule import Loaders
 from sam_distill.engine.hardware import Hardware
 from sam_distill.engine.module import Distillation
-from sam_distill.teachers import LiveTeacher
 from sam_distill.types import UserError
 
 BATCHES = 4  # that are measured, ...
@@ -32,32 +27,14 @@ WARM_UP = 2  # ... after so many steps of training, or one batch of caching
 
 
 @torch.inference_mode()
-def plan_cache(
-    *,
-    source: DataSource,
-    teacher: LiveTeacher,
-    hardware: Hardware,
-    folder: Path,
-    dtype: Dtype,
-    quality: int,
-    batch_size: int,
-    tar_images: int,
-) -> bool:
+def plan_cache(job: CacheJob) -> bool:
     """Say what writing a cache will take, and return whether it fits on its disk. Writes nothing."""
-    blocks = source.blocks(tar_images)
-    images = sum(len(block.keys) for block in blocks)
-    stream = ToCache(blocks, list(range(len(blocks))), batch_size, quality)
-    loader = DataLoader(stream, batch_size=None, num_workers=hardware.num_workers)
-    teacher.sam.to(hardware.kind)
+    images, hardware = job.images, job.hardware
+    job.teacher.sam.to(hardware.kind)
+    loader = job.loader(list(range(len(job.blocks))))
     done, sizes, started = 0, [], 0.0
     for turn, (_, prepared) in enumerate(islice(loader, 1 + BATCHES)):
-        readable = [(item.sample, item.jpg) for item in prepared if item.sample is not None]
-        if readable:
-            batch = collate([sample for sample, _ in readable]).to(hardware.kind)
-            with hardware.autocast():
-                embeddings = teacher.sam.encode(batch.images, batch.sizes).cpu()
-            for (sample, jpg), embedding in zip(readable, embeddings, strict=True):
-                sizes.append(sum(map(len, members(sample, jpg, embedding, dtype).values())))
+        sizes += [sum(map(len, content.values())) for content in job.members(prepared, job.embed(prepared))]
         if turn == 0:
             started = time.perf_counter()
         else:
@@ -65,13 +42,13 @@ def plan_cache(
     if not sizes or not done:
         raise UserError("there are too few images that can be read: nothing to measure")
     each = (time.perf_counter() - started) / done
-    needed, free = images * sum(sizes) / len(sizes), _free(folder)
+    needed, free = images * sum(sizes) / len(sizes), _free(job.folder)
     seconds = round(images * each / (hardware.devices * hardware.nodes))
     table = Table("", "", show_header=False, title=f"What caching {images} images will take")
     table.add_row("disk", f"{needed / 1e9:.2f} GB, {needed / images / 1e3:.0f} kB per image; free: {free / 1e9:.1f} GB")
     table.add_row("time", f"{timedelta(seconds=seconds)} at {1 / each:.1f} images/s per process")
     table.add_row("memory", f"{_peak_memory(hardware.kind) / 1e9:.1f} GB so far")
-    table.add_row("teacher", f"{teacher.checkpoint}, {hardware.num_format} on {hardware.kind}")
+    table.add_row("teacher", f"{job.teacher.checkpoint}, {hardware.num_format} on {hardware.kind}")
     Console().print(table)
     return needed < free
 

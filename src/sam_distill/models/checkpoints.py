@@ -8,7 +8,6 @@ rides in `state_dict._metadata`, where strict loaders don't look.
 from __future__ import annotations
 
 import difflib
-import hashlib
 import os
 import re
 from collections import OrderedDict
@@ -120,11 +119,7 @@ def fingerprint(checkpoint: str) -> str:
     """sha256 of the file that a checkpoint stands for; a name's is known without the file."""
     if checkpoint in weights.names():
         return weights.sha256(checkpoint)
-    digest = hashlib.sha256()
-    with find_checkpoint(checkpoint).open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return weights.digest(find_checkpoint(checkpoint))
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -65,6 +65,15 @@ def sha256(name: str) -> str:
     return _table()[name].sha256
 
 
+def digest(path: Path) -> str:
+    """sha256 of a file."""
+    total = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            total.update(chunk)
+    return total.hexdigest()
+
+
 def fetch(name: str) -> Path:
     """The local file of a named checkpoint, downloaded on first use into $SAM_DISTILL_HOME/weights.
 
@@ -157,13 +166,10 @@ def _step(source: Source, checkpoint: Checkpoint, arriving: Path) -> tuple[str, 
 
 def _verify(arrived: Path, checkpoint: Checkpoint) -> None:
     """A file with a wrong hash is deleted at once, so that no later attempt resumes it."""
-    digest = hashlib.sha256()
-    with arrived.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    if digest.hexdigest() != checkpoint.sha256:
+    found = digest(arrived)
+    if found != checkpoint.sha256:
         arrived.unlink()
-        raise _SourceError(f"deleted for its wrong sha256 {digest.hexdigest()[:8]}, not {checkpoint.sha256[:8]}")
+        raise _SourceError(f"deleted for its wrong sha256 {found[:8]}, not {checkpoint.sha256[:8]}")
 
 
 def _download(address: str, checkpoint: Checkpoint, arriving: Path) -> None:

@@ -91,11 +91,10 @@ class MaskStrategy(Strategy, ABC):
 
     def _compare(self, answer: Masks, target: Masks, valid: Tensor, batch: Batch) -> Tensor:
         """[4]: focal, dice and IoU-head losses and the IoU itself, means over prompts."""
-        area = valid_area(batch.sizes, LOW_RES) if self.mask_padding else None
-        inside = valid_area(batch.sizes, LOW_RES).unsqueeze(1)
-        truth = target.low_res > 0
+        inside, truth = valid_area(batch.sizes, LOW_RES), target.low_res > 0
+        area = inside if self.mask_padding else None
         with torch.no_grad():
-            iou = mask_iou((answer.low_res > 0) & inside, truth & inside).nan_to_num(0)
+            iou = mask_iou((answer.low_res > 0) & inside.unsqueeze(1), truth & inside.unsqueeze(1)).nan_to_num(0)
         focal, dice = mask_focal(answer.low_res, truth, area), mask_dice(answer.low_res, truth, area)
         each = torch.stack([focal, dice, (answer.iou - iou).square(), iou])  # [4, B, P, 4 tokens]
         if self.tokens == "all":
