@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Collection
 from dataclasses import replace
@@ -15,6 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from sam_distill.files import whole
 from sam_distill.models.checkpoints import Checkpoint, load_sam
 from sam_distill.models.encoders import Neck
 from sam_distill.models.sam import Sam
@@ -145,9 +145,7 @@ class _NoEncoder(nn.Module):
 
 
 def save_parts(sam: Sam, cache: Path) -> None:
-    """All of a teacher but its backbone, for the `CachedTeacher` of that cache; whole or not at all."""
-    path = cache / PARTS
+    """All of a teacher but its backbone, for the `CachedTeacher` of that cache."""
     ours = Sam(_NoEncoder()).state_dict().keys()
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    torch.save({key: value.detach().cpu() for key, value in sam.state_dict().items() if key in ours}, part)
-    part.replace(path)
+    with whole(cache / PARTS) as draft:
+        torch.save({key: value.detach().cpu() for key, value in sam.state_dict().items() if key in ours}, draft)

@@ -25,6 +25,7 @@ from sam_distill.data.choice import Fraction, Images, choose
 from sam_distill.data.embeddings import Dtype, pack, unpack
 from sam_distill.data.sa1b import Encoded, Sa1b
 from sam_distill.data.shards import companion, index_tars, subset
+from sam_distill.files import write_json
 from sam_distill.images import decode, to_frame
 from sam_distill.models.weights import digest
 from sam_distill.types import Sample, UserError
@@ -159,10 +160,3 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{folder / MANIFEST} can't be read ({error})") from None
     return manifest
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(content, indent=1) + "\n")
-    part.replace(path)

@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 
 import requests
 
+from sam_distill.files import write_json
 from sam_distill.models.weights import home
 from sam_distill.types import UserError
 
@@ -270,9 +271,7 @@ def _remembered(key: str, read: Callable[[], Contents]) -> Contents:
     contents = read()
     if contents.problem is None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(".part")
-        part.write_text(json.dumps(asdict(contents)))
-        part.replace(file)
+        write_json(file, asdict(contents))
     return contents
 
 

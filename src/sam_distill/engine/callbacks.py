@@ -14,7 +14,8 @@ from pytorch_lightning.loggers import WandbLogger
 
 from sam_distill.data.base import DataSource
 from sam_distill.engine.module import Distillation
-from sam_distill.engine.record import History, write_curves, write_json
+from sam_distill.engine.record import History, write_curves
+from sam_distill.files import write_json
 from sam_distill.models.checkpoints import save_sam
 from sam_distill.predict.overlays import column
 from sam_distill.types import Batch

@@ -16,8 +16,9 @@ from torch.utils.data import DataLoader
 from sam_distill.data.base import DataSource, EvalStream, Split, collate
 from sam_distill.engine.hardware import Hardware
 from sam_distill.engine.judge import BLIND, KINDS, Answer, Judge, blind
-from sam_distill.engine.record import write_json, write_prompts
+from sam_distill.engine.record import write_prompts
 from sam_distill.evaluate.agreement import Agreement
+from sam_distill.files import write_json
 from sam_distill.models.sam import Sam
 from sam_distill.predict.overlays import column
 from sam_distill.teachers import Teacher

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +12,7 @@ from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from sam_distill.evaluate.agreement import Comparison
+from sam_distill.files import whole
 
 Rows = Mapping[int, Mapping[str, float]]  # by step
 
@@ -57,20 +56,10 @@ class History(Logger):
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Whole or not at all."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    with part.open("w", newline="") as file:
+    with whole(path) as draft, draft.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
-    part.replace(path)
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Whole or not at all."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(json.dumps(content, indent=2) + "\n")
-    part.replace(path)
 
 
 def write_prompts(path: Path, comparisons: Sequence[Comparison]) -> None:

@@ -8,6 +8,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from sam_distill.files import write_json, write_text
+
 
 class Status:
     """The record of one job. recorded: there is to be one. first: this process keeps it; others may say why."""
@@ -41,7 +43,7 @@ class Status:
         return news
 
     def _write(self) -> None:
-        write_text(self.run_dir / "status.json", json.dumps(self._content, indent=2) + "\n")
+        write_json(self.run_dir / "status.json", self._content)
 
 
 def fail(run_dir: Path, why: str) -> bool:
@@ -50,15 +52,8 @@ def fail(run_dir: Path, why: str) -> bool:
     if content.get("status") != "running":
         return False
     content |= {"status": "failed", "why": why, "ended": now()}
-    write_text(run_dir / "status.json", json.dumps(content, indent=2) + "\n")
+    write_json(run_dir / "status.json", content)
     return True
-
-
-def write_text(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(text)
-    draft.replace(path)
 
 
 def now() -> str:

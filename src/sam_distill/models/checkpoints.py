@@ -8,7 +8,6 @@ rides in `state_dict._metadata`, where strict loaders don't look.
 from __future__ import annotations
 
 import difflib
-import os
 import re
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ import torch
 from pydantic import AfterValidator
 from torch import Tensor
 
+from sam_distill.files import whole
 from sam_distill.models import weights
 from sam_distill.models.encoders import ImageEncoder, SamViT, TinyViT, build_encoder
 from sam_distill.models.sam import Sam
@@ -65,16 +65,11 @@ def load_weights(sam: Sam, checkpoint: str | Path) -> None:
 
 
 def save_sam(sam: Sam, path: str | Path) -> None:
-    """Write the official layout, whole or not at all. Their encoders load strictly in SAM's and MobileSAM's code."""
+    """Write the official layout. Their encoders load strictly in SAM's and MobileSAM's code."""
     state = official_state(sam)
     state._metadata = {DESCRIPTION: describe(sam)}  # type: ignore[attr-defined]
-    path = Path(path)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        torch.save(state, part)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    with whole(Path(path)) as draft:
+        torch.save(state, draft)
 
 
 def describe(sam: Sam) -> dict[str, Any]:
