@@ -8,9 +8,8 @@ from sam_distill.files import whole
 def test_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("before")
-    with pytest.raises(ValueError, match="no more"), whole(path) as draft:
-        draft.write_text("half")
-        raise ValueError("no more")
+    with pytest.raises(TypeError), whole(path) as draft:
+        draft.open("w").writelines(["half", 1])
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
     assert path.read_text() == "before"
     with whole(path) as draft:

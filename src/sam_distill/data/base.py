@@ -29,7 +29,7 @@ Split = Literal["all", "val"]  # what to evaluate on: everything there is, or wh
 class Damage:
     """What could not be read: a warning and a count for each, once, whichever process of a loader comes across it.
 
-    unreadable: [images] bool in shared memory, a flag per training image. Other ranks have flags of their own.
+    unreadable: [images] bool in shared memory, a flag per training image. Ranks put theirs together now and then.
     """
 
     def __init__(self, train_images: int) -> None:
@@ -130,6 +130,11 @@ class DataSource(ABC):
     def skipped(self) -> int:
         """How many damaged images and tars were found so far."""
         return len(self.damage)
+
+    @property
+    def damage_by_tar(self) -> dict[str, int]:
+        """How many damaged training images were found in each tar, where images come in tars."""
+        return {}
 
 
 class IndexedSource(DataSource, Generic[Item]):

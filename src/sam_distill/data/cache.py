@@ -21,7 +21,7 @@ from typing import Annotated, Any
 from filelock import FileLock
 from pydantic import Field
 
-from sam_distill.data.choice import Fraction, Images, choose
+from sam_distill.data.choice import Fraction, Images
 from sam_distill.data.embeddings import Dtype, pack, unpack
 from sam_distill.data.sa1b import Encoded, Sa1b
 from sam_distill.data.shards import companion, index_tars, subset
@@ -58,15 +58,10 @@ class Cache(Sa1b):
                 f"data.path={path}: {missing} of {self.manifest['tars']} tars are missing: run the sam-distill cache"
                 " that began it again, it goes on where it stopped"
             )
-        self.shards, problems = index_tars(path, "data.path")
+        shards, problems = index_tars(path, "data.path")
         self.images, self.fraction, self.shuffle_buffer = images, fraction, shuffle_buffer
-        held_out = set(self.manifest["held_out"])
-        rest = [key for shard in self.shards for key in shard.keys.values() if key not in held_out]
-        if not rest:
-            raise UserError(f"data.path={path} has nothing to train on: all its images are held out")
-        self.val = subset(self.shards, held_out)
-        self.train = subset(self.shards, {rest[index] for index in choose(rest, images, fraction)})
-        self.annotations: tuple[int, int] | None = None
+        val = subset(shards, set(self.manifest["held_out"]))
+        self._share_out(shards, val, f"data.path={path} has nothing to train on: all its images are held out")
         for problem in problems:
             self.damage.note(problem)
 

@@ -53,6 +53,7 @@ class Sa1b(DataSource):
     Validation takes the first images of several tars, evenly spaced, out of `path`, unless it has its own `val_path`.
     images, fraction: train on so many of the rest, chosen by hash; tars without a chosen image are not read.
     shuffle_buffer: images, still encoded, that a loader worker shuffles at a time (1.1 MB each in SA-1B).
+    local: a folder where tars from elsewhere are kept once they have been read.
     """
 
     kinds: tuple[str, ...] = ()  # companions that are read with every image
@@ -65,26 +66,31 @@ class Sa1b(DataSource):
         images: Images = None,
         fraction: Fraction = None,
         shuffle_buffer: Annotated[int, Field(ge=1)] = 100,
+        local: str | None = None,
     ) -> None:
-        shards, problems = index_tars(path, "data.path")
+        shards, problems = index_tars(path, "data.path", local)
         total = sum(len(shard.keys) for shard in shards)
         if val_path is None:
             held, self.shortage = affordable_val(total, val_images, f"data.path={path}")
-            self.val = spread(shards, held)
+            val = spread(shards, held)
         else:
-            val_shards, val_problems = index_tars(val_path, "data.val_path")
-            self.val = spread(val_shards, val_images)
+            val_shards, val_problems = index_tars(val_path, "data.val_path", local)
+            val = spread(val_shards, val_images)
             problems += val_problems
-        held_out = {key for shard in self.val for key in shard.keys.values()}
-        rest = [key for shard in shards for key in shard.keys.values() if key not in held_out]
-        if not rest:
-            raise UserError(f"data.path={path} leaves nothing to train on: all {total} images are in data.val_path")
-        self.shards, self.images, self.fraction = shards, images, fraction
-        self.train = subset(shards, {rest[index] for index in choose(rest, images, fraction)})
-        self.shuffle_buffer = shuffle_buffer
-        self.annotations: tuple[int, int] | None = None  # how many per image, and the seed to draw them with
+        self.images, self.fraction, self.shuffle_buffer = images, fraction, shuffle_buffer
+        self._share_out(shards, val, f"data.path={path} leaves nothing to train on: all {total} images are held out")
         for problem in problems:
             self.damage.note(problem)
+
+    def _share_out(self, shards: list[Shard], val: list[Shard], none_left: str) -> None:
+        """Validation takes `val`; training what `images` or `fraction` choose of the rest."""
+        self.shards, self.val = shards, val
+        self.annotations: tuple[int, int] | None = None  # how many per image, and the seed to draw them with
+        held_out = set(self.val_keys)
+        rest = [key for shard in shards for key in shard.keys.values() if key not in held_out]
+        if not rest:
+            raise UserError(none_left)
+        self.train = subset(shards, {rest[index] for index in choose(rest, self.images, self.fraction)})
 
     @property
     def num_train_images(self) -> int:
@@ -152,6 +158,11 @@ class Sa1b(DataSource):
     @property
     def val_keys(self) -> list[str]:
         return [key for shard in self.val for key in shard.keys.values()]
+
+    @property
+    def damage_by_tar(self) -> dict[str, int]:
+        flags = self.damage.unreadable.split([len(shard.keys) for shard in self.train])
+        return {str(s.tar): int(own.sum()) for s, own in zip(self.train, flags, strict=True) if own.any()}
 
     def _read_json(self) -> None:
         self.kinds = tuple(dict.fromkeys([*self.kinds, ".json"]))

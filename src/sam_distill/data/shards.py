@@ -16,6 +16,7 @@ from webdataset.shardlists import expand_urls
 from webdataset.tariterators import tar_file_iterator
 
 from sam_distill.data.choice import is_image, unique_keys
+from sam_distill.data.kept import Kept
 from sam_distill.data.tars import Contents, HttpTar, LocalTar, PipedTar, Tar
 from sam_distill.types import UserError
 
@@ -60,7 +61,9 @@ class Shard:
                     left.remove(found["fname"])
                     yield found["fname"], found["data"]
                     if not left:
-                        return
+                        break
+                if isinstance(self.tar, Kept):
+                    self.tar.finish(file)
         except (tarfile.TarError, OSError, UserError) as error:  # hours into a run, too: the other tars are still there
             log.warning("%s: %s", self.tar, " ".join(str(error).split()))
 
@@ -70,10 +73,15 @@ def companion(member: str, kind: str) -> str:
     return member.rpartition(".")[0] + kind
 
 
-def index_tars(path: str | list[str], option: str) -> tuple[list[Shard], list[str]]:
-    """The tars that `path` names, those without images left out, and a line for each that is damaged."""
+def index_tars(path: str | list[str], option: str, local: str | None = None) -> tuple[list[Shard], list[str]]:
+    """The tars that `path` names, those without images left out, and a line for each that is damaged.
+
+    local: a folder for copies of those that lie elsewhere.
+    """
     paths = [tar for pattern in ([path] if isinstance(path, str) else path) for tar in _expand(pattern, option)]
     paths = list(dict.fromkeys(paths))  # patterns may overlap
+    if local is not None:
+        paths = _kept(paths, Path(local).expanduser())
     if not paths:
         raise UserError(f"{option}={path} names no tar")
     contents = _contents(paths)
@@ -114,6 +122,14 @@ def _expand(pattern: str, option: str) -> list[Tar]:
             f"{option}={pattern}: there is no {missing}; expected a folder of tars, a tar, or a pattern{hint}"
         )
     return [LocalTar(tar) for tar in tars]
+
+
+def _kept(tars: list[Tar], folder: Path) -> list[Tar]:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"data.local={folder}: {error.strerror}") from None
+    return [tar if isinstance(tar, LocalTar) else Kept(tar.where, tar, folder) for tar in tars]
 
 
 def _contents(tars: list[Tar]) -> list[Contents]:

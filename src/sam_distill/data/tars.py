@@ -50,6 +50,11 @@ class Tar(ABC):
         return self.where
 
     @property
+    def identity(self) -> str:
+        """What it is remembered by."""
+        return self.where
+
+    @property
     def stem(self) -> str:
         """Its name, to tell its images from those of another."""
         return PurePosixPath(urlsplit(self.where).path).stem
@@ -78,8 +83,11 @@ class HttpTar(Tar):
 
     def contents(self) -> Contents:
         size = len(_Ranges(self.where))
-        address = self.where.partition("?")[0]  # what follows may be a signature that changes every day
-        return _remembered(f"{address} {size}", lambda: _headers(_Ranges(self.where), size, self.where))
+        return _remembered(f"{self.identity} {size}", lambda: _headers(_Ranges(self.where), size, self.where))
+
+    @property
+    def identity(self) -> str:
+        return self.where.partition("?")[0]  # what follows may be a signature that changes every day
 
     def _open(self, position: int) -> tuple[Any, int | None]:
         headers = {"Range": f"bytes={position}-", "Accept-Encoding": "identity"}

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.callbacks import EMAWeightAveraging
 from pytorch_lightning.loggers import WandbLogger
 
-from sam_distill.data.base import DataSource
+from sam_distill.data.base import Damage, DataSource
 from sam_distill.engine.module import Distillation
 from sam_distill.engine.record import History, write_curves
 from sam_distill.files import write_json
@@ -75,6 +76,13 @@ class Averaged(EMAWeightAveraging):
         """Nothing is put in place of the weights: the last checkpoint, from which a run may go on, needs both."""
 
 
+def _share(damage: Damage, device: torch.device) -> None:
+    """What one rank could not read, all know of."""
+    found = damage.unreadable.to(device, torch.uint8)
+    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+    damage.unreadable |= found.cpu().bool()
+
+
 class RunFolder(pl.Callback):
     """Keeps student.pt, metrics.json and pictures/ up to date at every validation, and tells how it goes."""
 
@@ -117,6 +125,8 @@ class RunFolder(pl.Callback):
         step = trainer.global_step
         if step == 0:
             self.before = {f"before/{n}": value for n, value in module.metrics.items() if "miou" in n} | module.blind()
+        if trainer.world_size > 1:
+            _share(self.source.damage, module.device)
         if not trainer.is_global_zero:
             return
         metrics = module.metrics | self.before | self.facts
@@ -140,7 +150,10 @@ class RunFolder(pl.Callback):
         sheet.save(pictures / f"masks_{step:07d}.png")
         write_curves(self.history.rows, pictures / "curves.png")
         for logger in trainer.loggers:
+            logger.log_metrics({"images_skipped": self.source.skipped}, step)
             if isinstance(logger, WandbLogger):
+                if damaged := self.source.damage_by_tar:
+                    logger.log_table("images_skipped_by_tar", ["tar", "images"], [list(row) for row in damaged.items()])
                 logger.log_image("val/masks", [sheet])
                 told = [asdict(comparison) for comparison in module.judge.comparisons]
                 logger.log_table("val/prompts", list(told[0]), [[str(v) for v in row.values()] for row in told])

@@ -200,6 +200,8 @@ def _tell(folder: RunFolder, module: Distillation, run_dir: Path) -> None:
     console.print(table)
     console.print(f"blind: {BLIND}")
     console.print(f"{folder.seconds:.0f} seconds" + (f"; {skipped} damaged images or tars skipped" if skipped else ""))
+    for tar, images in folder.source.damage_by_tar.items():
+        console.print(f"  {images} of {tar}", highlight=False, soft_wrap=True)
     console.print(
         f"pictures  {run_dir / 'pictures'}\nstudent   {run_dir / 'student.pt'}", highlight=False, soft_wrap=True
     )

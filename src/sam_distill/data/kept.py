@@ -1,0 +1,94 @@
+"""Tars that lie elsewhere, kept on a disk of this machine once they have been read."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from filelock import FileLock, Timeout
+
+from sam_distill.data.tars import Contents, Tar
+
+log = logging.getLogger(__name__)
+
+_STEP = 1 << 20  # bytes at a time, where the rest of a tar is fetched for the copy alone
+
+
+@dataclass(frozen=True)
+class Kept(Tar):
+    """Copied into `folder` while it is read for the first time; from then on, the copy is read."""
+
+    source: Tar
+    folder: Path
+
+    @property
+    def stem(self) -> str:
+        return self.source.stem
+
+    @property
+    def copy(self) -> Path:
+        return self.folder / f"{self.stem}-{hashlib.sha256(self.source.identity.encode()).hexdigest()[:8]}.tar"
+
+    def stream(self) -> IO[bytes]:
+        if self.copy.is_file():
+            return self.copy.open("rb")
+        lock = FileLock(self.copy.with_suffix(".lock"))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:  # another loader worker is copying it
+            return self.source.stream()
+        return io.BufferedReader(_Copying(self.source.stream(), self.copy, lock))
+
+    def contents(self) -> Contents:
+        return self.source.contents()
+
+    def finish(self, file: IO[bytes]) -> None:
+        """Copy the rest, where it is being copied."""
+        while isinstance(getattr(file, "raw", None), _Copying) and file.read(_STEP):
+            pass
+
+
+class _Copying(io.RawIOBase):
+    """Leaves a copy of `source` in `copy` if it is read to its end. A full disk ends the copy, not the reading."""
+
+    def __init__(self, source: IO[bytes], copy: Path, lock: FileLock) -> None:
+        self._source, self._copy, self._lock = source, copy, lock
+        self._draft = copy.with_suffix(".part")  # of the lock's owner alone
+        self._file: IO[bytes] | None = self._draft.open("wb")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._source.read(len(buffer))
+        try:
+            if self._file is not None:
+                self._file.write(data)
+                if not data:
+                    self._file.close()
+                    self._draft.replace(self._copy)
+                    self._file = None
+        except OSError as error:
+            log.warning("data.local: %s is not kept: %s", self._copy.name, error)
+            self._give_up()
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        if not self.closed:
+            self._give_up()
+            self._source.close()
+            self._lock.release()
+        super().close()
+
+    def _give_up(self) -> None:
+        if self._file is not None:
+            with suppress(OSError):
+                self._file.close()
+            self._file = None
+        self._draft.unlink(missing_ok=True)

@@ -1,0 +1,56 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from sam_distill.data.kept import Kept
+from sam_distill.data.sa1b import Sa1b
+from sam_distill.data.tars import PipedTar
+
+
+@pytest.fixture
+def shard(make_shards: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A tar to read by `pipe:cat`, which fails once the file is gone."""
+    monkeypatch.setenv("SAM_DISTILL_HOME", str(tmp_path / "home"))
+    return Path(make_shards([6])[0])
+
+
+def kept(shard: Path, folder: Path) -> Kept:
+    folder.mkdir(exist_ok=True)
+    return Kept(f"pipe:cat {shard}", PipedTar(f"pipe:cat {shard}"), folder)
+
+
+@pytest.mark.parametrize("images", [None, 2])
+def test_what_has_been_read_once_is_there(shard: Path, tmp_path: Path, batches, images: int | None) -> None:
+    """Whole, even if only two of its images are wanted."""
+    source = Sa1b(f"pipe:cat {shard}", val_images=1, images=images, local=str(tmp_path / "copies"))
+    first = batches(source, 4)
+    (copy,) = (tmp_path / "copies").glob("*.tar")
+    assert copy.read_bytes() == shard.read_bytes()
+    shard.unlink()
+    again = Sa1b(f"pipe:cat {shard}", val_images=1, images=images, local=str(tmp_path / "copies"))
+    assert batches(again, 4) == first
+
+
+def test_what_breaks_off_is_not_kept(shard: Path, tmp_path: Path) -> None:
+    tar = kept(shard, tmp_path / "copies")
+    with tar.stream() as file:
+        file.read(100)
+    assert not [path for path in tar.folder.iterdir() if path.suffix != ".lock"]
+
+
+def test_one_copies_at_a_time(shard: Path, tmp_path: Path) -> None:
+    tar = kept(shard, tmp_path / "copies")
+    with FileLock(tar.copy.with_suffix(".lock")), tar.stream() as file:
+        assert file.read() == shard.read_bytes()
+    assert not tar.copy.exists()
+
+
+def test_a_full_disk_ends_the_copy_alone(shard: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tar = kept(shard, tmp_path / "copies")
+    tar.copy.with_suffix(".part").symlink_to("/dev/full")
+    with tar.stream() as file:
+        assert file.read() == shard.read_bytes()
+    assert "is not kept" in caplog.text
+    assert not tar.copy.exists()
