@@ -68,7 +68,7 @@ def test_cache_and_check(cached: Path, images: Path, capfd: pytest.CaptureFixtur
     assert (manifest["images"], manifest["tars"]) == (10, 4)
     assert sum(len(line["skipped"]) for line in manifest["shards"].values()) == 1
     assert app.main(["cache", f"path={cached}", "check=true"]) == 0
-    assert "is whole: 10 images in 4 tars" in capfd.readouterr().out
+    assert "is whole: 10 images; tars: 4" in capfd.readouterr().out
 
     spoilt = cached.parent / "spoilt"
     spoilt.mkdir()

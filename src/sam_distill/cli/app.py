@@ -83,6 +83,8 @@ def run(command: str, argv: Sequence[str], conf_dir: Path | None = None) -> int:
     name = processes.shared_name() or f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{token}"
     OmegaConf.register_new_resolver("run_token", lambda: token, replace=True)
     OmegaConf.register_new_resolver("run_name", lambda: name, replace=True)
+    if command == "bench":
+        argv = [f"suite={word}" if word.isidentifier() else word for word in argv]
     try:
         with _signals_end_it():
             return _run(command, continued(list(argv)), conf_dir)

@@ -37,15 +37,19 @@ def cache(
     folder = Path(path).expanduser()
     if check:
         found = verify(folder)
-        log.info("%s is whole: %d images in %d tars", folder, found["images"], found["tars"])
+        log.info("%s is whole: %d images; tars: %d", folder, found["images"], found["tars"])
         return
     job = CacheJob(data, teacher, trainer, folder, dtype, quality, batch_size, tar_images)
     if plan:
         if not plan_cache(job):
             raise UserError(f"path={path}: its disk is too small; data.images or data.fraction take fewer images")
         return
-    with all_processes(trainer, folder):
-        manifest = write_cache(job)
+    try:
+        with all_processes(trainer, folder):
+            manifest = write_cache(job)
+    except (KeyboardInterrupt, SystemExit):
+        log.warning("%s is not complete: the same command goes on where this one stopped", folder)
+        raise
     lines = manifest["shards"].values()
     total, skipped = sum(line["bytes"] for line in lines), sum(len(line["skipped"]) for line in lines)
     log.info(

@@ -93,7 +93,7 @@ class DataSource(ABC):
 
     def annotate(self, count: int, seed: int) -> None:
         """Have every training image come with `count` of its annotations; without effect on streams made before."""
-        raise UserError(f"{type(self).__name__} has no annotations: take data=sa1b")
+        raise UserError("these data have no annotations: take data=sa1b, or a cache of it")
 
     @abstractmethod
     def val_samples(self) -> list[Sample]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
@@ -50,9 +52,7 @@ class Distillation(pl.LightningModule):
         self.requires = requirements(strategy, prompts)
         missing = self.requires - teacher.provides - {"prompts", "annotations"}  # data say themselves if they have none
         if missing:
-            raise UserError(
-                f"strategy {type(strategy).__name__} needs {', '.join(sorted(missing))}, which no one provides"
-            )
+            raise UserError(f"strategy={strategy.name} needs {', '.join(sorted(missing))}, which no one provides")
         self.student = student.to(memory_format=torch.channels_last)
         self.strategy = strategy
         self.prompts = prompts
@@ -151,3 +151,11 @@ class Distillation(pl.LightningModule):
         held = checkpoint.get(DESCRIPTION)
         if held != describe(self.student):
             raise UserError(f"resume: the checkpoint holds {held}, but this run builds {describe(self.student)}")
+
+
+def quieten() -> None:
+    """Lightning's advice is about choices that are made here on purpose."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="pytorch_lightning|lightning_fabric")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")

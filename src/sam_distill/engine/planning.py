@@ -7,7 +7,7 @@ import shutil
 import sys
 import time
 from datetime import timedelta
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from rich.table import Table
 from sam_distill.engine.caching import CacheJob
 from sam_distill.engine.datamodule import Loaders
 from sam_distill.engine.hardware import Hardware
-from sam_distill.engine.module import Distillation
+from sam_distill.engine.module import Distillation, quieten
 from sam_distill.types import UserError
 
 BATCHES = 4  # that are measured, ...
@@ -54,10 +54,14 @@ def plan_cache(job: CacheJob) -> bool:
 
 
 class _Clock(pl.Callback):
-    """When each step ended."""
+    """When each step got its batch, and when it ended."""
 
     def __init__(self) -> None:
+        self.starts: list[float] = []
         self.ends: list[float] = []
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.starts.append(time.perf_counter())
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         if torch.cuda.is_available():
@@ -65,16 +69,25 @@ class _Clock(pl.Callback):
         self.ends.append(time.perf_counter())
 
 
-def plan_training(module: Distillation, loaders: Loaders, hardware: Hardware, steps: int, accumulate: int) -> None:
-    """Take a few steps, which are forgotten, and say what all of them will take. Writes nothing."""
+def measure_steps(module: Distillation, loaders: Loaders, hardware: Hardware, steps: int) -> tuple[list[float], float]:
+    """(seconds of each of so many steps, the share of them spent waiting for data). The weights change."""
+    quieten()
     clock = _Clock()
-    batches = WARM_UP + BATCHES
     trainer = pl.Trainer(
-        **hardware.trainer_arguments(), max_steps=batches, max_epochs=-1, limit_val_batches=0, callbacks=[clock],
-        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        **hardware.trainer_arguments(), max_steps=WARM_UP + steps, max_epochs=-1, limit_val_batches=0,
+        callbacks=[clock], logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(module, loaders)
-    each = (clock.ends[-1] - clock.ends[WARM_UP - 1]) / BATCHES
+    starts, ends = clock.starts[WARM_UP:], clock.ends[WARM_UP - 1 :]
+    waits = [start - before for start, before in zip(starts, ends, strict=False)]
+    return [end - before for before, end in pairwise(ends)], sum(waits) / (ends[-1] - ends[0])
+
+
+def plan_training(module: Distillation, loaders: Loaders, hardware: Hardware, steps: int, accumulate: int) -> None:
+    """Take a few steps, which are forgotten, and say what all of them will take. Writes nothing."""
+    times, waited = measure_steps(module, loaders, hardware, BATCHES)
+    each = sum(times) / len(times)
     images = loaders.batch_size * hardware.devices * hardware.nodes
     epoch = loaders.source.num_train_images
     total = steps * accumulate * images
@@ -82,6 +95,7 @@ def plan_training(module: Distillation, loaders: Loaders, hardware: Hardware, st
     table.add_row("images", f"{total}, {total / epoch:.1f} epochs of {epoch}")
     table.add_row("time", f"{timedelta(seconds=round(steps * accumulate * each))} at {images / each:.1f} images/s")
     table.add_row("memory", f"{_peak_memory(hardware.kind) / 1e9:.1f} GB so far")
+    table.add_row("data", f"{100 * waited:.0f}% of the time is waiting for images")
     table.add_row("with", f"{hardware.num_format} on {hardware.devices * hardware.nodes} x {hardware.kind}")
     console = Console()
     console.print(table)

@@ -78,7 +78,8 @@ class Tally:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        if self._is_terminal:
+            self._bar.stop()
 
     def add(self, number: int, note: str = "") -> None:
         self.completed += number

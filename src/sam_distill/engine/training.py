@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import warnings
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from sam_distill.engine.hardware import Hardware
 from sam_distill.engine.judge import BLIND, KINDS
 from sam_distill.engine.launch import all_processes
 from sam_distill.engine.loggers import CsvOnly, WandB, close
-from sam_distill.engine.module import Distillation, requirements
+from sam_distill.engine.module import Distillation, quieten, requirements
 from sam_distill.engine.optim import AdamW
 from sam_distill.engine.planning import plan_training
 from sam_distill.engine.progress import TrainingBar
@@ -89,11 +88,11 @@ def fit(
     checkpoint = None if resume is None else _last_checkpoint(Path(resume))
     processes = hardware.devices * hardware.nodes
     if strategy.finetunes and init is None and resume is None:
-        raise UserError(f"{type(strategy).__name__} starts from a distilled student: give init=RUN_DIR or a checkpoint")
+        raise UserError(f"strategy={strategy.name} starts from a distilled student: give init=RUN_DIR or a checkpoint")
     if "annotations" in requirements(strategy, prompts):
         source.annotate(prompts.count, seed)
     strategy.prepare(student)
-    if init is not None:
+    if init is not None and not plan:  # whose run may still have to come
         load_weights(student, init)
     images_per_step = batch_size * accumulate * processes
     steps = in_steps(budget, images_per_step, source.num_train_images)
@@ -104,7 +103,6 @@ def fit(
     module = Distillation(student, strategy, teacher, prompts, optim, protocol, sync_batchnorm=together)
     loaders = Loaders(source, batch_size, seed, hardware)
     if plan:
-        _quieten()
         plan_training(module, loaders, hardware, steps, accumulate)
         return {}
     history = History(run_dir / "history.csv", resume=checkpoint is not None)
@@ -115,7 +113,7 @@ def fit(
         **protocol.description,
     }
     folder = RunFolder(run_dir, history, source, facts)
-    name = "-".join([type(strategy).__name__.lower(), *_words(student), f"seed{seed}"])
+    name = "-".join([strategy.name, *_words(student), f"seed{seed}"])
     callbacks: list[pl.Callback] = [Throughput(), folder]  # the run folder first: it saves the average
     callbacks += [Averaged(decay=ema)] if ema else []
     callbacks += [StepTimes()] if step_times else []
@@ -160,7 +158,7 @@ def _trainer(
     accumulate: int,
     callbacks: list[pl.Callback],
 ) -> pl.Trainer:
-    _quieten()
+    quieten()
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs
     last: dict[str, Any] = {"dirpath": run_dir / "checkpoints", "filename": "last", "enable_version_counter": False}
     callbacks = [
@@ -223,11 +221,3 @@ def _config(run_dir: Path) -> dict[str, Any]:
 def _words(student: Sam) -> list[str]:
     spec = getattr(student.image_encoder, "spec", {})
     return [str(v) for v in spec.values() if isinstance(v, str)] + [f"{student.image_size}px"]
-
-
-def _quieten() -> None:
-    """Lightning's advice is about choices that are made here on purpose."""
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module="pytorch_lightning|lightning_fabric")
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 
 from torch import nn
@@ -20,6 +21,11 @@ class Strategy(nn.Module, ABC):
 
     requires: frozenset[str] = frozenset()
     finetunes: bool = False
+
+    @property
+    def name(self) -> str:
+        """As `strategy=` names it."""
+        return re.sub(r"\B(?=[A-Z])", "_", type(self).__name__).lower()
 
     def prepare(self, sam: Sam) -> None:
         """Change a new student, which has the teacher's prompt encoder and mask decoder, before weights are loaded."""

@@ -213,7 +213,7 @@ def test_a_mask_strategy(name: str, finished: tuple[Path, Sam], tmp_path: Path, 
 
 
 def test_what_finetunes_needs_a_start(tmp_path: Path, live: LiveTeacher) -> None:
-    with pytest.raises(UserError, match="FinetuneDecoder starts from a distilled student: give init=RUN_DIR"):
+    with pytest.raises(UserError, match="strategy=finetune_decoder starts from a distilled student: give init=RUN_DIR"):
         run(tmp_path, live, student(live), strategy=FinetuneDecoder())
 
 
@@ -221,7 +221,7 @@ def test_annotations_where_there_are_none(tmp_path: Path, live: LiveTeacher) -> 
     strategy = SemiCoupled(targets="annotations", tokens="minimum")
     with pytest.raises(UserError, match=r"take prompts=boxes .* with prompts.masks=annotations"):
         run(tmp_path, live, student(live), strategy=strategy)
-    with pytest.raises(UserError, match="Drawings has no annotations: take data=sa1b"):
+    with pytest.raises(UserError, match="these data have no annotations: take data=sa1b"):
         run(tmp_path, live, student(live), strategy=strategy, prompts=Boxes(1, 0, masks="annotations"))
 
 

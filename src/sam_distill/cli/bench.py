@@ -1,0 +1,74 @@
+"""`sam-distill bench`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Literal
+
+from pydantic import Field
+from rich.console import Console
+
+from sam_distill.data.base import DataSource
+from sam_distill.engine.bench.data import bench_data, example_jpegs, temporary_cache
+from sam_distill.engine.bench.models import bench_decoder, bench_encoder
+from sam_distill.engine.bench.steps import bench_step
+from sam_distill.engine.bench.tables import Finding, machine, show, write
+from sam_distill.engine.datamodule import Loaders
+from sam_distill.engine.hardware import Hardware
+from sam_distill.engine.module import Distillation
+from sam_distill.engine.optim import AdamW
+from sam_distill.evaluate.agreement import Agreement
+from sam_distill.models.checkpoints import Checkpoint, load_sam
+from sam_distill.models.sam import Sam
+from sam_distill.prompts.samplers import Points
+from sam_distill.strategies.decoupled import Decoupled
+from sam_distill.teachers import CachedTeacher, save_parts
+
+
+def bench(
+    *,
+    suite: Literal["all", "data", "step", "encoder", "decoder"],
+    data: DataSource,
+    checkpoint: Checkpoint,
+    trainer: Hardware,
+    batch_size: Annotated[int, Field(gt=0)],
+    seconds: Annotated[float, Field(gt=0)],
+    compiled: bool,
+    run_dir: Path,
+) -> None:
+    """Measure speed side by side with the peers' code; conf/bench.yaml says what each option means."""
+    kind = trainer.kind
+
+    def chosen(name: str) -> bool:
+        return suite in (name, "all")
+
+    def findings() -> Iterator[Finding]:
+        if chosen("data"):
+            yield from bench_data(data, trainer.num_workers, seconds)
+        sam = load_sam(checkpoint)
+        if chosen("encoder"):
+            yield bench_encoder(sam, kind, compiled, seconds)
+        if chosen("decoder"):
+            yield from bench_decoder(sam, kind, seconds)
+        if chosen("step"):
+            yield _step(sam, data, trainer, batch_size)
+
+    facts, found = machine(kind), []
+    Console().print(", ".join(f"{name}: {value}" for name, value in facts.items()), highlight=False)
+    for finding in findings():
+        show(finding)
+        found.append(finding)
+        write(found, facts, run_dir)
+    Console().print(f"table  {run_dir / 'bench.md'}", highlight=False, soft_wrap=True)
+
+
+def _step(sam: Sam, data: DataSource, trainer: Hardware, batch_size: int) -> Finding:
+    """Decoupled distillation of a model of this architecture, from a cache."""
+    with TemporaryDirectory() as folder:
+        cache = Path(folder) / "cache"
+        source = temporary_cache(cache, example_jpegs(data), "int8")
+        save_parts(sam, cache)
+        module = Distillation(sam, Decoupled(), CachedTeacher(str(cache)), Points(1, 0), AdamW(), Agreement())
+        return bench_step(module, Loaders(source, batch_size, 0, trainer), trainer)

@@ -1,0 +1,112 @@
+"""Benchmarks of what a model costs: image encoder, mask decoder, segment everything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from sam_distill.engine.bench.peers import MISSING, peer_of
+from sam_distill.engine.bench.tables import Finding
+from sam_distill.evaluate.speed import Contender, race
+from sam_distill.models.sam import Sam
+from sam_distill.prompts.forms import point_prompts
+from sam_distill.types import FRAME, MULTI, Prompts
+
+SIZE = (683, FRAME)  # a 3:2 photograph in the frame
+PROMPTS = (1, 64)
+PAPER_ENCODER = "paper, Table 3, one GPU: ViT-H 632M parameters, 452 ms; MobileSAM 5.78M parameters, 8 ms"
+PAPER_DECODER = "paper, section 1, one GPU: 4 ms for one prompt"
+
+
+@torch.inference_mode()
+def bench_encoder(sam: Sam, device: str, compiled: bool, seconds: float) -> Finding:
+    """One image of 1024 x 683, normalised and padded, in fp32 and in bf16."""
+    image, sizes = _image(device)
+    sam = sam.to(device).to(memory_format=torch.channels_last)
+
+    def encode(dtype: torch.dtype | None, model: Sam = sam) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            with torch.autocast(device, dtype=dtype, enabled=dtype is not None):
+                return model.encode(image, sizes)
+
+        return run
+
+    contenders = [Contender("sam-distill, fp32", encode(None)), Contender("sam-distill, bf16", encode(torch.bfloat16))]
+    if compiled:
+        twin = deepcopy(sam)
+        twin.image_encoder = torch.compile(twin.image_encoder)  # type: ignore[assignment]
+        contenders.append(Contender("sam-distill, bf16, torch.compile", encode(torch.bfloat16, twin)))
+    peer = peer_of(sam)
+    if peer is not None:
+        name, model = peer[0], peer[1].to(device)
+        pixels = image[..., : SIZE[0], :].float()
+        contenders.append(Contender(f"{name}, fp32", lambda: model.image_encoder(model.preprocess(pixels)), ours=False))
+    with FlopCounterMode(display=False) as counter:
+        encode(None)()
+    facts = f"{_parameters(sam.image_encoder)} parameters, {counter.get_total_flops() / 2e9:.1f} GMACs"
+    what = f"Image encoder at {sam.image_size} px, {device}: {facts}"
+    note = PAPER_ENCODER if peer else f"{MISSING}\n{PAPER_ENCODER}"
+    return Finding(what, "image", race(contenders, device, seconds), note)
+
+
+@torch.inference_mode()
+def bench_decoder(sam: Sam, device: str, seconds: float) -> Iterator[Finding]:
+    """Point prompts on one image, three masks each: prompt encoder and mask decoder, low-res logits."""
+    image, sizes = _image(device)
+    embedding = sam.to(device).encode(image, sizes)
+    peer = peer_of(sam)
+    for count in PROMPTS:
+        points = torch.rand(count, 1, 2, generator=torch.Generator().manual_seed(0)).to(device)
+        points = points * torch.tensor(SIZE[::-1], device=device)
+        labels = torch.ones(count, 1, dtype=torch.int64, device=device)
+        prompts = point_prompts(points[None], labels[None])
+
+        contenders = [
+            Contender("sam-distill, fp32", _decoder(sam, embedding, prompts, None), count),
+            Contender("sam-distill, bf16", _decoder(sam, embedding, prompts, torch.bfloat16), count),
+        ]
+        if peer is not None:
+            name, model = peer[0], peer[1].to(device)
+            run = _peer_decoder(model, embedding, points, labels)
+            contenders.append(Contender(f"{name}, fp32", run, count, ours=False))
+        what = f"Mask decoder, {count} point prompt{'s' * (count > 1)} on one image, {device}"
+        what += f": {_parameters(sam.mask_decoder)} parameters"
+        yield Finding(what, "prompt", race(contenders, device, seconds), PAPER_DECODER if peer else MISSING)
+
+
+def _decoder(sam: Sam, embedding: Tensor, prompts: Prompts, dtype: torch.dtype | None) -> Callable[[], object]:
+    def run() -> object:
+        with torch.autocast(embedding.device.type, dtype=dtype, enabled=dtype is not None):
+            return sam.decode(embedding, prompts, MULTI)
+
+    return run
+
+
+def _peer_decoder(model: Any, embedding: Tensor, points: Tensor, labels: Tensor) -> Callable[[], object]:
+    def run() -> object:
+        sparse, dense = model.prompt_encoder(points=(points, labels), boxes=None, masks=None)
+        return model.mask_decoder(
+            image_embeddings=embedding,
+            image_pe=model.prompt_encoder.get_dense_pe(),
+            sparse_prompt_embeddings=sparse,
+            dense_prompt_embeddings=dense,
+            multimask_output=True,
+        )
+
+    return run
+
+
+def _image(device: str) -> tuple[Tensor, Tensor]:
+    """A frame of noise: how long a network takes does not depend on what it sees."""
+    frame = torch.zeros(1, 3, FRAME, FRAME, dtype=torch.uint8)
+    frame[..., : SIZE[0], :] = torch.randint(0, 256, (3, *SIZE), generator=torch.Generator().manual_seed(0))
+    return frame.to(device), torch.tensor([SIZE], device=device)
+
+
+def _parameters(module: nn.Module) -> str:
+    return f"{sum(p.numel() for p in module.parameters()) / 1e6:.2f}M"

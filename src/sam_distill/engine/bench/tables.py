@@ -1,0 +1,87 @@
+"""What a benchmark found, on the screen, as JSON and as markdown."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from sam_distill.evaluate.speed import Timing
+from sam_distill.files import write_json, write_text
+
+_SCALES = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"))
+COLUMNS = ("", "time", "middle half", "per s", "vs peer", "memory")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One comparison: of `what`, per `unit`. note: what a reader must know beside the numbers.
+
+    As a table: the median, the middle half of all turns, units per second, how often faster than the peer, peak memory.
+    """
+
+    what: str
+    unit: str
+    timings: Sequence[Timing]
+    note: str = ""
+
+    @property
+    def peer(self) -> Timing | None:
+        """The first that is not ours."""
+        return next((timing for timing in self.timings if not timing.ours), None)
+
+    def rows(self) -> Iterable[tuple[str, ...]]:
+        for timing in self.timings:
+            faster = f"{self.peer.median / timing.median:.2f}x" if self.peer and timing is not self.peer else ""
+            memory = "" if timing.memory is None else f"{timing.memory / 1e6:,.0f} MB"
+            spread = f"{_time(timing.low)} to {_time(timing.high)}"
+            yield timing.name, _time(timing.median), spread, f"{1 / timing.median:,.1f}", faster, memory
+
+    @property
+    def title(self) -> str:
+        return f"{self.what}, per {self.unit}"
+
+
+def show(finding: Finding) -> None:
+    table = Table(*COLUMNS, title=finding.title, caption=finding.note or None)
+    for row in finding.rows():
+        table.add_row(*row)
+    Console().print(table)
+
+
+def write(findings: Sequence[Finding], facts: dict[str, Any], folder: Path) -> None:
+    """bench.json and bench.md."""
+    write_json(folder / "bench.json", {"facts": facts, "findings": [asdict(finding) for finding in findings]})
+    lines = [", ".join(f"{name}: {value}" for name, value in facts.items()), ""]
+    for finding in findings:
+        lines += [f"**{finding.title}**", "", *_markdown(COLUMNS, finding.rows()), ""]
+        lines += [finding.note, ""] if finding.note else []
+    write_text(folder / "bench.md", "\n".join(lines))
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What the numbers were measured on."""
+    name = torch.cuda.get_device_name() if device == "cuda" else _processor()
+    return {"device": name, "threads": torch.get_num_threads(), "torch": str(torch.__version__)}
+
+
+def _markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
+
+
+def _time(seconds: float) -> str:
+    scale, unit = next(((s, u) for s, u in _SCALES if seconds >= s), _SCALES[-1])
+    return f"{seconds / scale:.3g} {unit}"

@@ -1,0 +1,95 @@
+"""Who is faster, measured side by side: contenders take turns, so that a noisy machine disturbs all of them alike."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+AT_LEAST = 5  # rounds
+
+
+@dataclass(frozen=True)
+class Contender:
+    """run: does `units` of the thing that is counted. ours: or a peer's, with whom ours are compared."""
+
+    name: str
+    run: Callable[[], object]
+    units: float = 1.0
+    ours: bool = True
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per unit: the median over all rounds, and the middle half of them.
+
+    memory: bytes on top of what was there before, at the peak of one call; None where that can't be told.
+    """
+
+    name: str
+    ours: bool
+    median: float
+    low: float
+    high: float
+    rounds: int
+    memory: int | None
+
+    @classmethod
+    def of(cls, name: str, ours: bool, times: Sequence[float], memory: int | None = None) -> Timing:
+        low, median, high = map(float, np.quantile(times, (0.25, 0.5, 0.75)))
+        return cls(name, ours, median, low, high, len(times), memory)
+
+
+def race(contenders: Sequence[Contender], device: str, seconds: float) -> list[Timing]:
+    """Let all run in turn, for `seconds` each in the mean and `AT_LEAST` times, after one turn that does not count."""
+    memory = [_peak(contender.run, device) for contender in contenders]
+    spent: list[list[float]] = [[] for _ in contenders]
+    started = time.perf_counter()
+    while len(spent[0]) < AT_LEAST or time.perf_counter() - started < seconds * len(contenders):
+        for contender, times in zip(contenders, spent, strict=True):
+            begun = time.perf_counter()
+            contender.run()
+            wait_for(device)
+            times.append((time.perf_counter() - begun) / contender.units)
+    return [
+        Timing.of(contender.name, contender.ours, times, used)
+        for contender, times, used in zip(contenders, spent, memory, strict=True)
+    ]
+
+
+def wait_for(device: str) -> None:
+    """A GPU's work is queued."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    elif device == "mps":
+        torch.mps.synchronize()
+
+
+def _peak(run: Callable[[], object], device: str) -> int | None:
+    """Run once, and tell the memory it took: of the GPU, or of this process where Linux keeps a high-water mark."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        wait_for(device)
+        return torch.cuda.max_memory_allocated() - before
+    marks = Path("/proc/self/clear_refs")
+    if device != "cpu" or not marks.exists():
+        run()
+        return None
+    marks.write_text("5")  # sets the high-water mark back
+    before = _status("VmRSS")
+    run()
+    return max(0, _status("VmHWM") - before)
+
+
+def _status(field: str) -> int:
+    """A size in /proc/self/status, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))

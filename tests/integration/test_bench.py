@@ -1,0 +1,39 @@
+"""`sam-distill bench` for real, with hardly any time for each contender."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from sam_distill.cli.app import main
+from sam_distill.evaluate import speed
+
+PEERS = {
+    "data": "peers: cv2",
+    "decoder": "MobileSAM's code, vit_t",
+    "step": "bare PyTorch loop",
+    "encoder": "MobileSAM",
+}
+
+
+@pytest.mark.parametrize("suite", list(PEERS))
+def test_suites(suite: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(speed, "AT_LEAST", 1)
+    monkeypatch.setattr("sam_distill.engine.bench.steps.STEPS", 1)
+    monkeypatch.setattr("sam_distill.engine.bench.steps.TURNS", 1)
+    words = ["bench", suite, "seconds=0.001", "batch_size=1", "trainer=cpu", f"hydra.run.dir={tmp_path}"]
+    assert main(words) == 0
+    findings = json.loads((tmp_path / "bench.json").read_text())["findings"]
+    timings = [timing for finding in findings for timing in finding["timings"]]
+    assert any(timing["name"].startswith(PEERS[suite]) and not timing["ours"] for timing in timings)
+    assert all(timing["median"] > 0 for timing in timings)
+    said = (tmp_path / "bench.md").read_text()
+    assert all(timing["name"] in said for timing in timings)
+    assert "bench.md" in capfd.readouterr().out
+
+
+def test_an_unknown_suite(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "coffee"]) == 2
+    assert "error: suite=coffee" in capfd.readouterr().err
