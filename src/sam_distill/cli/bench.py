@@ -7,11 +7,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Literal
 
+import numpy as np
 from pydantic import Field
 from rich.console import Console
 
 from sam_distill.data.base import DataSource
 from sam_distill.engine.bench.data import bench_data, example_jpegs, temporary_cache
+from sam_distill.engine.bench.everything import bench_everything
 from sam_distill.engine.bench.models import bench_decoder, bench_encoder
 from sam_distill.engine.bench.steps import bench_step
 from sam_distill.engine.bench.tables import Finding, machine, show, write
@@ -20,6 +22,7 @@ from sam_distill.engine.hardware import Hardware
 from sam_distill.engine.module import Distillation
 from sam_distill.engine.optim import AdamW
 from sam_distill.evaluate.agreement import Agreement
+from sam_distill.images import decode
 from sam_distill.models.checkpoints import Checkpoint, load_sam
 from sam_distill.models.sam import Sam
 from sam_distill.prompts.samplers import Points
@@ -29,11 +32,12 @@ from sam_distill.teachers import CachedTeacher, save_parts
 
 def bench(
     *,
-    suite: Literal["all", "data", "step", "encoder", "decoder"],
+    suite: Literal["all", "data", "step", "encoder", "decoder", "everything"],
     data: DataSource,
     checkpoint: Checkpoint,
     trainer: Hardware,
     batch_size: Annotated[int, Field(gt=0)],
+    points_per_side: Annotated[int, Field(ge=1)],
     seconds: Annotated[float, Field(gt=0)],
     compiled: bool,
     run_dir: Path,
@@ -52,6 +56,9 @@ def bench(
             yield bench_encoder(sam, kind, compiled, seconds)
         if chosen("decoder"):
             yield from bench_decoder(sam, kind, seconds)
+        if chosen("everything"):
+            picture, _ = decode(example_jpegs(data)[0], full=True)
+            yield bench_everything(sam, np.asarray(picture), points_per_side, kind)
         if chosen("step"):
             yield _step(sam, data, trainer, batch_size)
 

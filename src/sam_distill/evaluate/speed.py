@@ -45,17 +45,24 @@ class Timing:
         return cls(name, ours, median, low, high, len(times), memory)
 
 
-def race(contenders: Sequence[Contender], device: str, seconds: float) -> list[Timing]:
-    """Let all run in turn, for `seconds` each in the mean and `AT_LEAST` times, after one turn that does not count."""
-    memory = [_peak(contender.run, device) for contender in contenders]
-    spent: list[list[float]] = [[] for _ in contenders]
+def race(contenders: Sequence[Contender], device: str, seconds: float = 0, turns: int | None = None) -> list[Timing]:
+    """Let all run in turn: for `seconds` each in the mean and `AT_LEAST` times, after one turn that does not count.
+
+    turns: exactly so many instead, all of which count, where one takes minutes.
+    """
+    first = [_measured(contender.run, device) for contender in contenders]
+    spent = [[took / c.units] if turns else [] for c, (took, _) in zip(contenders, first, strict=True)]
+    memory = [used for _, used in first]
     started = time.perf_counter()
-    while len(spent[0]) < AT_LEAST or time.perf_counter() - started < seconds * len(contenders):
+
+    def go_on() -> bool:
+        if turns:
+            return len(spent[0]) < turns
+        return len(spent[0]) < AT_LEAST or time.perf_counter() - started < seconds * len(contenders)
+
+    while go_on():
         for contender, times in zip(contenders, spent, strict=True):
-            begun = time.perf_counter()
-            contender.run()
-            wait_for(device)
-            times.append((time.perf_counter() - begun) / contender.units)
+            times.append(_timed(contender.run, device) / contender.units)
     return [
         Timing.of(contender.name, contender.ours, times, used)
         for contender, times, used in zip(contenders, spent, memory, strict=True)
@@ -70,23 +77,26 @@ def wait_for(device: str) -> None:
         torch.mps.synchronize()
 
 
-def _peak(run: Callable[[], object], device: str) -> int | None:
-    """Run once, and tell the memory it took: of the GPU, or of this process where Linux keeps a high-water mark."""
+def _timed(run: Callable[[], object], device: str) -> float:
+    begun = time.perf_counter()
+    run()
+    wait_for(device)
+    return time.perf_counter() - begun
+
+
+def _measured(run: Callable[[], object], device: str) -> tuple[float, int | None]:
+    """Seconds and bytes of one call: of the GPU, or of this process where Linux keeps a high-water mark."""
     gc.collect()
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        run()
-        wait_for(device)
-        return torch.cuda.max_memory_allocated() - before
+        return _timed(run, device), torch.cuda.max_memory_allocated() - before
     marks = Path("/proc/self/clear_refs")
     if device != "cpu" or not marks.exists():
-        run()
-        return None
+        return _timed(run, device), None
     marks.write_text("5")  # sets the high-water mark back
     before = _status("VmRSS")
-    run()
-    return max(0, _status("VmHWM") - before)
+    return _timed(run, device), max(0, _status("VmHWM") - before)
 
 
 def _status(field: str) -> int:

@@ -1,0 +1,42 @@
+"""`sam-distill demo`."""
+
+from __future__ import annotations
+
+import logging
+from typing import Annotated
+
+from pydantic import Field
+
+from sam_distill.data.photos import VAL_PHOTOS, photo
+from sam_distill.engine.hardware import Hardware
+from sam_distill.models.checkpoints import Checkpoint, load_sam
+from sam_distill.types import UserError
+
+log = logging.getLogger(__name__)
+
+
+def demo(
+    *,
+    checkpoint: Checkpoint,
+    compare: Checkpoint | None,
+    trainer: Hardware,
+    points_per_side: Annotated[int, Field(ge=1, le=64)],
+    host: str,
+    port: Annotated[int, Field(ge=1, le=65535)],
+) -> None:
+    """Serve a page to try a student on until it is interrupted; conf/demo.yaml says what each option means."""
+    try:
+        from sam_distill.predict.demo import build
+    except ImportError as error:
+        raise UserError(f"the demo needs {error.name}: pip install 'sam-distill[demo]'") from error
+    names = [checkpoint] if compare is None else [checkpoint, compare]
+    if len(set(names)) < len(names):
+        raise UserError(f"compare={compare} is the checkpoint itself: give another, or compare=null")
+    models = {str(name): load_sam(name).to(trainer.kind) for name in names}
+    page = build(models, [photo(name) for name in VAL_PHOTOS], points_per_side)
+    try:
+        page.launch(server_name=host, server_port=port, quiet=True, prevent_thread_lock=True)
+    except OSError:
+        raise UserError(f"port={port}: another program listens there; give another port") from None
+    log.info("The demo is at http://%s:%d; Ctrl-C ends it", host, port)
+    page.block_thread()

@@ -1,0 +1,48 @@
+"""Benchmark of segmenting everything: as fast as can be, and the same masks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from pycocotools import mask as coco
+
+from sam_distill.engine.bench.peers import MISSING, mobile_sam, peer_of
+from sam_distill.engine.bench.tables import Finding
+from sam_distill.evaluate.speed import Contender, race
+from sam_distill.models.sam import Sam
+from sam_distill.predict.mask_generator import SamAutomaticMaskGenerator
+
+Records = list[dict[str, Any]]
+
+
+def bench_everything(sam: Sam, image: np.ndarray[Any, Any], points_per_side: int, device: str) -> Finding:
+    """image: [H, W, 3] uint8. One turn each: it takes seconds to minutes."""
+    options: dict[str, Any] = {"points_per_side": points_per_side, "output_mode": "coco_rle"}
+    found: dict[str, Records] = {}
+
+    def keep(name: str, generator: Any) -> None:
+        found[name] = generator.generate(image)
+
+    ours = SamAutomaticMaskGenerator(sam.to(device), **options)
+    contenders = [Contender("sam-distill, fp32", lambda: keep("ours", ours))]
+    note, package, peer = MISSING, mobile_sam(), peer_of(sam)
+    if package is not None and peer is not None:
+        theirs = package.SamAutomaticMaskGenerator(peer[1].to(device), **options)
+        contenders.append(Contender(f"{peer[0]}, fp32", lambda: keep("theirs", theirs), ours=False))
+    height, width = image.shape[:2]
+    what = f"Segment everything, {points_per_side} x {points_per_side} points, {width} x {height} pixels, {device}"
+    timings = race(contenders, device, turns=1)
+    if "theirs" in found:
+        note = likeness(found["ours"], found["theirs"])
+    return Finding(what, "image", timings, note)
+
+
+def likeness(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]) -> str:
+    """How far two sets of masks (coco_rle) are the same: how many there are, and how well each of theirs is met."""
+    told = f"{len(ours)} masks, theirs {len(theirs)}"
+    if not ours or not theirs:
+        return told
+    iou = coco.iou([r["segmentation"] for r in ours], [r["segmentation"] for r in theirs], [0] * len(theirs))
+    return f"{told}; mean IoU of theirs with our nearest: {np.asarray(iou).max(0).mean():.4f}"
