@@ -14,7 +14,7 @@ from sam_distill.cli.answers import answering
 from sam_distill.data.base import DataSource, Split
 from sam_distill.engine.evaluation import judge
 from sam_distill.engine.hardware import Hardware
-from sam_distill.evaluate.agreement import Agreement
+from sam_distill.evaluate.protocol import Protocol
 from sam_distill.models.checkpoints import Checkpoint, load_sam
 from sam_distill.teachers import LiveTeacher
 
@@ -27,7 +27,7 @@ def evaluate(
     teacher: LiveTeacher,
     data: DataSource,
     split: Split,
-    protocol: Agreement,
+    protocol: Protocol,
     trainer: Hardware,
     batch_size: Annotated[int, Field(gt=0)],
     run_dir: Path,

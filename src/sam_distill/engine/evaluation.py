@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader
 
 from sam_distill.data.base import DataSource, EvalStream, Split, collate
 from sam_distill.engine.hardware import Hardware
-from sam_distill.engine.judge import BLIND, KINDS, Answer, Judge, blind
+from sam_distill.engine.judge import BLIND, Answer, Judge, blind
 from sam_distill.engine.record import write_prompts
-from sam_distill.evaluate.agreement import Agreement
+from sam_distill.evaluate.protocol import Protocol
 from sam_distill.files import write_json
 from sam_distill.models.sam import Sam
 from sam_distill.predict.overlays import column
@@ -34,7 +34,7 @@ def judge(
     teacher: Teacher,
     source: DataSource,
     split: Split,
-    protocol: Agreement,
+    protocol: Protocol,
     hardware: Hardware,
     batch_size: int,
     run_dir: Path,
@@ -70,7 +70,7 @@ def judge(
     write_prompts(run_dir / "prompts.csv", result.comparisons)
     (run_dir / "pictures").mkdir(exist_ok=True)
     column([row for _, row in result.pictures]).save(run_dir / "pictures" / "masks.png")
-    _tell(metrics, run_dir)
+    _tell(metrics, protocol.kinds, run_dir)
     return metrics
 
 
@@ -86,12 +86,13 @@ def _never_looking(judge: Judge, teacher: Sam, answers: list[Answer], bar: Progr
     return scores | ({"blind/images": images} if scores else {})
 
 
-def _tell(metrics: Mapping[str, Any], run_dir: Path) -> None:
+def _tell(metrics: Mapping[str, Any], kinds: Sequence[str], run_dir: Path) -> None:
     table = Table("", "student", "blind", title=f"Agreement with the teacher on {metrics['images']} images")
-    for kind in KINDS:
+    for kind in kinds:
         never_looking = metrics.get(f"blind/miou/{kind}")
         shown = "" if never_looking is None else f"{never_looking:.4f}"
-        table.add_row(f"mIoU, one {kind}", f"{metrics[f'miou/{kind}']:.4f}", shown)
+        ours = metrics.get(f"miou/{kind}")
+        table.add_row(f"miou/{kind}", "no image is large enough" if ours is None else f"{ours:.4f}", shown)
     table.add_row("embedding MSE", f"{metrics['embedding_mse']:.5f}")
     table.add_row("embedding cosine", f"{metrics['embedding_cosine']:.4f}")
     skipped = metrics["prompts_skipped"]

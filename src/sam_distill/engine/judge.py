@@ -1,4 +1,4 @@
-"""Agreement summed up over batches, with a row per prompt and a few pictures, for validation and `evaluate` alike."""
+"""A protocol's comparisons summed up over batches, with a row per prompt and a few pictures: validation, `evaluate`."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ from PIL import Image
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from sam_distill.evaluate.agreement import Agreement, Comparison, Outcome, Target
+from sam_distill.evaluate.protocol import Comparison, Outcome, Protocol, Target
 from sam_distill.losses import embedding_cosine, embedding_mse
 from sam_distill.metrics import MeanIoU
 from sam_distill.models.sam import Sam
 from sam_distill.predict.overlays import comparison
 from sam_distill.types import GRID, Batch, valid_area
 
-KINDS = ("point", "box")
 BLIND = "an encoder that answers every image with the teacher's mean embedding of the others"
-PICTURES = 8  # rows drawn per judgement: one prompt per image, points and boxes in turn
+PICTURES = 8  # rows drawn per judgement: one prompt per image, of one kind and another in turn
 
 
 Answer = tuple[Batch, Tensor, list[Target]]  # the teacher's embedding and masks
@@ -36,10 +35,10 @@ def _of_all_ranks(rows: list[Comparison]) -> list[Comparison]:
 class Judge(nn.Module):
     """Compares students with the answers of one teacher."""
 
-    def __init__(self, agreement: Agreement) -> None:
+    def __init__(self, protocol: Protocol) -> None:
         super().__init__()
-        self.agreement = agreement
-        self.miou = nn.ModuleDict({kind: MeanIoU() for kind in KINDS})
+        self.protocol = protocol
+        self.miou = nn.ModuleDict({kind: MeanIoU() for kind in protocol.kinds})
         self.errors = nn.ModuleDict({"embedding_mse": MeanMetric(), "embedding_cosine": MeanMetric()})
         self.reset()
 
@@ -54,12 +53,12 @@ class Judge(nn.Module):
     def update(
         self, student: Sam, embedding: Tensor, batch: Batch, teacher_embedding: Tensor, targets: list[Target]
     ) -> None:
-        """embedding, teacher_embedding: [B, 256, 64, 64]; targets: the teacher's answers, from `agreement.ask`."""
+        """embedding, teacher_embedding: [B, 256, 64, 64]; targets: the teacher's answers, from `protocol.ask`."""
         area = valid_area(batch.sizes, GRID)
         for name, measure in (("embedding_mse", embedding_mse), ("embedding_cosine", embedding_cosine)):
             self.errors[name].update(measure(embedding, teacher_embedding, area), weight=len(batch))  # type: ignore[operator]
         for target in targets:
-            for outcome in self.agreement.compare(student, embedding, batch, target):
+            for outcome in self.protocol.compare(student, embedding, batch, target):
                 self.comparisons.append(outcome.comparison)
                 self.miou[target.kind].update(torch.tensor(outcome.comparison.iou))  # type: ignore[operator]
                 self._draw(outcome, batch)
@@ -67,7 +66,8 @@ class Judge(nn.Module):
     def compute(self) -> dict[str, float]:
         """Flat metrics by their names in metrics.json, over all ranks; `comparisons` then has all ranks' rows, too."""
         scores = {kind: metric.compute() for kind, metric in self.miou.items()}  # type: ignore[operator]
-        result = {f"miou/{kind}": float(score["miou"]) for kind, score in scores.items()}
+        asked = {kind: score for kind, score in scores.items() if score["prompts"] + score["skipped"] > 0}
+        result = {f"miou/{kind}": float(score["miou"]) for kind, score in asked.items()}
         result |= {name: float(metric.compute()) for name, metric in self.errors.items()}  # type: ignore[operator]
         result["prompts"] = sum(int(score["prompts"]) for score in scores.values())
         result["prompts_skipped"] = sum(int(score["skipped"]) for score in scores.values())
@@ -77,7 +77,7 @@ class Judge(nn.Module):
     def _draw(self, outcome: Outcome, batch: Batch) -> None:
         told = outcome.comparison
         if told.image not in self._wanted and len(self._wanted) < PICTURES:
-            self._wanted[told.image] = KINDS[len(self._wanted) % len(KINDS)]
+            self._wanted[told.image] = self.protocol.kinds[len(self._wanted) % len(self.protocol.kinds)]
         if self._wanted.get(told.image) != told.kind:
             return
         self._wanted[told.image] = ""  # done

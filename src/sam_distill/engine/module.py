@@ -16,7 +16,8 @@ from torch import Tensor
 from sam_distill.engine.judge import Judge, blind
 from sam_distill.engine.optim import AdamW
 from sam_distill.engine.sync_batchnorm import SyncBatchNorm
-from sam_distill.evaluate.agreement import Agreement, Target
+from sam_distill.evaluate.agreement import Agreement
+from sam_distill.evaluate.protocol import Target
 from sam_distill.models.checkpoints import DESCRIPTION, describe
 from sam_distill.models.sam import Sam
 from sam_distill.prompts.samplers import PromptSampler
@@ -127,7 +128,7 @@ class Distillation(pl.LightningModule):
         if keys not in self._answers:
             self.teacher.sam.to(self.device)
             embedding = self.teacher.embed(batch)
-            self._answers[keys] = batch, embedding, self.judge.agreement.ask(self.teacher.sam, embedding, batch)
+            self._answers[keys] = batch, embedding, self.judge.protocol.ask(self.teacher.sam, embedding, batch)
         return self._answers[keys][1:]
 
     @torch.no_grad()
@@ -137,7 +138,7 @@ class Distillation(pl.LightningModule):
         totals: Any = self.all_gather(own.sum(0))  # [ranks, 256, 64, 64], or just [256, 64, 64] on one
         counts: Any = self.all_gather(torch.tensor(len(own), device=self.device))
         total, images = totals.reshape(-1, *own.shape[1:]).sum(0), int(counts.sum())
-        judge = Judge(self.judge.agreement).to(self.device)
+        judge = Judge(self.judge.protocol).to(self.device)
         return blind(judge, self.teacher.sam, self._answers.values(), total, images)
 
     def configure_optimizers(self) -> Any:

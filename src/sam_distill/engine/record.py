@@ -11,7 +11,7 @@ from typing import Any
 from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
-from sam_distill.evaluate.agreement import Comparison
+from sam_distill.evaluate.protocol import Comparison
 from sam_distill.files import whole
 
 Rows = Mapping[int, Mapping[str, float]]  # by step

@@ -20,7 +20,7 @@ from sam_distill.engine.callbacks import Averaged, RunFolder, Throughput
 from sam_distill.engine.datamodule import Loaders
 from sam_distill.engine.durations import in_steps
 from sam_distill.engine.hardware import Hardware
-from sam_distill.engine.judge import BLIND, KINDS
+from sam_distill.engine.judge import BLIND
 from sam_distill.engine.launch import all_processes
 from sam_distill.engine.loggers import CsvOnly, WandB, close
 from sam_distill.engine.module import Distillation, quieten, requirements
@@ -190,7 +190,7 @@ def _tell(folder: RunFolder, module: Distillation, run_dir: Path) -> None:
     """The table a run ends with."""
     skipped = folder.source.skipped
     table = Table("", "before", "blind", "after", title="Agreement with the teacher on images the student never saw")
-    for kind in KINDS:
+    for kind in Agreement.kinds:
         scores = [folder.before.get(f"{when}/miou/{kind}", float("nan")) for when in ("before", "blind")]
         scores.append(module.metrics[f"miou/{kind}"])
         table.add_row(f"mIoU, one {kind}", *(f"{score:.3f}".replace("nan", "") for score in scores))

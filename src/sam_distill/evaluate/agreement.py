@@ -6,125 +6,43 @@ prompt point".
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from sam_distill.images import upscale_masks
-from sam_distill.metrics import mask_iou
+from sam_distill.evaluate.protocol import Protocol, Target, Token
 from sam_distill.models.sam import Sam
 from sam_distill.prompts.draws import Draw, uniform_points
 from sam_distill.prompts.forms import box_prompts, boxes_of, point_prompts
-from sam_distill.types import ABSENT, FOREGROUND, LOW_RES, MULTI, SINGLE, Batch, Masks, Prompts, valid_area
+from sam_distill.types import FOREGROUND, LOW_RES, Batch, valid_area
 
 
-@dataclass(frozen=True)
-class Target:
-    """The teacher's answers to one kind of prompts. low_res: [B, P, 256, 256] float32 logits."""
-
-    kind: str
-    prompts: Prompts
-    low_res: Tensor
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One prompt's outcome. `iou` is NaN if the teacher's mask is empty. Points and areas are in original pixels."""
-
-    image: str
-    kind: str
-    prompt: tuple[float, ...]
-    iou: float
-    teacher_area: int
-    student_area: int
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """A comparison with its masks, [H, W] bool, for those who want to draw it."""
-
-    comparison: Comparison
-    teacher: Tensor
-    student: Tensor
-
-
-class Agreement:
+class Agreement(Protocol):
     """Points are uniform over the image; boxes are the tight boxes of the teacher's masks at those points.
 
     points: prompts of each kind per image.
-    token: which of the decoder's masks counts, for both sides: `single` = token 0; `best` = of tokens 1-3 the one with
-        the highest predicted IoU.
-    seed: of the points, together with the image's key.
     """
 
-    def __init__(
-        self,
-        points: Annotated[int, Field(gt=0)] = 4,
-        token: Literal["single", "best"] = "single",
-        seed: int = 0,
-    ) -> None:
+    kinds = ("point", "box")
+
+    def __init__(self, points: Annotated[int, Field(gt=0)] = 4, token: Token = "single", seed: int = 0) -> None:
+        super().__init__(token, seed)
         self.points = points
-        self.token = token
-        self.seed = seed
 
     @property
     def description(self) -> dict[str, str | int]:
-        """What must be known to compare two numbers."""
-        return {
-            "token": self.token,
-            "averaging": "per prompt",
-            "points_per_image": self.points,
-            "prompt_seed": self.seed,
-        }
+        return super().description | {"points_per_image": self.points}
 
     @torch.no_grad()
     def ask(self, teacher: Sam, embedding: Tensor, batch: Batch) -> list[Target]:
-        """Draw the prompts and take down the teacher's answers. embedding: the teacher's, [B, 256, 64, 64]."""
         draw = Draw(batch.keys, [0] * len(batch), self.seed)  # the same points whenever an image is judged
         points = uniform_points(draw, batch.sizes, self.points).unsqueeze(2)
         at_points = point_prompts(points, torch.full(points.shape[:3], FOREGROUND, device=points.device))
-        answer = self._decode(teacher, embedding, at_points)
+        answer = self.decode(teacher, embedding, at_points)
         in_boxes = box_prompts(boxes_of(answer > 0, valid_area(batch.sizes, LOW_RES)))
         return [
             Target("point", at_points, answer),
-            Target("box", in_boxes, self._decode(teacher, embedding, in_boxes)),
+            Target("box", in_boxes, self.decode(teacher, embedding, in_boxes)),
         ]
-
-    def compare(self, student: Sam, embedding: Tensor, batch: Batch, target: Target) -> Iterator[Outcome]:
-        """The student's answers to the same prompts, compared at each image's original size."""
-        with torch.no_grad():
-            answers = self._decode(student, embedding, target.prompts)
-        for i, key in enumerate(batch.keys):
-            size, original_size = tuple(batch.sizes[i].tolist()), tuple(batch.original_sizes[i].tolist())
-            for p in torch.nonzero(target.prompts.valid[i]).flatten().tolist():
-                theirs, ours = (upscale_masks(m[i, p], size, original_size) > 0 for m in (target.low_res, answers))
-                comparison = Comparison(
-                    image=key,
-                    kind=target.kind,
-                    prompt=_in_original_pixels(target.prompts, i, p, original_size[1] / size[1]),
-                    iou=mask_iou(ours, theirs).item(),
-                    teacher_area=int(theirs.sum()),
-                    student_area=int(ours.sum()),
-                )
-                yield Outcome(comparison, theirs, ours)
-
-    def _decode(self, sam: Sam, embedding: Tensor, prompts: Prompts) -> Tensor:
-        """[B, P, 256, 256] logits, in float32 whatever precision training uses: both sides are judged alike."""
-        with torch.autocast(embedding.device.type, enabled=False):
-            masks = sam.decode(embedding.float(), prompts, MULTI if self.token == "best" else SINGLE)
-        return _best(masks) if self.token == "best" else masks.low_res[:, :, 0]
-
-
-def _best(masks: Masks) -> Tensor:
-    index = masks.iou.argmax(-1)[..., None, None, None].expand(-1, -1, 1, LOW_RES, LOW_RES)
-    return masks.low_res.gather(2, index).squeeze(2)
-
-
-def _in_original_pixels(prompts: Prompts, image: int, prompt: int, scale: float) -> tuple[float, ...]:
-    labels = prompts.labels[image, prompt]
-    points = prompts.points[image, prompt][(labels >= 0) & (labels != ABSENT)]
-    return tuple(round(float(v) * scale, 1) for v in points.flatten())

@@ -75,7 +75,8 @@ def build(models: Mapping[str, Sam], examples: Sequence[Image.Image], points_per
         def click(visit: Visit | None, mode: str, event: gr.SelectData) -> list[Any]:
             if visit is None:
                 return [None, *[None] * len(models), "Load an image first."]
-            visit.take(*event.index, mode)
+            x, y = event.index
+            visit.take(x, y, mode)
             return _answer(visit)
 
         def clear(visit: Visit | None) -> list[Any]:

@@ -43,9 +43,13 @@ def comparison(
 ) -> Image.Image:
     """One row: the image with its prompt, the teacher's mask, the student's mask with its IoU.
 
-    prompt: (x, y) for kind `point`, (x0, y0, x1, y1) for `box`, in pixels of `image`; the masks have its size.
+    prompt: (x0, y0, x1, y1) for kind `box`, else (x, y) of a point on the thing, and of others beside it, in pixels of
+    `image`; the masks have its size.
     """
-    drawn: dict[str, Any] = {"box": prompt} if kind == "box" else {"points": [prompt], "labels": [1]}
+    points = list(zip(prompt[::2], prompt[1::2], strict=True))
+    drawn: dict[str, Any] = {"points": points, "labels": [1, *[0] * (len(points) - 1)]}
+    if kind == "box":
+        drawn = {"box": prompt}
     panels = [
         overlay(image, **drawn),
         overlay(image, teacher, TEACHER, **drawn),

@@ -70,10 +70,11 @@ def jitter(draw: Draw, boxes: Tensor, sizes: Tensor, share: float, most: float) 
     return torch.minimum((boxes + noise).round().clamp_min(0), last)
 
 
-def points_at(draw: Draw, points: Tensor, sizes: Tensor, nearest: float, farthest: float) -> Tensor:
+def points_at(draw: Draw, points: Tensor, sizes: Tensor, nearest: float | Tensor, farthest: float | Tensor) -> Tensor:
     """For each point [B, P, 2] another one in a random direction and distance (frame pixels), within the valid area.
 
-    In an image too small for the distance, it is the farthest of several on the border.
+    nearest, farthest: for all, or [B, 1, 1]. In an image too small for the distance, it is the farthest of several on
+    the border.
     """
     directions = 16
     random = draw.uniform(points.shape[1], 2 + directions).to(points.device)

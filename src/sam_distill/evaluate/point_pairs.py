@@ -1,0 +1,74 @@
+"""Point pairs: one point on the thing, one beside it, at growing distances (paper, Table 7).
+
+The paper leaves open how points are chosen, in which pixels distances are counted, and whether the second point may
+lie on the thing as well. Ours are options; the defaults are the plainest reading.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from sam_distill.evaluate.protocol import Protocol, Target, Token
+from sam_distill.models.sam import Sam
+from sam_distill.prompts.draws import Draw, points_at, uniform_points
+from sam_distill.prompts.forms import point_prompts
+from sam_distill.types import ABSENT, BACKGROUND, FOREGROUND, FRAME, LOW_RES, Batch
+
+
+class PointPairs(Protocol):
+    """The foreground point is uniform over the image; the background point lies in a random direction.
+
+    distances: between the two, in pixels; an image too small for one is left out of it.
+    pairs: per image and distance.
+    pixels: that distances are counted in: of the original, or of the 1024 frame.
+    outside: leave out pairs whose second point lies on the teacher's mask for the first one alone.
+    """
+
+    def __init__(
+        self,
+        distances: Sequence[Annotated[int, Field(gt=0)]] = (100, 200, 300, 400, 500),
+        pairs: Annotated[int, Field(gt=0)] = 1,
+        pixels: Literal["original", "frame"] = "original",
+        outside: bool = False,
+        token: Token = "single",
+        seed: int = 0,
+    ) -> None:
+        super().__init__(token, seed)
+        self.distances, self.pairs, self.pixels, self.outside = tuple(distances), pairs, pixels, outside
+        self.kinds = tuple(f"pair_{distance}" for distance in distances)
+
+    @property
+    def description(self) -> dict[str, str | int]:
+        return super().description | {"pairs_per_image": self.pairs, "pixels": self.pixels, "outside": self.outside}
+
+    @torch.no_grad()
+    def ask(self, teacher: Sam, embedding: Tensor, batch: Batch) -> list[Target]:
+        scale = torch.ones(len(batch), device=batch.sizes.device)
+        if self.pixels == "original":
+            scale = batch.sizes.amax(1) / batch.original_sizes.amax(1)
+        targets = []
+        for kind, distance in zip(self.kinds, self.distances, strict=True):
+            draw = Draw(batch.keys, [0] * len(batch), self.seed, kind)
+            points = uniform_points(draw, batch.sizes, self.pairs)
+            wanted = (distance * scale)[:, None, None]
+            others = points_at(draw, points, batch.sizes, wanted, wanted)
+            fits = ((others - points).norm(dim=-1, keepdim=True) - wanted).abs()[..., 0] < 2
+            if self.outside:
+                fits &= ~self._on_the_thing(teacher, embedding, points, others)
+            signs = torch.tensor([FOREGROUND, BACKGROUND], device=points.device).expand(*points.shape[:2], 2)
+            labels = signs.masked_fill(~fits[..., None], ABSENT)
+            prompts = point_prompts(torch.stack([points, others], 2), labels)
+            targets.append(Target(kind, prompts, self.decode(teacher, embedding, prompts)))
+        return targets
+
+    def _on_the_thing(self, teacher: Sam, embedding: Tensor, points: Tensor, others: Tensor) -> Tensor:
+        """[B, P] bool: whether the teacher's mask for the first point alone holds the second."""
+        alone = point_prompts(points.unsqueeze(2), torch.full((*points.shape[:2], 1), FOREGROUND, device=points.device))
+        mask = self.decode(teacher, embedding, alone) > 0
+        cell = (others * (LOW_RES / FRAME)).long()
+        return mask.flatten(2).gather(2, (cell[..., 1] * LOW_RES + cell[..., 0]).unsqueeze(-1))[..., 0]

@@ -1,0 +1,46 @@
+import pytest
+import torch
+
+from sam_distill.evaluate.point_pairs import PointPairs
+from sam_distill.models.sam import Sam
+from sam_distill.types import Batch
+
+
+@pytest.fixture(scope="module")
+def batch() -> Batch:
+    """Coloured tiles: an image of twice the frame's resolution, and one so small that 500 of its pixels don't fit."""
+    tiles = torch.rand(2, 3, 6, 6, generator=torch.Generator().manual_seed(0)) * 255
+    images = torch.nn.functional.interpolate(tiles, (1024, 1024)).byte()
+    sizes = torch.tensor([[683, 1024], [1024, 683]])
+    images[0, :, 683:], images[1, :, :, 683:] = 0, 0
+    return Batch(["large", "small"], images, sizes, torch.tensor([[1366, 2048], [480, 320]]), [0, 0])
+
+
+@pytest.fixture(scope="module")
+def embedding(teacher: Sam, batch: Batch) -> torch.Tensor:
+    with torch.no_grad():
+        return teacher.encode(batch.images, batch.sizes)
+
+
+@pytest.mark.parametrize("pixels", ["original", "frame"])
+def test_distances(teacher: Sam, batch: Batch, embedding: torch.Tensor, pixels: str) -> None:
+    protocol = PointPairs((50, 500), pairs=3, pixels=pixels)  # type: ignore[arg-type]
+    near, far = protocol.ask(teacher, embedding, batch)
+    for target, distance in ((near, 50), (far, 500)):
+        pairs = [o.comparison for o in protocol.compare(teacher, embedding, batch, target)]
+        small = 3 if pixels == "frame" or distance == 50 else 0
+        assert [pair.image for pair in pairs] == ["large"] * 3 + ["small"] * small
+        for pair in pairs:
+            x, y, other_x, other_y = pair.prompt  # original pixels
+            to_frame = 1 if pixels == "original" else {"large": 0.5, "small": 1024 / 480}[pair.image]
+            length = to_frame * ((x - other_x) ** 2 + (y - other_y) ** 2) ** 0.5
+            assert length == pytest.approx(distance, abs=5)
+            assert pair.iou == 1 or pair.teacher_area == 0, "a model against itself"
+
+
+def test_the_second_point_beside_the_thing(teacher: Sam, batch: Batch, embedding: torch.Tensor) -> None:
+    anywhere, beside = (PointPairs((150,), pairs=40, outside=outside) for outside in (False, True))
+    (all_pairs,), (fewer,) = (protocol.ask(teacher, embedding, batch) for protocol in (anywhere, beside))
+    assert torch.equal(all_pairs.prompts.points, fewer.prompts.points)
+    dropped = all_pairs.prompts.valid & ~fewer.prompts.valid
+    assert 0 < dropped.sum() < all_pairs.prompts.valid.sum()
