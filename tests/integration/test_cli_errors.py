@@ -157,6 +157,20 @@ def test_unknown_flag(toy: Callable[..., int], capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().err == "error: --sed: no such flag; see sam-distill toy --help\n"
 
 
+def test_a_sweep_does_what_is_missing(toy: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    sweep = ["-m", "hydra.sweep.dir=sweep", "seed=0,1,2"]
+    assert toy(*sweep) == 0
+    record = json.loads(Path("sweep/1/status.json").read_text())
+    Path("sweep/1/status.json").write_text(json.dumps(record | {"status": "failed", "why": "power cut"}))
+    capsys.readouterr()
+    assert toy(*sweep) == 0
+    assert len(drawn) == 4, "only job 1 ran again"
+    assert drawn[3] == drawn[1]
+    assert capsys.readouterr().out.count("has finished before") == 2
+    assert toy(*sweep, "how=fine") == 0
+    assert len(drawn) == 7, "another configuration is another job"
+
+
 @pytest.mark.parametrize("flag", ["-m", "hydra.mode=MULTIRUN"])
 def test_a_multirun_goes_on_after_a_failure(
     toy: Callable[..., int], capsys: pytest.CaptureFixture[str], flag: str

@@ -40,7 +40,7 @@ from sam_distill.cli.resume import continued, misplaced
 from sam_distill.cli.sources import task_overrides
 from sam_distill.cli.usage import print_usage
 from sam_distill.engine import processes
-from sam_distill.engine.status import Status
+from sam_distill.engine.status import Status, earlier
 
 PROGRAM = "sam-distill"
 tracebacks = logging.getLogger("sam_distill.tracebacks")  # goes to the log file only: conf/hydra/common.yaml
@@ -157,9 +157,13 @@ def _run_job(cfg: DictConfig, command: str, argv: list[str], failed: list[str]) 
     run_dir = Path(settings.runtime.output_dir)
     log = run_dir / f"{settings.job.name}.log"
     swept = settings.mode == RunMode.MULTIRUN
-    recorded = "run_dir" in parameters(pkgutil.resolve_name(cfg._target_))
+    has_folder = "run_dir" in parameters(pkgutil.resolve_name(cfg._target_))
+    recorded = has_folder and not cfg.get("plan")
     words = [command, *(task_overrides(settings) if swept else argv)]
     first = processes.is_first()
+    if swept and recorded and _done_before(cfg, run_dir):
+        print(f"job {settings.job.num} ({settings.job.override_dirname}) has finished before: {run_dir}")
+        return
     status = Status(run_dir, words, first, recorded, resumed=cfg.get("resume") is not None)
     if not first:
         log = log.with_suffix(f".{processes.name()}.log")
@@ -167,7 +171,7 @@ def _run_job(cfg: DictConfig, command: str, argv: list[str], failed: list[str]) 
     try:
         status.begin(OmegaConf.to_yaml(cfg, resolve=True))
         _seed(cfg.get("seed"))
-        instantiate(cfg, _convert_="all", **({"run_dir": run_dir} if recorded else {}))
+        instantiate(cfg, _convert_="all", **({"run_dir": run_dir} if has_folder else {}))
     except Exception as error:
         from sam_distill.types import UserError  # brings torch, which --help should not wait for
 
@@ -193,6 +197,14 @@ def _run_job(cfg: DictConfig, command: str, argv: list[str], failed: list[str]) 
         raise SystemExit(code) from stop
     else:
         status.end(None)
+
+
+def _done_before(cfg: DictConfig, run_dir: Path) -> bool:
+    """A sweep that is run again in its folder does what is missing: jobs that were cut short go on where they were."""
+    before = earlier(run_dir, OmegaConf.to_yaml(cfg, resolve=True))
+    if before not in (None, "finished") and "resume" in cfg and (run_dir / "checkpoints" / "last.ckpt").is_file():
+        cfg.resume = str(run_dir)
+    return before == "finished"
 
 
 def _be_quiet(log: Path) -> None:

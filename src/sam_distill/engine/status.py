@@ -8,6 +8,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from sam_distill.files import write_json, write_text
 
 
@@ -44,6 +46,15 @@ class Status:
 
     def _write(self) -> None:
         write_json(self.run_dir / "status.json", self._content)
+
+
+def earlier(run_dir: Path, config: str) -> str | None:
+    """How an earlier job of the same configuration stands in this folder; None if there was none."""
+    file = run_dir / "config.yaml"
+    if not file.is_file():
+        return None
+    now, then = (yaml.safe_load(text) | {"resume": None} for text in (config, file.read_text()))
+    return _read(run_dir).get("status") if now == then else None
 
 
 def fail(run_dir: Path, why: str) -> bool:
