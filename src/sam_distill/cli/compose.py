@@ -28,6 +28,14 @@ from sam_distill.cli.config import nearest, one_line, parameters
 # ${when:given,wanted,value}: the value if given is wanted, else null; for experiments, where one choice follows another
 OmegaConf.register_new_resolver("when", lambda given, wanted, value: value if given == wanted else None, replace=True)
 
+
+def _scaled(paper: Any, small: Any, *, _root_: DictConfig) -> Any:
+    """${scaled:paper,small}: the paper's own number, or what a CPU can do in an hour, as `scale` says."""
+    return small if _root_.get("scale") == "small" else paper
+
+
+OmegaConf.register_new_resolver("scaled", _scaled, replace=True)
+
 BAD_CONFIG = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError)  # what composing raises
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -44,10 +44,11 @@ def train(
     neck_from_teacher: bool,
     init: Checkpoint | None,
     resume: str | None,
+    scale: Literal["paper", "small"],
     plan: bool,
     run_dir: Path,
 ) -> None:
-    """Distil `teacher` into `encoder`; conf/train.yaml says what each option means."""
+    """Distil `teacher` into `encoder`; conf/train.yaml says what each option means. `scale` is for experiments alone."""
     whose = answering(teacher, data)
     fit(
         strategy=strategy,
