@@ -48,7 +48,7 @@ def train(
     plan: bool,
     run_dir: Path,
 ) -> None:
-    """Distil `teacher` into `encoder`; conf/train.yaml says what each option means. `scale` is for experiments alone."""
+    """Distil `teacher` into `encoder`; conf/train.yaml says what each option means. Only experiments read `scale`."""
     whose = answering(teacher, data)
     fit(
         strategy=strategy,

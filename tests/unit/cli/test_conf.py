@@ -36,7 +36,8 @@ def mistakes(command: str, *overrides: str) -> list[str]:
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_choice(choice: str) -> None:
-    assert mistakes("train", choice, *MANDATORY.get(choice, [])) == []
+    command = "evaluate" if choice.startswith("protocol=") else "train"
+    assert mistakes(command, choice, *MANDATORY.get(choice, []), *MANDATORY.get(command, [])) == []
 
 
 @pytest.mark.parametrize("command", commands(CONF))
