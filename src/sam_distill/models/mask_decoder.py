@@ -12,7 +12,7 @@ the tokens' side is projected here instead, which comes to the same: q . (W k) =
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -168,12 +168,13 @@ class TwoWayTransformer(nn.Module):
 
         Yields tokens [B, p, T, C] and image [B, p, L, C], p prompts at a time.
         """
-        first, second = self.layers
+        first, second = cast(Iterable[TwoWayBlock], self.layers)
         token_pe, image_keys = tokens, image + image_pe
         tokens = first.update_tokens(tokens, token_pe, image, image_keys, token_mask)
-        inputs = (tokens, token_pe, image, image_keys, token_mask)
         for part in _parts(tokens):
-            t, pe, seen, keys, mask = (x if x is None or x.shape[1] == 1 else x[:, part] for x in inputs)
+            t, pe = tokens[:, part], token_pe[:, part]
+            mask = None if token_mask is None else token_mask[:, part]
+            seen, keys = (x if x.shape[1] == 1 else x[:, part] for x in (image, image_keys))
             seen = first.update_image(t, pe, seen, keys, mask)
             keys = seen + image_pe
             t = second.update_tokens(t, pe, seen, keys, mask)
@@ -252,8 +253,7 @@ class MaskDecoder(nn.Module):
 
         Each cell becomes 2 x 2, and each of those 2 x 2 again; only the finished masks are put together as pictures.
         """
-        layers: Iterable[Any] = self.output_upscaling
-        first, norm, gelu, second, _ = layers
+        first, norm, gelu, second, _ = cast(Iterable[Any], self.output_upscaling)
         image = gelu(norm.over_last(_quarter(image, first))).flatten(1, 2)
         image = gelu(_quarter(image, second)).flatten(1, 2)
         mlps = self.output_hypernetworks_mlps[wanted]
