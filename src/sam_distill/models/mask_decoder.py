@@ -23,9 +23,9 @@ from sam_distill.types import ABSENT, EMBED_DIM, GRID, LOW_RES, Masks
 
 NUM_MASKS = 4  # token 0: the single mask; tokens 1-3: whole, part, sub-part of an ambiguous prompt
 HEADS = 8
-# Without gradients, prompts are decoded so many at a time: their image features (4 MB each) should stay in a CPU's
-# cache, and in a GPU's memory.
-CHUNK_CPU, CHUNK_GPU = 2, 64
+# Without gradients, so many prompts are decoded at a time: their image features, 4 MB each, should stay in a CPU's
+# cache and fit a GPU's memory.
+CHUNK_CPU, CHUNK_GPU = 1, 64
 
 
 class Attention(nn.Module):
