@@ -14,7 +14,8 @@ Box = tuple[int, int, int, int]  # x0, y0, x1, y1; of a mask x1 and y1 are its l
 
 def point_grid(points_per_side: int) -> np.ndarray:
     """[n * n, 2] (x, y) in 0..1, row by row: the centres of n x n equal cells."""
-    centres = (np.arange(points_per_side) + 0.5) / points_per_side
+    half = 1 / (2 * points_per_side)
+    centres = np.linspace(half, 1 - half, points_per_side)
     x, y = np.meshgrid(centres, centres)
     return np.stack([x, y], axis=-1).reshape(-1, 2)
 
