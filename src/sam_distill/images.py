@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from sam_distill.types import FRAME, UserError
+from sam_distill.types import FRAME, LOW_RES, UserError
 
 Size = tuple[int, int]  # (height, width), pixels
 
@@ -78,6 +78,17 @@ def upscale_masks(low_res: Tensor, size: Size, original_size: Size) -> Tensor:
     framed = F.interpolate(low_res.reshape(-1, 1, *low_res.shape[-2:]), (FRAME, FRAME), mode="bilinear")
     masks = F.interpolate(framed[..., : size[0], : size[1]], original_size, mode="bilinear")
     return masks.reshape(*low_res.shape[:-2], *original_size)
+
+
+def upscale_weights(size: Size, original_size: Size) -> tuple[Tensor, Tensor]:
+    """`upscale_masks` as two matrices, rows [H, 256] and columns [W, 256]: masks = rows @ low_res @ columns.T."""
+    rows, columns = (
+        F.interpolate(
+            F.interpolate(torch.eye(LOW_RES)[None], FRAME, mode="linear")[..., :inside], original, mode="linear"
+        )[0].T
+        for inside, original in zip(size, original_size, strict=True)
+    )
+    return rows, columns
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from sam_distill.cli import app
+from sam_distill.data.annotations import draw_annotations
 from sam_distill.models import weights
 
 ROOT = Path(__file__).parents[2]
@@ -148,6 +149,49 @@ def test_segment_says_in_one_line_what_it_cannot_do(
         (line,) = capfd.readouterr().err.splitlines()
         assert line.startswith(complaint)
     assert [path.name for path in tmp_path.iterdir()] == ["images"]
+
+
+def test_segment_everything_in_a_folder(
+    images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A picture and SA-1B's JSON for each image; a damaged one is told, the others are done."""
+    monkeypatch.chdir(tmp_path)
+    for number in (2, 3, 4, 5):
+        (images / f"{number}.png").unlink()
+    out = tmp_path / "out"
+    command = ["segment", f"image={images}", "everything=true", "generator.points_per_side=3", "trainer=cpu"]
+    assert app.main([*command, f"path={out}"]) == 1
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line == f"error: 1 of 3 images were skipped, see above; {out} holds the others"
+    assert sorted(path.name for path in out.iterdir()) == ["0.jpg", "0.json", "1.jpg", "1.json"]
+    for number in (0, 1):
+        written = json.loads((out / f"{number}.json").read_text())
+        assert written["image"] == {"image_id": number, "width": 96, "height": 64, "file_name": f"{number}.png"}
+        masks = draw_annotations((out / f"{number}.json").read_bytes(), "0", "0", 4, 0, 0)
+        assert masks[0].any(), "the annotations are read as SA-1B's"
+        assert {
+            "id",
+            "segmentation",
+            "area",
+            "bbox",
+            "predicted_iou",
+            "point_coords",
+            "stability_score",
+            "crop_box",
+        } == (written["annotations"][0].keys())
+        changed = np.asarray(Image.open(out / f"{number}.jpg")).astype(int) - Image.open(images / f"{number}.png")
+        assert np.abs(changed).max() > 60
+
+    for options, complaint in {
+        ("everything=true", "point=[1,2]", f"path={out}"): "everything=true takes no prompts",
+        ("everything=true", "path=a.png"): f"path=a.png: image={images} is more than one, so path= is the folder",
+        (f"path={out}",): "nothing to segment",
+    }.items():
+        assert app.main(["segment", f"image={images}", "trainer=cpu", *options]) == 1
+        (line,) = capfd.readouterr().err.splitlines()
+        assert line.startswith(f"error: {complaint}")
+    assert app.main(["segment", f"image={images}/*.gif", "everything=true", f"path={out}"]) == 1
+    assert "there is no image" in capfd.readouterr().err
 
 
 def test_truncated_tar_and_wandb_offline(

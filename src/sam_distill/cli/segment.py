@@ -1,20 +1,29 @@
-"""`sam-distill segment`: one image, one prompt, one picture."""
+"""`sam-distill segment`: one thing or everything, in one image or many."""
 
 from __future__ import annotations
 
+import glob
+import json
 import logging
+import os
 from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
 from PIL import Image
+from pycocotools import mask as coco
 from pydantic import Field
 
+from sam_distill.data.choice import is_image, unique_keys
 from sam_distill.engine.hardware import Hardware
+from sam_distill.engine.progress import Tally
 from sam_distill.images import decode
 from sam_distill.models.checkpoints import Checkpoint, load_sam
-from sam_distill.predict.overlays import overlay
+from sam_distill.predict.mask_generator import SamAutomaticMaskGenerator
+from sam_distill.predict.overlays import coloured, overlay
 from sam_distill.predict.predictor import SamPredictor
 from sam_distill.types import UserError
 
@@ -32,25 +41,91 @@ def segment(
     points: Sequence[Point] | None,
     labels: Sequence[Literal[0, 1]] | None,
     box: Box | None,
+    everything: bool,
+    generator: partial[SamAutomaticMaskGenerator],
     trainer: Hardware,
     path: str,
 ) -> None:
-    """Cut one thing out of `image`; conf/segment.yaml says what each option means."""
-    target = Path(path)
-    if target.suffix.lower() not in Image.registered_extensions():
-        raise UserError(f"path={path}: pictures end in .png or .jpg")
-    picture, _ = decode(Path(image), full=True)
+    """Cut one thing or everything out of `image`; conf/segment.yaml says what each option means."""
+    jobs = _jobs(image, Path(path))
     coordinates, signs = _points(point, points, labels)
-    if not coordinates and box is None:
-        raise UserError("nothing to segment: give point=[x,y], points=[[x,y],...] or box=[x0,y0,x1,y1]")
-    corners = [] if box is None else [box[:2], box[2:]]
+    asked = bool(coordinates) or box is not None
+    if everything and asked:
+        raise UserError("everything=true takes no prompts: leave out point, points and box")
+    if not everything and not asked:
+        raise UserError(
+            "nothing to segment: give point=[x,y], points=[[x,y],...], box=[x0,y0,x1,y1] or everything=true"
+        )
     if box is not None and not (box[0] < box[2] and box[1] < box[3]):
         raise UserError(f"box={list(box)}: expected [x0,y0,x1,y1] with x0 < x1 and y0 < y1")
-    for x, y in [*coordinates, *corners]:
+    sam = load_sam(checkpoint).to(trainer.kind)
+    make, predictor = generator(sam, output_mode="coco_rle"), SamPredictor(sam)
+    tally = Tally(len(jobs), "segmenting") if len(jobs) > 1 else nullcontext()
+    skipped = 0
+    with trainer.autocast(), tally:
+        for number, (file, target) in enumerate(jobs):
+            try:
+                picture, _ = decode(file, full=True)
+                if everything:
+                    result, said = _everything(make, picture, file, number, target)
+                else:
+                    result, said = _one_thing(predictor, picture, file, coordinates, signs, box)
+                result.save(target)
+            except OSError as error:
+                raise UserError(f"path={path}: cannot be written ({error.strerror or error})") from error
+            except UserError as error:
+                if len(jobs) == 1:
+                    raise
+                skipped += 1
+                log.warning("skipped: %s", error)
+            else:
+                log.info("%s: %s", target, said)
+            if isinstance(tally, Tally):
+                tally.add(1)
+    if skipped:
+        raise UserError(f"{skipped} of {len(jobs)} images were skipped, see above; {path} holds the others")
+
+
+def _jobs(image: str, path: Path) -> list[tuple[Path, Path]]:
+    """Each image and where its picture goes: to `path`, or into that folder if `image` is a folder or a glob."""
+    source = Path(image).expanduser()
+    several = source.is_dir() or (glob.has_magic(image) and not source.exists())
+    if not several:
+        if path.suffix.lower() not in Image.registered_extensions():
+            raise UserError(f"path={path}: pictures end in .png or .jpg")
+        jobs = [(source, path)]
+    else:
+        if path.suffix.lower() in Image.registered_extensions() or path.is_file():
+            raise UserError(f"path={path}: image={image} is more than one, so path= is the folder for the results")
+        pattern = source / "**" if source.is_dir() else source
+        files = sorted(Path(name) for name in glob.glob(str(pattern), recursive=True) if is_image(Path(name).name))
+        if not files:
+            raise UserError(f"image={image}: there is no image; expected jpg, png, webp, bmp or tif files")
+        base = source if source.is_dir() else Path(os.path.commonpath([file.parent for file in files]))
+        names = [file.relative_to(base).as_posix() for file in files]
+        keys = unique_keys([name.rpartition(".")[0] for name in names], names)
+        jobs = [(file, path / f"{key}.jpg") for file, key in zip(files, keys, strict=True)]
+    try:
+        for folder in {target.parent for _, target in jobs}:
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"path={path}: cannot be written ({error.strerror or error})") from error
+    return jobs
+
+
+def _one_thing(
+    predictor: SamPredictor,
+    picture: Image.Image,
+    file: Path,
+    coordinates: Sequence[Point],
+    signs: Sequence[int],
+    box: Box | None,
+) -> tuple[Image.Image, str]:
+    """The picture with the mask drawn in, and a word on it."""
+    for x, y in [*coordinates, *([] if box is None else [box[:2], box[2:]])]:
         if not (0 <= x <= picture.width and 0 <= y <= picture.height):
-            raise UserError(f"({x:g}, {y:g}) lies outside {image}, which is {picture.width} x {picture.height} pixels")
-    predictor = SamPredictor(load_sam(checkpoint).to(trainer.kind))
-    predictor.set_image(np.asarray(picture))
+            raise UserError(f"({x:g}, {y:g}) lies outside {file}, which is {picture.width} x {picture.height} pixels")
+    predictor.set_image(picture)
     # SAM's advice: a single click is ambiguous, so ask for three masks and take the best; else ask for one.
     masks, iou, _ = predictor.predict(
         np.array(coordinates) if coordinates else None,
@@ -59,13 +134,22 @@ def segment(
         multimask_output=box is None and len(coordinates) == 1,
     )
     mask = masks[iou.argmax()]
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        overlay(picture, mask, points=coordinates, labels=signs, box=box).save(target)
-    except OSError as error:
-        raise UserError(f"path={path}: cannot be written ({error.strerror or error})") from error
     estimate = min(1.0, float(iou.max()))  # the decoder's own, which may overshoot
-    log.info("%s: %.1f%% of the image, predicted IoU %.2f", target, 100 * mask.mean(), estimate)
+    drawn = overlay(picture, mask, points=coordinates, labels=signs, box=box)
+    return drawn, f"{100 * mask.mean():.1f}% of the image, predicted IoU {estimate:.2f}"
+
+
+def _everything(
+    generator: SamAutomaticMaskGenerator, picture: Image.Image, file: Path, number: int, target: Path
+) -> tuple[Image.Image, str]:
+    """The picture with all masks drawn in, large ones below; beside `target` SA-1B's JSON of them."""
+    records = generator.generate(picture)
+    described = {"image_id": number, "width": picture.width, "height": picture.height, "file_name": file.name}
+    annotations = [{"id": index, **record} for index, record in enumerate(records)]
+    target.with_suffix(".json").write_text(json.dumps({"image": described, "annotations": annotations}))
+    by_size = sorted(records, key=lambda record: -record["area"])
+    masks = ((coco.decode(record["segmentation"]).astype(bool), record["bbox"]) for record in by_size)
+    return coloured(picture, masks), f"{len(records)} masks"
 
 
 def _points(

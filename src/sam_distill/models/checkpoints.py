@@ -54,6 +54,10 @@ def load_sam(checkpoint: str | Path) -> Sam:
     return sam.eval()
 
 
+# For scripts written for segment-anything or MobileSAM. The file itself says which of them it holds.
+sam_model_registry = dict.fromkeys(("default", "vit_h", "vit_l", "vit_b", "vit_t"), load_sam)
+
+
 def load_weights(sam: Sam, checkpoint: str | Path) -> None:
     """Start `sam` from a checkpoint of the same architecture (its image_size may differ)."""
     path = find_checkpoint(checkpoint)

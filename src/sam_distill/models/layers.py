@@ -18,8 +18,11 @@ class LayerNorm2d(nn.LayerNorm):
         super().__init__(channels, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.layer_norm(x.permute(0, 2, 3, 1).float(), self.normalized_shape, self.weight, self.bias, self.eps)
-        return x.permute(0, 3, 1, 2)
+        return self.over_last(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    def over_last(self, x: Tensor) -> Tensor:
+        """The same where the channels are the last dimension."""
+        return F.layer_norm(x.float(), self.normalized_shape, self.weight, self.bias, self.eps)
 
 
 class MLP(nn.Module):

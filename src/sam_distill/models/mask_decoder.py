@@ -1,21 +1,31 @@
 """SAM's mask decoder, batched over images and prompts. Parameter names are the official ones.
 
 Legend: B images, P prompts, T tokens per prompt (1 for IoU, 4 for masks, N for the prompt), C = 256 channels,
-L = 4096 cells of the image embedding, G = groups of prompts that see the same image features: 1 until the first
-image-to-token attention makes them differ, P afterwards. What has G = 1 is computed once for all prompts of an image.
+L = 4096 cells of the image embedding, h = 8 heads of width d, G = groups of prompts that see the same image features:
+1 until the first image-to-token attention makes them differ, P afterwards. What has G = 1 is computed once for all
+prompts of an image.
+
+An image has many cells and a prompt few tokens. So where the official code projects the image's side of an attention,
+the tokens' side is projected here instead, which comes to the same: q . (W k) = (W^T q) . k. That halves the work.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sam_distill.models.layers import MLP, LayerNorm2d
-from sam_distill.types import ABSENT, EMBED_DIM, GRID, Masks
+from sam_distill.types import ABSENT, EMBED_DIM, GRID, LOW_RES, Masks
 
 NUM_MASKS = 4  # token 0: the single mask; tokens 1-3: whole, part, sub-part of an ambiguous prompt
 HEADS = 8
+# Without gradients, so many prompts are decoded at a time: their image features, 4 MB each, should stay in a CPU's
+# cache and fit a GPU's memory.
+CHUNK_CPU, CHUNK_GPU = 1, 64
 
 
 class Attention(nn.Module):
@@ -29,27 +39,73 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(inner_width, EMBED_DIM)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
-        """q [B, Gq, Lq, C], k and v [B, Gk, Lk, C] with Gq, Gk in {1, P} -> [B, max(Gq, Gk), Lq, C].
+        """q, k, v [B, P, T, C] -> [B, P, T, C]. key_mask: [B, P, T] bool, False for keys nobody may look at."""
+        q, k, v = _heads(self.q_proj(q)), _heads(self.k_proj(k)), _heads(self.v_proj(v))
+        mask = None if key_mask is None else key_mask[:, :, None, None, :]
+        return self.out_proj(_merge(F.scaled_dot_product_attention(q, k, v, attn_mask=mask)))
 
-        key_mask: [B, Gk, Lk] bool, False for keys nobody may look at.
+
+class TokenToImage(Attention):
+    """Tokens look at the image."""
+
+    def forward(self, tokens: Tensor, keys: Tensor, values: Tensor) -> Tensor:  # type: ignore[override]
+        """tokens [B, P, T, C], keys and values [B, G, L, C] -> [B, P, T, C]."""
+        q = _heads(self.q_proj(tokens))
+        if keys.shape[1] < tokens.shape[1]:  # all prompts ask the same keys: one long row of queries
+            k, v = _heads(self.k_proj(keys)), _heads(self.v_proj(values))
+            rows = q.transpose(1, 2).flatten(2, 3)
+            out = F.scaled_dot_product_attention(rows, k[:, 0], v[:, 0])
+            return self.out_proj(_merge(out.unflatten(2, tokens.shape[1:3]).transpose(1, 2)))
+        q = q * q.shape[-1] ** -0.5
+        bias = (q * self.k_proj.bias.view(HEADS, 1, -1)).sum(-1, keepdim=True)
+        q = _fold(q, self.k_proj.weight)
+        scores = q.flatten(2, 3) @ keys.mT + bias.flatten(2, 3)  # [B, P, hT, L]
+        looks = scores.softmax(-1) @ values
+        weight = self.v_proj.weight.unflatten(0, (HEADS, -1))
+        out = torch.einsum("bphtc,hdc->bphtd", looks.unflatten(2, (HEADS, -1)), weight)
+        return self.out_proj(_merge(out) + self.v_proj.bias)
+
+
+class ImageToToken(Attention):
+    """The image looks at the tokens."""
+
+    def forward(  # type: ignore[override]
+        self, image: Tensor, queries: Tensor, keys: Tensor, values: Tensor, key_mask: Tensor | None
+    ) -> Tensor:
+        """image and its queries [B, G, L, C], keys and values [B, P, T, C] -> image + answers [B, P, L, C].
+
+        key_mask: [B, P, T] bool, False for tokens nobody may look at.
         """
-        q, k, v = self._heads(self.q_proj(q)), self._heads(self.k_proj(k)), self._heads(self.v_proj(v))
-        batch, groups_q, _, length_q, _ = q.shape
-        groups_k = k.shape[1]
-        if groups_k == 1 and groups_q > 1:  # all prompts ask the same keys: one long row of queries
-            out = F.scaled_dot_product_attention(q.transpose(1, 2).flatten(2, 3), k[:, 0], v[:, 0])
-            out = out.unflatten(2, (groups_q, length_q)).transpose(1, 2)
-        else:
-            q = q.expand(-1, groups_k, -1, -1, -1).flatten(0, 1)
-            mask = None if key_mask is None else key_mask.flatten(0, 1)[:, None, None, :]
-            out = F.scaled_dot_product_attention(q, k.flatten(0, 1), v.flatten(0, 1), attn_mask=mask)
-            out = out.unflatten(0, (batch, groups_k))
-        return self.out_proj(out.transpose(2, 3).flatten(3))
+        k, v = _heads(self.k_proj(keys)), _heads(self.v_proj(values))
+        k = k * k.shape[-1] ** -0.5
+        bias = (k * self.q_proj.bias.view(HEADS, 1, -1)).sum(-1, keepdim=True)
+        k = _fold(k, self.q_proj.weight)
+        rows = k.reshape(len(image), image.shape[1], -1, EMBED_DIM)  # prompts that see the same image in one product
+        scores = (rows @ queries.mT).view(*k.shape[:4], -1) + bias  # [B, P, h, T, L]
+        if key_mask is not None:
+            scores = scores.masked_fill(~key_mask[:, :, None, :, None], -torch.inf)
+        attention = scores.softmax(-2).flatten(2, 3)
+        # A cell's attention to all tokens is 1 in each head, so each head brings its share of the bias.
+        answers = _fold(v, self.out_proj.weight.mT) + self.out_proj.bias / HEADS
+        batch, prompts = keys.shape[:2]
+        image = image.expand(-1, prompts, -1, -1).flatten(0, 1)
+        looks = torch.baddbmm(image, attention.flatten(0, 1).mT, answers.flatten(2, 3).flatten(0, 1))
+        return looks.unflatten(0, (batch, prompts))
 
-    @staticmethod
-    def _heads(x: Tensor) -> Tensor:
-        """[B, G, L, inner] -> [B, G, heads, L, inner / heads]."""
-        return x.unflatten(-1, (HEADS, -1)).transpose(2, 3)
+
+def _heads(x: Tensor) -> Tensor:
+    """[B, G, L, inner] -> [B, G, h, L, d]."""
+    return x.unflatten(-1, (HEADS, -1)).transpose(2, 3)
+
+
+def _merge(x: Tensor) -> Tensor:
+    """[B, G, h, L, d] -> [B, G, L, inner]."""
+    return x.transpose(2, 3).flatten(3)
+
+
+def _fold(x: Tensor, weight: Tensor) -> Tensor:
+    """[B, P, h, T, d], weight [inner, C] -> [B, P, h, T, C]: each head's part of x through its rows of the weight."""
+    return x @ weight.unflatten(0, (HEADS, -1))
 
 
 class FeedForward(nn.Module):
@@ -70,45 +126,69 @@ class TwoWayBlock(nn.Module):
         self.first = first
         self.self_attn = Attention(EMBED_DIM)
         self.norm1 = nn.LayerNorm(EMBED_DIM)
-        self.cross_attn_token_to_image = Attention(EMBED_DIM // 2)
+        self.cross_attn_token_to_image = TokenToImage(EMBED_DIM // 2)
         self.norm2 = nn.LayerNorm(EMBED_DIM)
         self.mlp = FeedForward(2048)
         self.norm3 = nn.LayerNorm(EMBED_DIM)
         self.norm4 = nn.LayerNorm(EMBED_DIM)
-        self.cross_attn_image_to_token = Attention(EMBED_DIM // 2)
+        self.cross_attn_image_to_token = ImageToToken(EMBED_DIM // 2)
 
-    def forward(
-        self, tokens: Tensor, image: Tensor, token_pe: Tensor, image_pe: Tensor, token_mask: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """tokens, token_pe [B, P, T, C]; image [B, G, L, C]; image_pe [L, C]; token_mask [B, P, T] or None."""
+    def update_tokens(
+        self, tokens: Tensor, token_pe: Tensor, image: Tensor, image_keys: Tensor, token_mask: Tensor | None
+    ) -> Tensor:
+        """tokens, token_pe [B, P, T, C]; image, image_keys (with positions) [B, G, L, C]."""
         if self.first:  # SAM's rule: no positions and no residual in the very first self-attention
             tokens = self.self_attn(tokens, tokens, tokens, token_mask)
         else:
             q = tokens + token_pe
             tokens = tokens + self.self_attn(q, q, tokens, token_mask)
         tokens = self.norm1(tokens)
-        tokens = self.norm2(tokens + self.cross_attn_token_to_image(tokens + token_pe, image + image_pe, image))
-        tokens = self.norm3(tokens + self.mlp(tokens))
-        answer = self.cross_attn_image_to_token(image + image_pe, tokens + token_pe, tokens, token_mask)
-        return tokens, self.norm4(image + answer)
+        tokens = self.norm2(tokens + self.cross_attn_token_to_image(tokens + token_pe, image_keys, image))
+        return self.norm3(tokens + self.mlp(tokens))
+
+    def update_image(
+        self, tokens: Tensor, token_pe: Tensor, image: Tensor, image_keys: Tensor, token_mask: Tensor | None
+    ) -> Tensor:
+        """[B, P, L, C]."""
+        keys = tokens + token_pe
+        return self.norm4(self.cross_attn_image_to_token(image, image_keys, keys, tokens, token_mask))
 
 
 class TwoWayTransformer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.ModuleList([TwoWayBlock(first=True), TwoWayBlock(first=False)])
-        self.final_attn_token_to_image = Attention(EMBED_DIM // 2)
+        self.final_attn_token_to_image = TokenToImage(EMBED_DIM // 2)
         self.norm_final_attn = nn.LayerNorm(EMBED_DIM)
 
     def forward(
         self, tokens: Tensor, image: Tensor, image_pe: Tensor, token_mask: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """tokens [B, P, T, C], image [B, G, L, C] -> tokens [B, P, T, C], image [B, P, L, C]."""
-        token_pe = tokens
-        for layer in self.layers:
-            tokens, image = layer(tokens, image, token_pe, image_pe, token_mask)
-        answer = self.final_attn_token_to_image(tokens + token_pe, image + image_pe, image)
-        return self.norm_final_attn(tokens + answer), image
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """tokens [B, P, T, C], image [B, G, L, C], image_pe [L, C], token_mask [B, P, T] or None.
+
+        Yields tokens [B, p, T, C] and image [B, p, L, C], p prompts at a time.
+        """
+        first, second = cast(Iterable[TwoWayBlock], self.layers)
+        token_pe, image_keys = tokens, image + image_pe
+        tokens = first.update_tokens(tokens, token_pe, image, image_keys, token_mask)
+        for part in _parts(tokens):
+            t, pe = tokens[:, part], token_pe[:, part]
+            mask = None if token_mask is None else token_mask[:, part]
+            seen, keys = (x if x.shape[1] == 1 else x[:, part] for x in (image, image_keys))
+            seen = first.update_image(t, pe, seen, keys, mask)
+            keys = seen + image_pe
+            t = second.update_tokens(t, pe, seen, keys, mask)
+            seen = second.update_image(t, pe, seen, keys, mask)
+            answer = self.final_attn_token_to_image(t + pe, seen + image_pe, seen)
+            yield self.norm_final_attn(t + answer), seen
+
+
+def _parts(tokens: Tensor) -> Iterator[slice]:
+    """Slices of the prompts, [B, P, T, C], to decode at a time. With gradients all of them: they are kept anyway."""
+    batch, prompts = tokens.shape[:2]
+    step = prompts if torch.is_grad_enabled() else CHUNK_CPU if tokens.device.type == "cpu" else CHUNK_GPU // batch
+    for start in range(0, prompts, max(1, step)):
+        yield slice(start, start + max(1, step))
 
 
 class MaskDecoder(nn.Module):
@@ -130,7 +210,14 @@ class MaskDecoder(nn.Module):
         self.iou_prediction_head = MLP(EMBED_DIM, EMBED_DIM, NUM_MASKS, 3)
 
     def forward(
-        self, embedding: Tensor, image_pe: Tensor, tokens: Tensor, dense: Tensor, labels: Tensor, wanted: slice
+        self,
+        embedding: Tensor,
+        image_pe: Tensor,
+        tokens: Tensor,
+        dense: Tensor,
+        labels: Tensor,
+        wanted: slice,
+        least_iou: float | None = None,
     ) -> Masks:
         """Decode every prompt of every image in one pass.
 
@@ -138,22 +225,48 @@ class MaskDecoder(nn.Module):
         tokens: [B, P, N, 256]; dense: [B, P, 256, 64, 64] or [1, 1, 256, 1, 1] (no mask prompt, shared).
         labels: [B, P, N], to keep ABSENT tokens out of attention.
         wanted: the mask tokens to decode: SINGLE, MULTI or ALL.
+        least_iou: prompts none of whose predicted IoUs exceeds it get no masks, but zeros: drawing is half the work.
         """
         batch, prompts = tokens.shape[:2]
-        image = (embedding.unsqueeze(1) + dense).flatten(3).transpose(2, 3)
+        image = (embedding.unsqueeze(1) + dense).flatten(3).mT.contiguous()
         output_tokens = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
         tokens = torch.cat([output_tokens.expand(batch, prompts, -1, -1), tokens], dim=2)
-        tokens, image = self.transformer(tokens, image, image_pe, _token_mask(labels, len(output_tokens)))
+        parts = self.transformer(tokens, image, image_pe, _token_mask(labels, len(output_tokens)))
+        answers = [self._answer(tokens, image, wanted, least_iou) for tokens, image in parts]
+        return Masks(*(torch.cat(each, dim=1) for each in zip(*answers, strict=True)))
 
+    def _answer(self, tokens: Tensor, image: Tensor, wanted: slice, least_iou: float | None) -> tuple[Tensor, Tensor]:
+        """tokens [B, p, T, C], image [B, p, L, C] -> masks [B, p, M, 256, 256] and predicted IoUs [B, p, M]."""
+        iou = self.iou_prediction_head(tokens[:, :, 0])[:, :, wanted].float()
         mask_tokens = tokens[:, :, 1 : 1 + NUM_MASKS][:, :, wanted]
-        filters = torch.stack(
-            [mlp(mask_tokens[:, :, i]) for i, mlp in enumerate(self.output_hypernetworks_mlps[wanted])], dim=2
-        )
-        image = image.transpose(2, 3).reshape(batch * prompts, EMBED_DIM, GRID, GRID)
-        features = self.output_upscaling(image)
-        low_res = torch.einsum("nmc,nchw->nmhw", filters.flatten(0, 1).float(), features.float())
-        iou = self.iou_prediction_head(tokens[:, :, 0])[:, :, wanted]
-        return Masks(low_res.unflatten(0, (batch, prompts)), iou.float())
+        if least_iou is None:
+            masks = self._draw(mask_tokens.flatten(0, 1), image.flatten(0, 1), wanted)
+            return masks.unflatten(0, iou.shape[:2]), iou
+        masks = iou.new_zeros(*iou.shape, LOW_RES, LOW_RES)
+        good = (iou > least_iou).any(-1)
+        if bool(good.any()):
+            masks[good] = self._draw(mask_tokens[good], image[good], wanted)
+        return masks, iou
+
+    def _draw(self, tokens: Tensor, image: Tensor, wanted: slice) -> Tensor:
+        """Mask tokens [n, M, C], image [n, L, C] -> masks [n, M, 256, 256] float32.
+
+        Each cell becomes 2 x 2, and each of those 2 x 2 again; only the finished masks are put together as pictures.
+        """
+        first, norm, gelu, second, _ = cast(Iterable[Any], self.output_upscaling)
+        image = gelu(norm.over_last(_quarter(image, first))).flatten(1, 2)
+        image = gelu(_quarter(image, second)).flatten(1, 2)
+        mlps = self.output_hypernetworks_mlps[wanted]
+        filters = torch.stack([mlp(tokens[:, i]) for i, mlp in enumerate(mlps)], dim=1)
+        masks = (filters.float() @ image.float().mT).float().unflatten(2, (GRID, GRID, 2, 2, 2, 2))
+        return masks.permute(0, 1, 2, 4, 6, 3, 5, 7).reshape(*filters.shape[:2], LOW_RES, LOW_RES)
+
+
+def _quarter(x: Tensor, conv: nn.ConvTranspose2d) -> Tensor:
+    """[n, L, C] -> [n, L, 4, c]: the 2 x 2 pixels that a transposed convolution of stride 2 makes of each cell."""
+    assert conv.bias is not None
+    weight = conv.weight.permute(2, 3, 1, 0).flatten(0, 2)
+    return F.linear(x, weight, conv.bias.repeat(4)).unflatten(-1, (4, -1))
 
 
 def _token_mask(labels: Tensor, num_output_tokens: int) -> Tensor | None:

@@ -40,14 +40,20 @@ class Sam(nn.Module):
             return torch.cat([self.encode(images[i : i + 1], sizes[i : i + 1]) for i in range(len(images))])
         return self.image_encoder(preprocess(images, sizes, self.image_size)).float()
 
-    def decode(self, embedding: Tensor, prompts: Prompts, wanted: slice = SINGLE) -> Masks:
-        """embedding [B, 256, 64, 64], prompts for the same B images -> the wanted masks: SINGLE, MULTI or ALL."""
+    def decode(
+        self, embedding: Tensor, prompts: Prompts, wanted: slice = SINGLE, least_iou: float | None = None
+    ) -> Masks:
+        """embedding [B, 256, 64, 64], prompts for the same B images -> the wanted masks: SINGLE, MULTI or ALL.
+
+        least_iou: prompts none of whose predicted IoUs exceeds it get zeros for masks, in half the time.
+        """
         if len(embedding) > 1 and _better_one_by_one(embedding):
-            each = [self.decode(embedding[i : i + 1], prompts[i : i + 1], wanted) for i in range(len(embedding))]
+            parts = [slice(i, i + 1) for i in range(len(embedding))]
+            each = [self.decode(embedding[part], prompts[part], wanted, least_iou) for part in parts]
             return Masks(torch.cat([masks.low_res for masks in each]), torch.cat([masks.iou for masks in each]))
         tokens, dense = self.prompt_encoder(prompts)
         image_pe = self.prompt_encoder.dense_positions()
-        return self.mask_decoder(embedding, image_pe, tokens, dense, prompts.labels, wanted)
+        return self.mask_decoder(embedding, image_pe, tokens, dense, prompts.labels, wanted, least_iou)
 
     def forward(self, images: Tensor, sizes: Tensor, prompts: Prompts, wanted: slice = SINGLE) -> Masks:
         return self.decode(self.encode(images, sizes), prompts, wanted)

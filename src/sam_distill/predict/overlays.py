@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from colorsys import hsv_to_rgb
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,22 @@ def overlay(
         fill = (80, 255, 80) if label else (255, 60, 60)
         draw.ellipse((x - unit, y - unit, x + unit, y + unit), fill=fill, outline="white", width=max(1, unit // 3))
     return picture
+
+
+def coloured(image: Image.Image, masks: Iterable[tuple[np.ndarray, Sequence[int]]]) -> Image.Image:
+    """`image` with many masks, each in a colour of its own, the later ones above the others.
+
+    masks: [H, W] bool, and the box (x, y, width, height) that it lies in.
+    """
+    pixels = np.array(image.convert("RGB"))
+    for number, (mask, (x, y, width, height)) in enumerate(masks):
+        inside = slice(y, y + height + 1), slice(x, x + width + 1)
+        part, region = mask[inside], pixels[inside]
+        hue = number * 0.618034 % 1  # the golden ratio keeps neighbours apart
+        colour = np.array(hsv_to_rgb(hue, 0.75, 1.0)) * 255
+        region[part] = (0.45 * region[part] + 0.55 * colour).astype(np.uint8)
+        region[_outline(part)] = colour.astype(np.uint8)
+    return Image.fromarray(pixels)
 
 
 def comparison(

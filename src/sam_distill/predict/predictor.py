@@ -1,6 +1,10 @@
-"""Masks for prompts on one image, with segment-anything's signatures: moving over is changing one import."""
+"""Masks for prompts on images, with segment-anything's signatures: moving over is changing one import."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -8,17 +12,26 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from sam_distill.images import Size, scale_points, to_frame, upscale_masks
+from sam_distill.images import Size, decode, to_frame, upscale_masks
 from sam_distill.models.sam import Sam
+from sam_distill.predict.transforms import ResizeLongestSide
 from sam_distill.prompts.forms import box_prompts, point_prompts
 from sam_distill.types import FRAME, MULTI, SINGLE, Prompts
 
+Picture = np.ndarray | Tensor | Image.Image | str | Path
+Answer = tuple[np.ndarray, np.ndarray, np.ndarray]
+
 
 class SamPredictor:
-    """Encode an image once with `set_image`, then ask for masks with `predict` as often as needed."""
+    """Encode an image once with `set_image`, then ask for masks with `predict` as often as needed.
+
+    An image is [H, W, 3] uint8 (numpy), [3, H, W] uint8 (torch), a Pillow image or a file's path. Everything runs where
+    the model is, in fp32, or in bf16 within `torch.autocast`.
+    """
 
     def __init__(self, sam_model: Sam) -> None:
         self.model = sam_model.eval()
+        self.transform = ResizeLongestSide()
         self.reset_image()
 
     @property
@@ -26,27 +39,41 @@ class SamPredictor:
         return self.model.device
 
     def reset_image(self) -> None:
-        self.is_image_set = False
-        self.features: Tensor | None = None  # [1, 256, 64, 64]
-        self.original_size: Size | None = None  # (H, W)
-        self.input_size: Size | None = None  # (h, w) in the frame
+        self.features: Tensor | None = None  # [B, 256, 64, 64]
+        self.original_sizes: list[Size] = []  # B times (H, W)
+        self.input_sizes: list[Size] = []  # B times (h, w), in the frame
 
-    @torch.no_grad()
-    def set_image(self, image: np.ndarray, image_format: str = "RGB") -> None:
-        """image: [H, W, 3] uint8, RGB or BGR as image_format says."""
-        if image_format not in ("RGB", "BGR"):
-            raise ValueError(f"image_format must be RGB or BGR, not {image_format}")
-        if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8:
-            raise ValueError(f"an image is [H, W, 3] uint8, not {list(image.shape)} {image.dtype}")
-        rgb = Image.fromarray(image if image_format == "RGB" else np.ascontiguousarray(image[..., ::-1]))
-        frame = to_frame(rgb).to(self.device)
-        height, width = frame.shape[-2:]
-        padded = F.pad(frame, (0, FRAME - width, 0, FRAME - height)).unsqueeze(0)
-        self.features = self.model.encode(padded, torch.tensor([[height, width]], device=self.device))
-        self.original_size, self.input_size = (image.shape[0], image.shape[1]), (height, width)
-        self.is_image_set = True
+    @property
+    def is_image_set(self) -> bool:
+        return self.features is not None
 
-    @torch.no_grad()
+    @property
+    def original_size(self) -> Size:
+        """(H, W) of the one image that is set."""
+        return self.original_sizes[self._only("original_size")]
+
+    @property
+    def input_size(self) -> Size:
+        """(h, w) that the one image takes up in the frame."""
+        return self.input_sizes[self._only("input_size")]
+
+    def set_image(self, image: Picture, image_format: str = "RGB") -> None:
+        """image_format: RGB or BGR, the order of an array's or a tensor's channels."""
+        self.set_images([image], image_format)
+
+    def set_images(self, images: Sequence[Picture], image_format: str = "RGB") -> None:
+        """Encode several images, whatever their sizes, together; `predict_batch` answers for them."""
+        pictures = [picture(image, image_format) for image in images]
+        self._encode([to_frame(p).to(self.device) for p in pictures], [(p.height, p.width) for p in pictures])
+
+    def set_torch_image(self, transformed_image: Tensor, original_image_size: Size) -> None:
+        """transformed_image: [1, 3, h, w], RGB in 0..255, resized by `transform` so that its long side is 1024."""
+        shape = transformed_image.shape
+        if len(shape) != 4 or shape[:2] != (1, 3) or max(shape[2:]) != FRAME:
+            raise ValueError(f"a transformed image is [1, 3, h, w] with a long side of {FRAME}, not {list(shape)}")
+        height, width = original_image_size
+        self._encode([transformed_image[0].to(self.device)], [(height, width)])
+
     def predict(
         self,
         point_coords: np.ndarray | None = None,
@@ -55,7 +82,7 @@ class SamPredictor:
         mask_input: np.ndarray | None = None,
         multimask_output: bool = True,
         return_logits: bool = False,
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    ) -> Answer:
         """Masks for one prompt, which may be several points, a box, a mask, or all of them together.
 
         point_coords: [N, 2] (x, y); point_labels: [N], 1 foreground, 0 background; box: [4] (x0, y0, x1, y1), all in
@@ -63,46 +90,126 @@ class SamPredictor:
         Returns masks [C, H, W] bool (float32 logits if return_logits), predicted IoUs [C], and low-res logits
         [C, 256, 256], with C = 3 if multimask_output, else 1.
         """
-        if self.features is None or self.original_size is None or self.input_size is None:
-            raise RuntimeError("set_image(...) comes before predict(...)")
-        if (point_coords is None) != (point_labels is None):
-            raise ValueError("point_coords and point_labels belong together: give both or neither")
-        prompts = self._prompts(self.original_size, point_coords, point_labels, box, mask_input)
-        masks = self.model.decode(self.features, prompts, MULTI if multimask_output else SINGLE)
-        low_res, iou = masks.low_res[0, 0], masks.iou[0, 0]
-        logits = upscale_masks(low_res, self.input_size, self.original_size)
-        result = logits if return_logits else logits > 0
-        return result.cpu().numpy(), iou.cpu().numpy(), low_res.cpu().numpy()
+        prompt = (point_coords, point_labels, box, mask_input)
+        return self._answer(self._only("predict"), *prompt, multimask_output, return_logits)
+
+    def predict_batch(
+        self, prompts: Sequence[Mapping[str, Any]], multimask_output: bool = True, return_logits: bool = False
+    ) -> list[Answer]:
+        """What `predict` returns, for each of `set_images`: one prompt for each, as the arguments of `predict`.
+
+        For example [{"box": box}, {"point_coords": points, "point_labels": labels}].
+        """
+        if len(prompts) != len(self.original_sizes):
+            raise ValueError(f"{len(prompts)} prompts for {len(self.original_sizes)} images: give one for each")
+        options = {"multimask_output": multimask_output, "return_logits": return_logits}
+        return [self._answer(index, **{**options, **prompt}) for index, prompt in enumerate(prompts)]
+
+    def predict_torch(
+        self,
+        point_coords: Tensor | None,
+        point_labels: Tensor | None,
+        boxes: Tensor | None = None,
+        mask_input: Tensor | None = None,
+        multimask_output: bool = True,
+        return_logits: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Masks for P prompts at once, given in pixels of the frame (see `transform`).
+
+        point_coords: [P, N, 2]; point_labels: [P, N]; boxes: [P, 4]; mask_input: [P, 1, 256, 256].
+        Returns masks [P, C, H, W], predicted IoUs [P, C] and low-res logits [P, C, 256, 256], as `predict` does.
+        """
+        prompts = _prompts(point_coords, point_labels, boxes, mask_input)
+        return self._decode(self._only("predict_torch"), prompts, multimask_output, return_logits)
 
     def get_image_embedding(self) -> Tensor:
-        """[1, 256, 64, 64]."""
+        """[1, 256, 64, 64]; of several images [B, 256, 64, 64]."""
+        return self._features("get_image_embedding")
+
+    @torch.no_grad()
+    def _encode(self, frames: Sequence[Tensor], original_sizes: list[Size]) -> None:
+        """frames: of each image [3, h, w] in 0..255."""
+        sizes = [(frame.shape[1], frame.shape[2]) for frame in frames]
+        padded = [
+            F.pad(frame, (0, FRAME - width, 0, FRAME - height))
+            for frame, (height, width) in zip(frames, sizes, strict=True)
+        ]
+        self.features = self.model.encode(torch.stack(padded), torch.tensor(sizes, device=self.device))
+        self.original_sizes, self.input_sizes = original_sizes, sizes
+
+    def _answer(
+        self,
+        index: int,
+        point_coords: np.ndarray | None = None,
+        point_labels: np.ndarray | None = None,
+        box: np.ndarray | None = None,
+        mask_input: np.ndarray | None = None,
+        multimask_output: bool = True,
+        return_logits: bool = False,
+    ) -> Answer:
+        """`predict` for one of the images."""
+        if (point_coords is None) != (point_labels is None):
+            raise ValueError("point_coords and point_labels belong together: give both or neither")
+        size = self.original_sizes[index]
+        points = None if point_coords is None else self.transform.apply_coords(point_coords, size)[None]
+        labels = None if point_labels is None else np.asarray(point_labels)[None]
+        boxes = None if box is None else self.transform.apply_boxes(box, size)
+        masks = None if mask_input is None else np.asarray(mask_input).reshape(1, 1, *np.shape(mask_input)[-2:])
+        given = (
+            None if part is None else torch.as_tensor(part.astype(np.float32), device=self.device)
+            for part in (points, labels, boxes, masks)
+        )
+        answer = self._decode(index, _prompts(*given), multimask_output, return_logits)
+        found, iou, low_res = (tensor[0].cpu().numpy() for tensor in answer)
+        return found, iou, low_res
+
+    @torch.no_grad()
+    def _decode(
+        self, index: int, prompts: Prompts, multimask_output: bool, return_logits: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`predict_torch` for one of the images."""
+        embedding = self._features("predict")[index : index + 1]
+        found = self.model.decode(embedding, prompts.to(self.device), MULTI if multimask_output else SINGLE)
+        low_res, iou = found.low_res[0], found.iou[0]
+        sizes = self.input_sizes[index], self.original_sizes[index]
+        logits = (upscale_masks(each, *sizes) for each in low_res)  # one by one: they are large
+        return torch.stack([each if return_logits else each > 0 for each in logits]), iou, low_res
+
+    def _features(self, caller: str) -> Tensor:
         if self.features is None:
-            raise RuntimeError("set_image(...) comes before get_image_embedding()")
+            raise RuntimeError(f"set_image(...) comes before {caller}(...)")
         return self.features
 
-    def _prompts(
-        self,
-        original_size: Size,
-        point_coords: np.ndarray | None,
-        point_labels: np.ndarray | None,
-        box: np.ndarray | None,
-        mask_input: np.ndarray | None,
-    ) -> Prompts:
-        """One image, one prompt. Without any, SAM is asked with a mask alone, or with nothing at all."""
-        points = self._coordinates(point_coords if point_coords is not None else np.zeros((0, 2)), original_size)
-        given = point_labels if point_labels is not None else np.zeros(0)
-        labels = torch.as_tensor(np.asarray(given), dtype=torch.int64, device=self.device).view(1, 1, -1)
-        masks = None
-        if mask_input is not None:
-            masks = torch.as_tensor(mask_input, dtype=torch.float32, device=self.device).view(
-                1, 1, 1, *mask_input.shape[-2:]
-            )
-        if box is not None:
-            corners = self._coordinates(np.asarray(box).reshape(2, 2), original_size)
-            return box_prompts(corners.flatten(2), points, labels, masks)
-        return point_prompts(points, labels, masks) if point_coords is not None else Prompts(points, labels, masks)
+    def _only(self, caller: str) -> int:
+        """The index of the one image that is set."""
+        if len(self._features(caller)) != 1:
+            raise RuntimeError(f"{caller} is for one image, but {len(self.original_sizes)} are set: use predict_batch")
+        return 0
 
-    def _coordinates(self, points: np.ndarray, original_size: Size) -> Tensor:
-        """[N, 2] in pixels of the image -> [1, 1, N, 2] in the frame."""
-        tensor = torch.as_tensor(np.asarray(points), dtype=torch.float64, device=self.device)
-        return scale_points(tensor, original_size).float()[None, None]
+
+def picture(image: Picture, image_format: str = "RGB") -> Image.Image:
+    """Any kind of image that `SamPredictor` takes, as Pillow's, in RGB."""
+    if image_format not in ("RGB", "BGR"):
+        raise ValueError(f"image_format must be RGB or BGR, not {image_format}")
+    if isinstance(image, str | Path):
+        return decode(Path(image), full=True)[0]
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    array = image.detach().cpu().movedim(0, -1).numpy() if isinstance(image, Tensor) else image
+    if array.ndim != 3 or array.shape[-1] != 3 or array.dtype != np.uint8:
+        kind = "[3, H, W]" if isinstance(image, Tensor) else "[H, W, 3]"
+        raise ValueError(f"an image is {kind} uint8, not {list(image.shape)} {image.dtype}")
+    return Image.fromarray(np.ascontiguousarray(array if image_format == "RGB" else array[..., ::-1]))
+
+
+def _prompts(points: Tensor | None, labels: Tensor | None, boxes: Tensor | None, masks: Tensor | None) -> Prompts:
+    """P prompts for one image; without points and boxes SAM is asked with masks alone, or with nothing at all."""
+    count = next((len(part) for part in (points, boxes, masks) if part is not None), 1)
+    device = next((part.device for part in (points, boxes, masks) if part is not None), torch.device("cpu"))
+    coordinates = torch.zeros(1, count, 0, 2, device=device) if points is None else points.float()[None]
+    signs = torch.zeros(1, count, 0, device=device) if labels is None else labels[None]
+    signs = signs.to(device, torch.int64)
+    logits = None if masks is None else masks.float()[None]
+    if boxes is not None:
+        return box_prompts(boxes.reshape(1, -1, 4), coordinates, signs, logits)
+    return point_prompts(coordinates, signs, logits) if points is not None else Prompts(coordinates, signs, logits)

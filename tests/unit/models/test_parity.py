@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -134,6 +135,41 @@ def test_ragged_prompts_change_nothing(teacher: Sam, embedding: Tensor) -> None:
     torch.testing.assert_close(masks.low_res[0, :1], alone.low_res[0], **TOLERANCE)
     alone = teacher.decode(images[1:], point_prompts(**batched(points=POINTS, labels=LABELS)))
     torch.testing.assert_close(masks.low_res[1], alone.low_res[0], **TOLERANCE)
+
+
+def test_gradients_are_the_official_ones(teacher: Sam, embedding: Tensor) -> None:
+    """Of every weight of the mask decoder, though the order of its products is another."""
+    theirs = segment_anything.modeling.MaskDecoder(
+        transformer_dim=256, transformer=segment_anything.modeling.TwoWayTransformer(2, 256, 8, 2048)
+    )
+    theirs.load_state_dict(teacher.mask_decoder.state_dict())
+    ours = copy.deepcopy(teacher.mask_decoder).requires_grad_(True)
+    prompts = point_prompts(**batched(points=POINTS, labels=LABELS))
+    with torch.no_grad():
+        tokens, dense = teacher.prompt_encoder(prompts)
+        image_pe = teacher.prompt_encoder.dense_positions()
+    masks = ours(embedding, image_pe, tokens, dense, prompts.labels, MULTI)
+    pe_map, dense_map = image_pe.T.reshape(1, 256, 64, 64), dense[0].expand(2, -1, 64, 64)
+    low_res, iou = theirs(embedding, pe_map, tokens[0], dense_map, multimask_output=True)
+    (masks.low_res.sigmoid().mean() + masks.iou.mean()).backward()
+    (low_res.sigmoid().mean() + iou.mean()).backward()
+    expected = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    for name, parameter in ours.named_parameters():
+        # A hypernetwork that was not asked has no gradient here, and zeros or none there.
+        gradient, wanted = (torch.zeros(1) if g is None else g for g in (parameter.grad, expected[name]))
+        torch.testing.assert_close(gradient, wanted.expand_as(gradient), rtol=1e-3, atol=1e-6, msg=name)
+
+
+@torch.no_grad()
+def test_masks_nobody_trusts_are_not_drawn(teacher: Sam, embedding: Tensor) -> None:
+    prompts = point_prompts(**batched(points=POINTS, labels=LABELS))
+    everything = teacher.decode(embedding, prompts, MULTI)
+    best = everything.iou[0].amax(-1)
+    some = teacher.decode(embedding, prompts, MULTI, least_iou=float(best.mean()))
+    torch.testing.assert_close(some.iou, everything.iou, rtol=0, atol=0)
+    good = best > best.mean()
+    torch.testing.assert_close(some.low_res[0, good], everything.low_res[0, good])
+    assert not some.low_res[0, ~good].any()
 
 
 def test_student_file_loads_strictly_in_mobile_sam(

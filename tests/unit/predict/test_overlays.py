@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from sam_distill.predict.overlays import STUDENT, column, comparison, overlay
+from sam_distill.predict.overlays import STUDENT, coloured, column, comparison, overlay
 
 GREY = Image.new("RGB", (60, 40), (100, 100, 100))
 MASK = np.zeros((40, 60), bool)
@@ -26,6 +26,15 @@ def test_prompts_are_drawn_where_they_are() -> None:
     assert pixels[5, 5, 0] > 200 > pixels[5, 5, 1]  # background: red
     assert (pixels[35, 30] != 100).any()
     assert (pixels[38, 58] == 100).all()
+
+
+def test_many_masks_have_many_colours_and_the_last_lies_above() -> None:
+    whole = np.ones_like(MASK)
+    pixels = np.asarray(coloured(GREY, [(whole, (0, 0, 59, 39)), (MASK, (20, 10, 29, 19))]))
+    first, second = pixels[5, 5], pixels[20, 30]
+    assert (first != second).any()
+    assert (pixels[11:29, 21:49] == second).all()
+    assert (pixels[1:9, 1:59] == first).all()
 
 
 def test_a_tiny_box_can_be_seen() -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
+from torch import Tensor
 
 from sam_distill.models.sam import Sam
 from sam_distill.predict.predictor import SamPredictor
@@ -73,6 +77,105 @@ def test_it_cuts_out_the_disc(predictors: tuple[Any, Any]) -> None:
     assert (best & disc).sum() / (best | disc).sum() > 0.95
 
 
+def test_every_public_member_is_there(predictors: tuple[Any, Any]) -> None:
+    ours, theirs = predictors
+    gone = {"orig_h", "orig_w", "input_h", "input_w"}  # always None there
+    assert {name for name in dir(theirs) if not name.startswith("_")} - gone <= set(dir(ours))
+    assert ours.is_image_set
+    assert ours.device == theirs.device
+    assert (ours.original_size, ours.input_size) == (tuple(theirs.original_size), tuple(theirs.input_size))
+    for embedding in (ours.features, ours.get_image_embedding()):
+        np.testing.assert_allclose(embedding, theirs.get_image_embedding(), atol=1e-4)
+
+
+BOXES = torch.tensor([[195.0, 35, 245, 165], [35, 45, 145, 155]])
+POINTS = torch.tensor([[[90.0, 100], [220, 100]], [[220, 100], [10, 10]]])
+SIGNS = torch.tensor([[1, 0], [1, -1]])  # -1 fills up, in segment-anything too
+
+
+@pytest.mark.parametrize(
+    ("points", "labels", "boxes"),
+    [(None, None, BOXES), (POINTS, SIGNS, None), (POINTS, SIGNS, BOXES)],
+    ids=["boxes", "points", "points and boxes"],
+)
+@pytest.mark.parametrize("return_logits", [False, True])
+def test_several_prompts_at_once(
+    predictors: tuple[Any, Any], points: Tensor | None, labels: Tensor | None, boxes: Tensor | None, return_logits: bool
+) -> None:
+    results = []
+    for predictor in predictors:
+        size, to_frame = predictor.original_size, predictor.transform
+        prompt = (
+            None if points is None else to_frame.apply_coords_torch(points, size),
+            labels,
+            None if boxes is None else to_frame.apply_boxes_torch(boxes, size),
+        )
+        results.append(predictor.predict_torch(*prompt, multimask_output=False, return_logits=return_logits))
+    (masks, iou, low_res), (their_masks, their_iou, their_low_res) = results
+    assert masks.dtype == their_masks.dtype
+    torch.testing.assert_close(low_res, their_low_res, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(iou, their_iou, rtol=0, atol=1e-4)
+    difference = (masks.float() - their_masks.float()).abs()
+    assert difference.max() < 1e-2 if return_logits else difference.mean() < 1e-4
+
+
+@pytest.fixture
+def recorded(teacher: Sam, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor]]:
+    """What the image encoder is given, instead of the work."""
+    calls: list[tuple[Tensor, Tensor]] = []
+
+    def encode(images: Tensor, sizes: Tensor) -> Tensor:
+        calls.append((images, sizes))
+        return torch.zeros(len(images), 256, 64, 64)
+
+    monkeypatch.setattr(teacher, "encode", encode)
+    return calls
+
+
+def test_any_kind_of_image(
+    teacher: Sam, photograph: np.ndarray, recorded: list[tuple[Tensor, Tensor]], tmp_path: Path
+) -> None:
+    Image.fromarray(photograph).save(tmp_path / "photograph.png")
+    predictor = SamPredictor(teacher)
+    predictor.set_image(photograph)
+    predictor.set_image(Image.fromarray(photograph))
+    predictor.set_image(torch.from_numpy(photograph).permute(2, 0, 1))
+    predictor.set_image(tmp_path / "photograph.png")
+    predictor.set_image(str(tmp_path / "photograph.png"))
+    predictor.set_image(photograph[..., ::-1], image_format="BGR")
+    framed = torch.from_numpy(predictor.transform.apply_image(photograph)).permute(2, 0, 1)
+    predictor.set_torch_image(framed[None], photograph.shape[:2])
+    (first, _), *others = recorded
+    assert len(others) == 6
+    for images, sizes in others:
+        assert sizes.tolist() == [[683, 1024]]
+        assert (images == first).all()
+
+
+def test_images_of_several_sizes(teacher: Sam, photograph: np.ndarray) -> None:
+    """Each as if it were alone."""
+    images = [photograph, photograph.transpose(1, 0, 2)[:, 50:]]
+    prompts: list[dict[str, Any]] = [POINT, {"box": np.array([0, 40, 110, 145])}]
+    predictor = SamPredictor(teacher)
+    predictor.set_images(images)
+    together = predictor.predict_batch(prompts, multimask_output=False)
+    for image, prompt, answer in zip(images, prompts, together, strict=True):
+        predictor.set_image(image)
+        for alone, batched in zip(predictor.predict(**prompt, multimask_output=False), answer, strict=True):
+            np.testing.assert_allclose(alone, batched, atol=1e-3)
+
+
+def test_several_images_need_several_prompts(teacher: Sam, recorded: list[Any]) -> None:
+    predictor = SamPredictor(teacher)
+    predictor.set_images([Image.new("RGB", (40, 30)), Image.new("RGB", (30, 40))])
+    with pytest.raises(RuntimeError, match="2 are set: use predict_batch"):
+        predictor.predict(**POINT)
+    with pytest.raises(ValueError, match="1 prompts for 2 images"):
+        predictor.predict_batch([POINT])
+    predictor.reset_image()
+    assert not predictor.is_image_set
+
+
 def test_wrong_use_is_told(teacher: Sam, photograph: np.ndarray) -> None:
     predictor = SamPredictor(teacher)
     with pytest.raises(RuntimeError, match="set_image"):
@@ -82,3 +185,5 @@ def test_wrong_use_is_told(teacher: Sam, photograph: np.ndarray) -> None:
             predictor.set_image(image)
     with pytest.raises(ValueError, match="RGB or BGR"):
         predictor.set_image(photograph, "HSV")
+    with pytest.raises(ValueError, match="long side of 1024"):
+        predictor.set_torch_image(torch.zeros(1, 3, 100, 200), (100, 200))

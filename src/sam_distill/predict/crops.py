@@ -1,0 +1,43 @@
+"""Where the mask generator looks: grids of points, and crops of the image in layers."""
+
+from __future__ import annotations
+
+from itertools import product
+from math import ceil
+
+import numpy as np
+
+from sam_distill.images import Size
+
+Box = tuple[int, int, int, int]  # x0, y0, x1, y1; of a mask x1 and y1 are its last pixel, and all are 0 if it is empty
+
+
+def point_grid(points_per_side: int) -> np.ndarray:
+    """[n * n, 2] (x, y) in 0..1, row by row: the centres of n x n equal cells."""
+    half = 1 / (2 * points_per_side)
+    centres = np.linspace(half, 1 - half, points_per_side)
+    x, y = np.meshgrid(centres, centres)
+    return np.stack([x, y], axis=-1).reshape(-1, 2)
+
+
+def crop_boxes(size: Size, layers: int, overlap_ratio: float) -> list[tuple[int, Box]]:
+    """(layer, box) of the whole image, layer 0, and of the 2^i x 2^i overlapping crops of layers i = 1, 2, ...
+
+    overlap_ratio: of the crops of layer 1, as a part of the image's short side; it halves with each further layer.
+    """
+    height, width = size
+    boxes: list[tuple[int, Box]] = [(0, (0, 0, width, height))]
+    for layer in range(1, layers + 1):
+        crops = 2**layer
+        overlap = int(overlap_ratio * min(size) * (2 / crops))
+        wide, tall = (ceil((overlap * (crops - 1) + side) / crops) for side in (width, height))
+        for column, row in product(range(crops), range(crops)):
+            x, y = column * (wide - overlap), row * (tall - overlap)
+            boxes.append((layer, (x, y, min(x + wide, width), min(y + tall, height))))
+    return boxes
+
+
+def is_cut_off(box: Box, crop: Box, size: Size, tolerance: int = 20) -> bool:
+    """Whether a mask's box, in pixels of the image, ends where its crop does but the image does not."""
+    edges = zip(box, crop, (0, 0, size[1], size[0]), strict=True)
+    return any(abs(side - end) <= tolerance < abs(side - border) for side, end, border in edges)

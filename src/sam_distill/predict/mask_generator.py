@@ -1,0 +1,187 @@
+"""Segment everything, with segment-anything's signature and results: a mask for each thing in an image.
+
+A grid of points is asked for three masks each; what the decoder trusts, what is stable, and what no better mask
+overlaps is kept. The results are segment-anything's; the work is not. Masks that the decoder does not trust are not
+even drawn, stability and boxes are computed where a mask is and nowhere else, and only the masks kept become runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.ops import nms
+
+from sam_distill.models.sam import Sam
+from sam_distill.predict.crops import Box, crop_boxes, is_cut_off, point_grid
+from sam_distill.predict.full_size import FullSize, Patch, box_of
+from sam_distill.predict.predictor import Picture, SamPredictor, picture
+from sam_distill.predict.regions import without_small_regions
+from sam_distill.predict.run_lengths import Runs, runs_of
+from sam_distill.prompts.forms import point_prompts
+from sam_distill.types import FOREGROUND, MULTI
+
+
+@dataclass(frozen=True)
+class Found:
+    """A mask. box: of its pixels, in the image; point: that it was asked with, in the image; crop: where that was."""
+
+    canvas: FullSize
+    patch: Patch
+    box: Box
+    iou: float
+    stability: float
+    point: tuple[float, float]
+
+    @property
+    def crop(self) -> Box:
+        return self.canvas.crop
+
+
+class SamAutomaticMaskGenerator:
+    """Masks for a whole image.
+
+    points_per_side: of the grid of points, or point_grids: for each layer of crops [n, 2] (x, y) in 0..1.
+    points_per_batch: points to decode at a time.
+    pred_iou_thresh: masks whose predicted IoU is not above it are dropped.
+    stability_score_thresh: masks are dropped that change too much when the cutoff moves by +-stability_score_offset:
+        the score is the IoU between the two.
+    box_nms_thresh, crop_nms_thresh: of two masks whose boxes have a higher IoU the worse one is dropped, within a crop
+        and between crops, where the smaller crop is the better one.
+    crop_n_layers: also look at 2^i x 2^i crops for i = 1 .. crop_n_layers, which finds small things. They overlap by
+        crop_overlap_ratio; each layer has crop_n_points_downscale_factor times fewer points per side.
+    min_mask_region_area: fill holes and remove islands of fewer pixels.
+    output_mode: of a record's `segmentation`: binary_mask ([H, W] bool), uncompressed_rle or coco_rle, which is small.
+    """
+
+    def __init__(
+        self,
+        model: Sam,
+        points_per_side: int | None = 32,
+        points_per_batch: int = 64,
+        pred_iou_thresh: float = 0.88,
+        stability_score_thresh: float = 0.95,
+        stability_score_offset: float = 1.0,
+        box_nms_thresh: float = 0.7,
+        crop_n_layers: int = 0,
+        crop_nms_thresh: float = 0.7,
+        crop_overlap_ratio: float = 512 / 1500,
+        crop_n_points_downscale_factor: int = 1,
+        point_grids: list[np.ndarray] | None = None,
+        min_mask_region_area: int = 0,
+        output_mode: Literal["binary_mask", "uncompressed_rle", "coco_rle"] = "binary_mask",
+    ) -> None:
+        if output_mode not in ("binary_mask", "uncompressed_rle", "coco_rle"):
+            raise ValueError(f"output_mode must be binary_mask, uncompressed_rle or coco_rle, not {output_mode}")
+        if points_per_side is not None and point_grids is None:
+            sides = [int(points_per_side / crop_n_points_downscale_factor**i) for i in range(crop_n_layers + 1)]
+            self.point_grids = [point_grid(side) for side in sides]
+        elif points_per_side is None and point_grids is not None:
+            self.point_grids = point_grids
+        else:
+            raise ValueError("give points_per_side or point_grids, and None for the other")
+        self.predictor = SamPredictor(model)
+        self.points_per_batch = points_per_batch
+        self.pred_iou_thresh = pred_iou_thresh
+        self.stability_score_thresh = stability_score_thresh
+        self.stability_score_offset = stability_score_offset
+        self.box_nms_thresh = box_nms_thresh
+        self.crop_n_layers = crop_n_layers
+        self.crop_nms_thresh = crop_nms_thresh
+        self.crop_overlap_ratio = crop_overlap_ratio
+        self.min_mask_region_area = min_mask_region_area
+        self.output_mode = output_mode
+
+    @torch.no_grad()
+    def generate(self, image: Picture) -> list[dict[str, Any]]:
+        """image: as for `SamPredictor`. A record for each mask, the most trusted first:
+
+        segmentation: see `output_mode`; area: in pixels; bbox: [x, y, width, height]; predicted_iou, stability_score;
+        point_coords: [[x, y]] that it was asked with; crop_box: [x, y, width, height] where that was.
+        """
+        image = picture(image)
+        crops = crop_boxes((image.height, image.width), self.crop_n_layers, self.crop_overlap_ratio)
+        found = [mask for layer, crop in crops for mask in self._look(image, crop, self.point_grids[layer])]
+        self.predictor.reset_image()
+        if len(crops) > 1:
+            sizes = [(x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in (mask.crop for mask in found)]
+            kept = _distinct([mask.box for mask in found], [1 / size for size in sizes], self.crop_nms_thresh)
+            found = [found[index] for index in kept]
+        with torch.autocast(self.predictor.device.type, enabled=False):
+            masks = [(mask, mask.canvas.runs(mask.patch)) for mask in found]
+        if self.min_mask_region_area > 0:
+            masks = self._tidied(masks)
+        return [self._record(mask, runs) for mask, runs in masks]
+
+    def _look(self, image: Image.Image, crop: Box, grid: np.ndarray) -> list[Found]:
+        """The masks of one crop."""
+        size = image.height, image.width
+        self.predictor.set_image(image.crop(crop))
+        canvas = FullSize(self.predictor.input_size, crop, size, self.predictor.device)
+        points = grid * self.predictor.original_size[::-1]
+        batches = (points[i : i + self.points_per_batch] for i in range(0, len(points), self.points_per_batch))
+        found = [mask for batch in batches for mask in self._ask(batch, canvas)]
+        kept = _distinct([mask.box for mask in found], [mask.iou for mask in found], self.box_nms_thresh)
+        return [found[index] for index in kept]
+
+    def _ask(self, points: np.ndarray, canvas: FullSize) -> Iterator[Found]:
+        """Three masks for each point, [n, 2] in the crop, as far as they are good."""
+        predictor, least = self.predictor, self.pred_iou_thresh if self.pred_iou_thresh > 0 else None
+        framed = predictor.transform.apply_coords(points, predictor.original_size).astype(np.float32)
+        coordinates = torch.from_numpy(framed)[None, :, None].to(predictor.device)
+        prompts = point_prompts(coordinates, torch.full(coordinates.shape[:3], FOREGROUND, device=predictor.device))
+        masks = predictor.model.decode(predictor.get_image_embedding(), prompts, MULTI, least)
+        trusted = masks.iou[0] > (-torch.inf if least is None else least)
+        asked, iou = trusted.nonzero()[:, 0].tolist(), masks.iou[0][trusted].tolist()
+        with torch.autocast(predictor.device.type, enabled=False):
+            patches = canvas.patches(masks.low_res[0][trusted], min(0.0, -self.stability_score_offset))
+            measured = [canvas.measure(patch, self.stability_score_offset) for patch in patches]
+        corner = np.array(canvas.crop[:2])
+        for index, trust, patch, (stability, box) in zip(asked, iou, patches, measured, strict=True):
+            x0, y0, x1, y1 = (int(side) for side in box + np.tile(corner, 2))
+            unstable = self.stability_score_thresh > 0 and not stability >= self.stability_score_thresh
+            if not unstable and not is_cut_off((x0, y0, x1, y1), canvas.crop, canvas.image_size):
+                x, y = (points[index] + corner).tolist()
+                yield Found(canvas, patch, (x0, y0, x1, y1), trust, stability, (x, y))
+
+    def _tidied(self, masks: Sequence[tuple[Found, Runs]]) -> list[tuple[Found, Runs]]:
+        """Without small regions, and without what is now a duplicate; masks that needed no mending are preferred."""
+        mended = []
+        for mask, runs in masks:
+            before = runs.mask()
+            after: np.ndarray = without_small_regions(before, self.min_mask_region_area)
+            if changed := bool((before != after).any()):
+                runs = runs_of([(0, after.T)], 0, runs.size)
+                mask = replace(mask, box=box_of(np.asarray(after.any(0)), np.asarray(after.any(1))))
+            mended.append((mask, runs, not changed))
+        threshold = max(self.box_nms_thresh, self.crop_nms_thresh)
+        kept = _distinct([mask.box for mask, *_ in mended], [float(whole) for *_, whole in mended], threshold)
+        return [mended[index][:2] for index in kept]
+
+    def _record(self, mask: Found, runs: Runs) -> dict[str, Any]:
+        draw = {"binary_mask": runs.mask, "uncompressed_rle": runs.uncompressed, "coco_rle": runs.compressed}
+        return {
+            "segmentation": draw[self.output_mode](),
+            "area": runs.area,
+            "bbox": _xywh(mask.box),
+            "predicted_iou": mask.iou,
+            "point_coords": [list(mask.point)],
+            "stability_score": mask.stability,
+            "crop_box": _xywh(mask.crop),
+        }
+
+
+def _distinct(boxes: Sequence[Box], scores: Sequence[float], threshold: float) -> list[int]:
+    """Indices of the masks that no better one overlaps, best first."""
+    if not boxes:
+        return []
+    return nms(torch.tensor(boxes, dtype=torch.float32), torch.tensor(scores), threshold).tolist()
+
+
+def _xywh(box: Box) -> list[int]:
+    x0, y0, x1, y1 = box
+    return [x0, y0, x1 - x0, y1 - y0]

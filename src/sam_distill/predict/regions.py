@@ -1,0 +1,21 @@
+"""Specks and pinholes of masks."""
+
+from __future__ import annotations
+
+import numpy as np
+from skimage.measure import label
+
+
+def without_small_regions(mask: np.ndarray, least: int) -> np.ndarray:
+    """[H, W] bool with holes of fewer than `least` pixels filled, then islands of fewer removed, all but the largest.
+
+    Regions are 8-connected, as in segment-anything.
+    """
+    regions = label(~mask, connectivity=2)
+    mask = mask | (np.bincount(regions.ravel()) < least)[regions] & ~mask
+    regions = label(mask, connectivity=2)
+    sizes = np.bincount(regions.ravel())
+    sizes[0] = 0
+    kept = sizes >= least
+    kept[sizes.argmax()] |= not kept.any()
+    return kept[regions] & mask
