@@ -130,13 +130,13 @@ class MaskDecoder(nn.Module):
         self.iou_prediction_head = MLP(EMBED_DIM, EMBED_DIM, NUM_MASKS, 3)
 
     def forward(
-        self, embedding: Tensor, image_pe: Tensor, tokens: Tensor, dense: Tensor, labels: Tensor, wanted: slice
+        self, embedding: Tensor, image_pe: Tensor, tokens: Tensor, dense: Tensor, labels: Tensor | None, wanted: slice
     ) -> Masks:
         """Decode every prompt of every image in one pass.
 
         embedding: [B, 256, 64, 64]; image_pe: [4096, 256].
         tokens: [B, P, N, 256]; dense: [B, P, 256, 64, 64] or [1, 1, 256, 1, 1] (no mask prompt, shared).
-        labels: [B, P, N], to keep ABSENT tokens out of attention.
+        labels: [B, P, N], to keep ABSENT tokens out of attention; None: there are none (exporters can't look).
         wanted: the mask tokens to decode: SINGLE, MULTI or ALL.
         """
         batch, prompts = tokens.shape[:2]
@@ -156,8 +156,10 @@ class MaskDecoder(nn.Module):
         return Masks(low_res.unflatten(0, (batch, prompts)), iou.float())
 
 
-def _token_mask(labels: Tensor, num_output_tokens: int) -> Tensor | None:
+def _token_mask(labels: Tensor | None, num_output_tokens: int) -> Tensor | None:
     """[B, P, T] bool, or None when every token is there (the common case, and the fast one)."""
+    if labels is None:
+        return None
     present = labels != ABSENT
     if bool(present.all()):
         return None
