@@ -1,7 +1,7 @@
 """The image encoder in 8 bits: ONNX Runtime's static quantisation, kept away from the layers that can't bear it.
 
-Those are few, but ruin everything: of MobileSAM's 69 layers, the first two MBConvs alone cost a third of the embedding.
-So each layer is tried by itself, and the most harmless ones are quantised, as many as together stay within a budget.
+Those are few, but ruin everything: of MobileSAM's 69 layers, 8 make nine tenths of the error, and masks keep an mIoU of
+only 0.58. So each layer is tried by itself, and the most harmless are quantised, as many as stay within a budget.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from sam_distill.types import UserError
 Inputs = dict[str, np.ndarray]
 
 TYPES = ["Conv", "MatMul", "Gemm"]
-BUDGET = 0.01  # of the embedding's mean square, for the mean square error
+BUDGET = 0.005  # of the embedding's mean square, for the sum of the layers' mean square errors
 
 
 class _Reader(CalibrationDataReader):
