@@ -1,13 +1,14 @@
 """Read and write SAM checkpoints in every layout, always through the official key names.
 
 Layouts read: SAM's (ViT-B/L/H), MobileSAM's, our own student.pt (the same names; other backbones keep timm's names
-under `image_encoder.`) and Lightning's .ckpt. What a file holds is read off its tensors, or off the description that
-rides in `state_dict._metadata`, where strict loaders don't look.
+under `image_encoder.`), the same as .safetensors, and Lightning's .ckpt. What a file holds is read off its tensors, or
+off the description that rides in `state_dict._metadata`, where strict loaders don't look.
 """
 
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import AfterValidator
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sam_distill.files import whole
@@ -45,7 +47,7 @@ Checkpoint = Annotated[str, AfterValidator(_known)]  # of a configuration: check
 def load_sam(checkpoint: str | Path) -> Sam:
     """A SAM of whatever architecture the checkpoint holds, in eval mode on the CPU.
 
-    checkpoint: a run folder, a .ckpt, a .pt/.pth with official names, or a name (`mobile_sam`, `sam_vit_h`, ...).
+    checkpoint: a run folder, a .ckpt, a .pt/.pth/.safetensors with official names, or a name (`mobile_sam`, ...).
     """
     path = find_checkpoint(checkpoint)
     state, description = _read(path)
@@ -64,7 +66,7 @@ def load_weights(sam: Sam, checkpoint: str | Path) -> None:
     state, description = _read(path)
     ours = describe(sam)["encoder"]
     if description["encoder"] != ours:
-        raise UserError(f"{path} holds the encoder {_words(description['encoder'])}, but this is {_words(ours)}")
+        raise UserError(f"{path} holds the encoder {in_words(description['encoder'])}, but this is {in_words(ours)}")
     _load(sam, state, path)
 
 
@@ -123,6 +125,8 @@ def fingerprint(checkpoint: str) -> str:
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors under official names (or ours, from a .ckpt) and the description of the model they belong to."""
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever a broken file makes it raise
@@ -135,6 +139,16 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return {k.removeprefix(STUDENT): v for k, v in tensors if k.startswith(STUDENT)}, content[DESCRIPTION]
     description = getattr(content, "_metadata", {}).get(DESCRIPTION) or _recognise(content, path)
     return dict(content), description
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+            description = (file.metadata() or {}).get(DESCRIPTION)
+    except SafetensorError as error:
+        raise UserError(f"{path} is not a safetensors file ({error})") from error
+    return state, json.loads(description) if description else _recognise(state, path)
 
 
 def _recognise(state: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
@@ -168,7 +182,7 @@ def _load(sam: Sam, state: dict[str, Tensor], path: Path) -> None:
     problems = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
     told = [f"{len(keys)} tensors {what} ({keys[0]}, ...)" for what, keys in problems.items() if keys]
     if told:
-        raise UserError(f"{path} does not fit {_words(describe(sam)['encoder'])}: {'; '.join(told)}")
+        raise UserError(f"{path} does not fit {in_words(describe(sam)['encoder'])}: {'; '.join(told)}")
     sam.load_state_dict(state)
 
 
@@ -197,6 +211,7 @@ def _official_names(sam: Sam) -> dict[str, str]:
     return {key: official(key) for key in sam.state_dict()}
 
 
-def _words(spec: Mapping[str, Any]) -> str:
+def in_words(spec: Mapping[str, Any]) -> str:
+    """An encoder as told in messages."""
     details = ", ".join(f"{name}={value}" for name, value in spec.items() if name != "class")
     return f"{spec['class']}({details})"

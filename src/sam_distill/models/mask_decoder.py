@@ -41,8 +41,9 @@ class Attention(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
         """q, k, v [B, P, T, C] -> [B, P, T, C]. key_mask: [B, P, T] bool, False for keys nobody may look at."""
         q, k, v = _heads(self.q_proj(q)), _heads(self.k_proj(k)), _heads(self.v_proj(v))
-        mask = None if key_mask is None else key_mask[:, :, None, None, :]
-        return self.out_proj(_merge(F.scaled_dot_product_attention(q, k, v, attn_mask=mask)))
+        mask = None if key_mask is None else key_mask[:, :, None, None, :].flatten(0, 1)
+        flat = (x.flatten(0, 1) for x in (q, k, v))  # ONNX knows attention in four dimensions
+        return self.out_proj(_merge(F.scaled_dot_product_attention(*flat, attn_mask=mask).unflatten(0, q.shape[:2])))
 
 
 class TokenToImage(Attention):
@@ -185,6 +186,9 @@ class TwoWayTransformer(nn.Module):
 
 def _parts(tokens: Tensor) -> Iterator[slice]:
     """Slices of the prompts, [B, P, T, C], to decode at a time. With gradients all of them: they are kept anyway."""
+    if torch.compiler.is_compiling():  # an exported graph has no loops
+        yield slice(None)
+        return
     batch, prompts = tokens.shape[:2]
     step = prompts if torch.is_grad_enabled() else CHUNK_CPU if tokens.device.type == "cpu" else CHUNK_GPU // batch
     for start in range(0, prompts, max(1, step)):
@@ -215,7 +219,7 @@ class MaskDecoder(nn.Module):
         image_pe: Tensor,
         tokens: Tensor,
         dense: Tensor,
-        labels: Tensor,
+        labels: Tensor | None,
         wanted: slice,
         least_iou: float | None = None,
     ) -> Masks:
@@ -223,7 +227,7 @@ class MaskDecoder(nn.Module):
 
         embedding: [B, 256, 64, 64]; image_pe: [4096, 256].
         tokens: [B, P, N, 256]; dense: [B, P, 256, 64, 64] or [1, 1, 256, 1, 1] (no mask prompt, shared).
-        labels: [B, P, N], to keep ABSENT tokens out of attention.
+        labels: [B, P, N], to keep ABSENT tokens out of attention; None: there are none (exporters can't look).
         wanted: the mask tokens to decode: SINGLE, MULTI or ALL.
         least_iou: prompts none of whose predicted IoUs exceeds it get no masks, but zeros: drawing is half the work.
         """
@@ -269,8 +273,10 @@ def _quarter(x: Tensor, conv: nn.ConvTranspose2d) -> Tensor:
     return F.linear(x, weight, conv.bias.repeat(4)).unflatten(-1, (4, -1))
 
 
-def _token_mask(labels: Tensor, num_output_tokens: int) -> Tensor | None:
+def _token_mask(labels: Tensor | None, num_output_tokens: int) -> Tensor | None:
     """[B, P, T] bool, or None when every token is there (the common case, and the fast one)."""
+    if labels is None:
+        return None
     present = labels != ABSENT
     if bool(present.all()):
         return None

@@ -15,7 +15,7 @@ from PIL import Image
 from sam_distill.metrics import mask_iou
 from sam_distill.models.sam import Sam
 from sam_distill.predict.mask_generator import SamAutomaticMaskGenerator
-from sam_distill.predict.overlays import STUDENT, TEACHER, overlay, overlay_everything
+from sam_distill.predict.overlays import STUDENT, TEACHER, coloured, overlay
 from sam_distill.predict.predictor import SamPredictor
 
 FOREGROUND, BACKGROUND, BOX = "point on it", "point beside it", "box: two corners"
@@ -138,7 +138,8 @@ def _everything(visit: Visit, points_per_side: int) -> list[Any]:
         started = time.perf_counter()
         found = SamAutomaticMaskGenerator(predictor.model, points_per_side).generate(np.asarray(visit.image))
         times[f"{name}, {len(found)} masks"] = time.perf_counter() - started
-        views.append(overlay_everything(visit.image, [record["segmentation"] for record in found]))
+        largest_first = sorted(found, key=lambda record: -record["area"])
+        views.append(coloured(visit.image, [(record["segmentation"], record["bbox"]) for record in largest_first]))
     return [visit, *views, f"Everything: {_say(times)}."]
 
 

@@ -19,6 +19,7 @@ MANDATORY = {  # what a choice can't know by itself
     "data=sa1b": ["data.path=tars"],
     "encoder=timm": ["encoder.name=resnet18"],
     "evaluate": ["checkpoint=mobile_sam"],
+    "export": ["checkpoint=mobile_sam", "format=onnx", "path=out"],
     "cache": ["path=cache"],
     "segment": ["image=photo.jpg", "path=out.png", "point=[1,2]"],
 }

@@ -1,0 +1,40 @@
+"""Checkpoints that load where they are used: in MobileSAM's code, in SAM's, and in whatever reads safetensors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors.torch import save
+
+from sam_distill.models.checkpoints import DESCRIPTION, describe, in_words, official_state, save_sam
+from sam_distill.models.sam import Sam
+from sam_distill.types import UserError
+
+# What the official `sam_model_registry` of each code builds under which name.
+REGISTRIES: dict[str, dict[str, dict[str, Any]]] = {
+    "mobile_sam": {"vit_t": {"class": "TinyViT", "size": "5m"}},
+    "sam": {
+        "vit_b": {"class": "SamViT", "width": 768, "depth": 12, "heads": 12, "global_blocks": [2, 5, 8, 11]},
+        "vit_l": {"class": "SamViT", "width": 1024, "depth": 24, "heads": 16, "global_blocks": [5, 11, 17, 23]},
+        "vit_h": {"class": "SamViT", "width": 1280, "depth": 32, "heads": 16, "global_blocks": [7, 15, 23, 31]},
+    },
+}
+
+
+def save_official(sam: Sam, path: Path, layout: Literal["mobile_sam", "sam"]) -> str:
+    """Write a file that the official code loads strictly. Returns the name it has in that code's registry."""
+    encoder = describe(sam)["encoder"]
+    found = {kind: name for kind, models in REGISTRIES.items() for name, spec in models.items() if spec == encoder}
+    if layout not in found:
+        fits = f"format={next(iter(found))}" if found else "format=onnx or format=safetensors"
+        names = {"mobile_sam": "MobileSAM's TinyViT-5M", "sam": "SAM's ViT-B, L and H"}
+        raise UserError(f"format={layout} is for {names[layout]}, but this is {in_words(encoder)}: take {fits}")
+    save_sam(sam, path)
+    return found[layout]
+
+
+def save_safetensors(sam: Sam, path: Path) -> None:
+    """Write the official key names as safetensors; the metadata say how to build the model again."""
+    path.write_bytes(save(official_state(sam), {DESCRIPTION: json.dumps(describe(sam))}))

@@ -1,0 +1,98 @@
+"""The ONNX files in ONNX Runtime against PyTorch, for every family of encoders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from onnxruntime import InferenceSession
+
+from sam_distill.export import check, onnx
+from sam_distill.images import frame_size
+from sam_distill.models.encoders import build_encoder
+from sam_distill.models.sam import Sam
+from sam_distill.types import Sample
+
+ENCODERS: dict[str, dict[str, Any]] = {
+    "tinyvit": {"class": "TinyViT", "size": "5m"},
+    "vit_b, two blocks": {"class": "SamViT", "width": 768, "depth": 2, "heads": 12, "global_blocks": [1]},
+    "efficientvit": {"class": "TimmEncoder", "name": "efficientvit_m0"},
+    "efficientvit_mit": {"class": "TimmEncoder", "name": "efficientvit_b0"},
+    "resnet18": {"class": "TimmEncoder", "name": "resnet18"},
+}
+
+
+def sample(height: int, width: int, original_size: tuple[int, int]) -> Sample:
+    """Blocks of colour with noise."""
+    coarse = np.random.default_rng(0).uniform(0, 255, (3, 8, 8))
+    image = torch.from_numpy(np.kron(coarse, np.ones((128, 128))))[:, :height, :width]
+    return Sample("blocks", image.byte().contiguous(), original_size)
+
+
+@pytest.fixture(scope="module")
+def decoder(teacher: Sam, tmp_path_factory: pytest.TempPathFactory) -> InferenceSession:
+    path = tmp_path_factory.mktemp("teacher") / "decoder.onnx"
+    onnx.write_decoder(teacher, path)
+    return onnx.open_session(path)
+
+
+def student(name: str, teacher: Sam, image_size: int) -> Sam:
+    torch.manual_seed(0)
+    encoder = build_encoder(ENCODERS[name])
+    return Sam(encoder, teacher.prompt_encoder, teacher.mask_decoder, image_size).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_onnx_runtime_agrees_with_pytorch(name: str, teacher: Sam, decoder: InferenceSession, tmp_path: Path) -> None:
+    sam = student(name, teacher, image_size=256)
+    onnx.write_encoder(sam, tmp_path / "encoder.onnx")
+    assert len(list(tmp_path.iterdir())) == 1
+    samples = [sample(683, 1024, (321, 481)), sample(1024, 300, (2000, 586))]
+    found = check.compare(sam, onnx.open_session(tmp_path / "encoder.onnx"), decoder, samples)
+    assert {difference.output for difference in found} == set(check.TOLERANCE)
+    for difference in found:
+        assert difference.largest < difference.allowed / 5, difference
+
+
+def test_a_difference_is_seen(teacher: Sam, decoder: InferenceSession, tmp_path: Path) -> None:
+    sam = student("resnet18", teacher, image_size=64)
+    onnx.write_encoder(sam, tmp_path / "encoder.onnx")
+    sam.image_encoder.neck.norm2.bias[0] += 0.01
+    encoder = onnx.open_session(tmp_path / "encoder.onnx")
+    embedding, *others = check.compare(sam, encoder, decoder, [sample(683, 1024, (321, 481))])
+    assert embedding.output == "image_embeddings"
+    assert not embedding.tolerated
+    assert all(difference.tolerated for difference in others), "they were given the same embedding"
+    assert not check.Difference("masks", float("nan"), 1).tolerated
+
+
+def test_the_decoder_has_the_names_and_shapes_of_segment_anythings_export(decoder: InferenceSession) -> None:
+    inputs = {tensor.name: tensor.shape for tensor in decoder.get_inputs()}
+    assert list(inputs) == [
+        "image_embeddings", "point_coords", "point_labels", "mask_input", "has_mask_input", "orig_im_size",
+    ]  # fmt: skip
+    assert inputs["point_coords"] == ["prompts", "points", 2]
+    assert [tensor.name for tensor in decoder.get_outputs()] == ["masks", "iou_predictions", "low_res_masks"]
+    assert {tensor.type for tensor in decoder.get_inputs()} == {"tensor(float)"}
+
+
+@pytest.mark.parametrize("size", [(321, 481), (2000, 3), (1, 700), (1333, 1999), (427, 641)])
+def test_masks_have_the_original_size(decoder: InferenceSession, size: tuple[int, int]) -> None:
+    """`frame_size` rounds in double precision; float32 would cut some sizes a pixel off."""
+    inputs = {
+        "image_embeddings": np.zeros((1, 256, 64, 64), np.float32),
+        "point_coords": np.full((1, 1, 2), 9, np.float32),
+        "point_labels": np.ones((1, 1), np.float32),
+        "mask_input": np.zeros((1, 1, 256, 256), np.float32),
+        "has_mask_input": np.zeros(1, np.float32),
+        "orig_im_size": np.array(size, np.float32),
+    }
+    masks, _, low_res = decoder.run(None, inputs)
+    assert masks.shape == (1, 4, *size)
+    height, width = frame_size(size)
+    framed = torch.nn.functional.interpolate(torch.from_numpy(low_res), (1024, 1024), mode="bilinear")
+    expected = torch.nn.functional.interpolate(framed[..., :height, :width], size, mode="bilinear")
+    np.testing.assert_allclose(masks, expected.numpy(), atol=1e-3)
