@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
@@ -29,10 +30,13 @@ def demo(
         from sam_distill.predict.demo import build
     except ImportError as error:
         raise UserError(f"the demo needs {error.name}: pip install 'sam-distill[demo]'") from error
-    names = [checkpoint] if compare is None else [checkpoint, compare]
-    if len(set(names)) < len(names):
+    if compare == checkpoint:
         raise UserError(f"compare={compare} is the checkpoint itself: give another, or compare=null")
-    models = {str(name): load_sam(name).to(trainer.kind) for name in names}
+    chosen = [checkpoint] if compare is None else [checkpoint, compare]
+    short = [Path(name).resolve().name for name in chosen]
+    names = short if len(set(short)) == len(chosen) else chosen
+    models = {name: load_sam(source).to(trainer.kind) for name, source in zip(names, chosen, strict=True)}
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # Gradio asks itself whether it is there
     page = build(models, [photo(name) for name in VAL_PHOTOS], points_per_side)
     try:
         page.launch(server_name=host, server_port=port, quiet=True, prevent_thread_lock=True)

@@ -42,8 +42,9 @@ class Attention(nn.Module):
         """q, k, v [B, P, T, C] -> [B, P, T, C]. key_mask: [B, P, T] bool, False for keys nobody may look at."""
         q, k, v = _heads(self.q_proj(q)), _heads(self.k_proj(k)), _heads(self.v_proj(v))
         mask = None if key_mask is None else key_mask[:, :, None, None, :].flatten(0, 1)
-        flat = (x.flatten(0, 1) for x in (q, k, v))  # ONNX knows attention in four dimensions
-        return self.out_proj(_merge(F.scaled_dot_product_attention(*flat, attn_mask=mask).unflatten(0, q.shape[:2])))
+        batch = q.shape[:2]
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # ONNX knows attention in four dimensions
+        return self.out_proj(_merge(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).unflatten(0, batch)))
 
 
 class TokenToImage(Attention):

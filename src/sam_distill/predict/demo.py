@@ -57,7 +57,7 @@ def build(models: Mapping[str, Sam], examples: Sequence[Image.Image], points_per
     """The page. models: by name, the student first. points_per_side: of the grid that segments everything."""
     with gr.Blocks(title="sam-distill", analytics_enabled=False) as page:
         visit = gr.State()
-        gr.Markdown(f"## sam-distill\n{' beside '.join(models)}. Load an image, then click on it.")
+        gr.Markdown(f"## sam-distill\n**{'** beside **'.join(models)}**. Load an image, then click on it.")
         with gr.Row():
             source = gr.Image(type="pil", label="image", sources=["upload", "clipboard"], height=420)
             views = [gr.Image(label=name, interactive=False, format="png", height=420) for name in models]
@@ -151,4 +151,4 @@ def _agreement(masks: Sequence[np.ndarray]) -> str:
 
 
 def _say(times: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {1000 * seconds:.0f} ms" for name, seconds in times.items())
+    return ", ".join(f"{name} in {1000 * seconds:.0f} ms" for name, seconds in times.items())
