@@ -65,6 +65,7 @@ def _write(
             external_data=size > LARGEST_FILE,
             verbose=False,
         )
+    model.train().eval()  # TinyViT keeps attention biases while in eval mode: now those of the exporter, without values
 
 
 def open_session(model: Path | bytes) -> InferenceSession:

@@ -11,10 +11,11 @@ import torch
 from onnxruntime import InferenceSession
 
 from sam_distill.export import check, onnx
+from sam_distill.export.quantize import quantize_encoder
 from sam_distill.images import frame_size
 from sam_distill.models.encoders import build_encoder
 from sam_distill.models.sam import Sam
-from sam_distill.types import Sample
+from sam_distill.types import Sample, UserError
 
 ENCODERS: dict[str, dict[str, Any]] = {
     "tinyvit": {"class": "TinyViT", "size": "5m"},
@@ -96,3 +97,14 @@ def test_masks_have_the_original_size(decoder: InferenceSession, size: tuple[int
     framed = torch.nn.functional.interpolate(torch.from_numpy(low_res), (1024, 1024), mode="bilinear")
     expected = torch.nn.functional.interpolate(framed[..., :height, :width], size, mode="bilinear")
     np.testing.assert_allclose(masks, expected.numpy(), atol=1e-3)
+
+
+def test_weights_beyond_2_gb_lie_beside(teacher: Sam, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnx, "LARGEST_FILE", 1000)
+    onnx.write_encoder(student("resnet18", teacher, image_size=64), tmp_path / "encoder.onnx")
+    moved = tmp_path.rename(tmp_path.with_name("moved"))
+    assert sorted(file.name for file in moved.iterdir()) == ["encoder.onnx", "encoder.onnx.data"]
+    encoder = onnx.open_session(moved / "encoder.onnx")
+    assert encoder.run(None, onnx.encoder_input(sample(64, 1024, (4, 64))))[0].shape == (1, 256, 64, 64)
+    with pytest.raises(UserError, match="encoders of up to 2 GB"):
+        quantize_encoder(moved / "encoder.onnx", moved / "encoder.int8.onnx", [])
