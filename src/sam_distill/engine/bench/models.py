@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from copy import deepcopy
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -41,6 +44,8 @@ def bench_encoder(sam: Sam, device: str, compiled: bool, seconds: float) -> Find
         twin = deepcopy(sam)
         twin.image_encoder = torch.compile(twin.image_encoder)  # type: ignore[assignment]
         contenders.append(Contender("sam-distill, bf16, torch.compile", encode(torch.bfloat16, twin)))
+    if device == "cpu" and find_spec("onnx") and find_spec("onnxruntime") and find_spec("onnxscript"):
+        contenders.append(Contender("sam-distill, ONNX Runtime, fp32", _onnx_encoder(sam, image)))
     peer = peer_of(sam)
     if peer is not None:
         name, model = peer[0], peer[1].to(device)
@@ -52,6 +57,16 @@ def bench_encoder(sam: Sam, device: str, compiled: bool, seconds: float) -> Find
     what = f"Image encoder at {sam.image_size} px, {device}: {facts}"
     note = PAPER_ENCODER if peer else f"{MISSING}\n{PAPER_ENCODER}"
     return Finding(what, "image", race(contenders, device, seconds), note)
+
+
+def _onnx_encoder(sam: Sam, image: Tensor) -> Callable[[], object]:
+    from sam_distill.export.onnx import open_session, write_encoder
+
+    with TemporaryDirectory() as folder:
+        write_encoder(sam, Path(folder) / "encoder.onnx")
+        session = open_session(Path(folder) / "encoder.onnx")
+    pixels = image[0, :, : SIZE[0]].permute(1, 2, 0).contiguous().numpy()
+    return lambda: session.run(None, {"image": pixels})
 
 
 @torch.inference_mode()
