@@ -160,7 +160,8 @@ def _run_job(cfg: DictConfig, command: str, argv: list[str], failed: list[str]) 
     recorded = "run_dir" in parameters(pkgutil.resolve_name(cfg._target_))
     words = [command, *(task_overrides(settings) if swept else argv)]
     first = processes.is_first()
-    status = Status(run_dir, words, first, recorded, resumed=cfg.get("resume") is not None)
+    choices = {g: c for g, c in settings.runtime.choices.items() if c and not g.startswith("hydra/")}
+    status = Status(run_dir, words, choices, first, recorded, resumed=cfg.get("resume") is not None)
     if not first:
         log = log.with_suffix(f".{processes.name()}.log")
         _be_quiet(log)
