@@ -27,8 +27,11 @@ class Measure:
     unit: str = ""
     digits: int = 3
 
+    def number(self, value: float) -> str:
+        return f"{value * self.scale:,.{self.digits}f}"
+
     def shown(self, value: float) -> str:
-        return self._with_unit(f"{value * self.scale:,.{self.digits}f}")
+        return self._with_unit(self.number(value))
 
     def as_printed(self, value: float) -> str:
         """A number of the paper, with the digits that it has there."""

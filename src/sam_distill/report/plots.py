@@ -8,6 +8,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from sam_distill.report.experiments import Experiment, Measure, label, measure
 from sam_distill.report.runs import Curve
@@ -16,9 +17,10 @@ from sam_distill.report.tables import Estimate, Row, Table
 INK, FAINT = "#24292f", "#d0d7de"  # of all text and lines, which the page replaces in dark mode
 PAPER = "#8c959f"
 COLOURS = ("#2f6fb5", "#d1690e", "#2e8b57", "#b03a6b", "#7256b3", "#a67c00", "#2a9aa8", "#7a5c48", "#5d6b2f", "#c0504d")
+_LINES = ("-", "--", ":", "-.")
 _STYLE = {
     "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10, "axes.titlesize": 10.5,
-    "axes.titlelocation": "left", "axes.titleweight": "semibold", "axes.spines.top": False,
+    "axes.titlelocation": "left", "axes.titleweight": "bold", "axes.spines.top": False,
     "axes.spines.right": False, "axes.edgecolor": FAINT, "axes.labelcolor": INK, "axes.titlecolor": INK,
     "text.color": INK, "xtick.color": INK, "ytick.color": INK, "xtick.labelcolor": INK, "ytick.labelcolor": INK,
     "grid.color": FAINT, "grid.linewidth": 0.6, "axes.grid": True, "axes.axisbelow": True, "legend.frameon": False,
@@ -28,20 +30,26 @@ _STYLE = {
 def learning_curves(table: Table, score: str) -> str | None:
     """Validation score and training loss over steps: a line per setting, the mean of its runs, in their range."""
     rows = [row for row in table.rows if any(run.curves for run in row.runs)]
+    columns = max(1, min(6, 120 // max((len(table.name(row)) + 8 for row in rows), default=1)))
     with matplotlib.rc_context(_STYLE):
-        figure = _figure(9.4, 3.1 + 0.16 * max(0, len(rows) - 9))
+        figure = _figure(9.8, 3.1 + 0.2 * -(-len(rows) // columns))
         axes = figure.subplots(1, 2)
-        for row, colour in zip(rows, _cycle(), strict=False):
+        for number, row in enumerate(rows):
+            style = {"color": COLOURS[number % len(COLOURS)], "linestyle": _LINES[number // len(COLOURS) % len(_LINES)]}
             for name, axis in zip((f"val/{score}", "train/loss"), axes, strict=True):
-                _band(axis, [run.curves[name] for run in row.runs if name in run.curves], table.name(row), colour)
+                curves = [run.curves[name] for run in row.runs if name in run.curves]
+                _band(axis, curves, label=table.name(row), **style)
         if not axes[0].lines:
             return None
         axes[0].set(title=f"{measure(score).label}, on validation images", xlabel="step")
         axes[1].set(title="training loss", xlabel="step")
         if axes[1].lines and min(min(line.get_ydata()) for line in axes[1].lines) > 0:
             axes[1].set_yscale("log")
+        axes[0].xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes[1].xaxis.set_major_locator(MaxNLocator(6, integer=True))
         handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside right upper")
+        if len(rows) > 1:
+            figure.legend(handles, labels, loc="outside lower left", ncols=columns)
         return _svg(figure, f"curves {table.rows}")
 
 
@@ -73,11 +81,14 @@ def _scatter(axis: Any, table: Table, rows: Sequence[Row], places: Mapping[str, 
         points = [(place, value, row) for row, place in zip(rows, places[end], strict=True)
                   if place is not None and (value := _value(row, score, end))]  # fmt: skip
         for number, (place, value, row) in enumerate(points):
-            _bar(axis, place, value, score.scale, marker="o", label=end if number == 0 else None, **style)
+            axis.errorbar(place, value.mean * score.scale, yerr=_bars(value, score.scale), fmt="o", capsize=3,
+                          label=end if number == 0 else None, **style)  # fmt: skip
             others = [row.settings.get(key, "") for key in table.keys if key != x]
             if len(rows) <= 24 and any(others):
                 text = ", ".join(filter(None, others)).replace("_", " ")
-                axis.annotate(text, (place, value.mean * score.scale), xytext=(5, 4), textcoords="offset points", size=8)
+                axis.annotate(
+                    text, (place, value.mean * score.scale), xytext=(5, 4), textcoords="offset points", size=8
+                )
     axis.margins(x=0.12)
     drawn = [place for end in places.values() for place in end if place]
     if min(drawn, default=0) > 0 and max(drawn) / min(drawn) >= 8:
@@ -92,8 +103,7 @@ def _dots(axis: Any, table: Table, rows: Sequence[Row], score: Measure) -> None:
     for end, style in (("paper", {"mfc": "none", "color": PAPER}), ("ours", {"color": COLOURS[0]})):
         points = [(len(rows) - i, value) for i, row in enumerate(rows) if (value := _value(row, score, end))]
         for number, (height, value) in enumerate(points):
-            error = [[(value.mean - value.low) * score.scale], [(value.high - value.mean) * score.scale]]
-            axis.errorbar(value.mean * score.scale, height, xerr=error, fmt="o", capsize=3,
+            axis.errorbar(value.mean * score.scale, height, xerr=_bars(value, score.scale), fmt="o", capsize=3,
                           label=end if number == 0 else None, **style)  # fmt: skip
     axis.set_yticks([len(rows) - i for i in range(len(rows))], [table.name(row) for row in rows])
     axis.set_ylim(0.4, len(rows) + 0.6)
@@ -102,12 +112,12 @@ def _dots(axis: Any, table: Table, rows: Sequence[Row], score: Measure) -> None:
     axis.set_title(_with_unit(score))
 
 
-def _bar(axis: Any, place: float, value: Estimate, scale: float, **style: Any) -> None:
-    error = [[(value.mean - value.low) * scale], [(value.high - value.mean) * scale]]
-    axis.errorbar(place, value.mean * scale, yerr=error, capsize=3, linestyle="none", **style)
+def _bars(value: Estimate, scale: float) -> list[list[float]] | None:
+    """Below and above the mean, as matplotlib wants it."""
+    return [[(value.mean - value.low) * scale], [(value.high - value.mean) * scale]] if value.spread else None
 
 
-def _band(axis: Any, curves: Sequence[Curve], name: str, colour: str) -> None:
+def _band(axis: Any, curves: Sequence[Curve], **style: Any) -> None:
     """The mean of the curves at the steps that all of them have, and their range."""
     values = [dict(curve) for curve in curves]
     steps = sorted(set.intersection(*(set(curve) for curve in values))) if values else []
@@ -115,9 +125,10 @@ def _band(axis: Any, curves: Sequence[Curve], name: str, colour: str) -> None:
         return
     columns = [[curve[step] for curve in values] for step in steps]
     mean = [sum(column) / len(column) for column in columns]
-    axis.plot(steps, mean, color=colour, linewidth=1.6, label=name, marker="o" if len(steps) < 15 else None, ms=3)
+    axis.plot(steps, mean, linewidth=1.6, marker="o" if len(steps) < 15 else None, ms=3, **style)
     if len(curves) > 1:
-        axis.fill_between(steps, [min(c) for c in columns], [max(c) for c in columns], color=colour, alpha=0.18, lw=0)
+        low, high = [min(column) for column in columns], [max(column) for column in columns]
+        axis.fill_between(steps, low, high, color=style["color"], alpha=0.18, linewidth=0)
 
 
 def _value(row: Row, score: Measure, end: str) -> Estimate | None:
@@ -148,10 +159,6 @@ def _axis_label(rows: Sequence[Row], x: str) -> str:
 
 def _with_unit(shown: Measure) -> str:
     return f"{shown.label} ({shown.unit})" if shown.unit else shown.label
-
-
-def _cycle() -> Sequence[str]:
-    return [*COLOURS] * 8
 
 
 def _figure(width: float, height: float) -> Figure:

@@ -37,6 +37,7 @@ class Run:
     metrics: Mapping[str, Value]
     curves: Mapping[str, Curve] = field(default_factory=dict)
     masks: Path | None = None
+    started: str = ""
 
     def setting(self, key: str) -> str:
         value = self.settings.get(key, self.metrics.get(key, ""))
@@ -54,6 +55,7 @@ class Unusable:
     name: str
     kind: Literal["failed", "unfinished", "damaged"]
     why: str
+    experiment: str | None = None
 
 
 @dataclass(frozen=True)
@@ -71,12 +73,12 @@ class Found:
     committed: Sequence[Committed]
 
 
-def find(root: Path, without: Path) -> Found:
-    """Everything under `root`, except what lies in `without`."""
+def find(root: Path) -> Found:
+    """Everything under `root`."""
     runs: list[Run] = []
     unusable: list[Unusable] = []
     committed: list[Committed] = []
-    for folder in _folders(root, without):
+    for folder in _folders(root):
         name = str(folder.relative_to(root)) if folder != root else folder.resolve().name
         try:
             if (folder / "results.csv").is_file():
@@ -86,29 +88,28 @@ def find(root: Path, without: Path) -> Found:
                 (runs if isinstance(run, Run) else unusable).append(run)  # type: ignore[arg-type]
         except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
             unusable.append(Unusable(name, "damaged", f"{type(error).__name__}: {' '.join(str(error).split())}"))
-    return Found(runs, unusable, committed)
+    return Found(sorted(runs, key=lambda run: run.started), unusable, committed)  # a sweep's own order
 
 
-def _folders(root: Path, without: Path) -> Iterator[Path]:
+def _folders(root: Path) -> Iterator[Path]:
     for path, below, _ in os.walk(root):
         below[:] = sorted(n for n in below if n not in _NOT_ENTERED and not n.startswith("."))
-        if Path(path).resolve() == without.resolve() and path != str(root):
-            below.clear()
-        else:
-            yield Path(path)
+        yield Path(path)
 
 
-def _run(folder: Path, name: str) -> Run | Unusable | None:
+def _run(folder: Path, name: str) -> Run | Unusable:
     if not (folder / "status.json").is_file():
         return Unusable(name, "damaged", "it has no status.json")
     status = json.loads((folder / "status.json").read_text())
-    if status["status"] != "finished":
-        failed = status["status"] == "failed"
-        return Unusable(name, "failed" if failed else "unfinished", status["why"] or "still running, or killed")
-    if not (folder / "metrics.json").is_file():
-        return Unusable(name, "unfinished", "it has ended without scores: no metrics.json")
     config = yaml.safe_load((folder / "config.yaml").read_text())
     choices = status.get("choices") or dict(w.split("=", 1) for w in status["command"][1:] if _chooses(w, config))
+    experiment = choices.get("experiment") or (config.get("logger") or {}).get("group")
+    if status["status"] == "failed":
+        return Unusable(name, "failed", status["why"], experiment)
+    if status["status"] != "finished":
+        return Unusable(name, "unfinished", "still running, or killed", experiment)
+    if not (folder / "metrics.json").is_file():
+        return Unusable(name, "unfinished", "it has ended without scores: no metrics.json", experiment)
     metrics = {n: _value(v) for n, v in json.loads((folder / "metrics.json").read_text()).items() if v is not None}
     if (folder / "prompts.csv").is_file():
         metrics |= _intervals(folder / "prompts.csv")
@@ -116,12 +117,13 @@ def _run(folder: Path, name: str) -> Run | Unusable | None:
     pictures = sorted((folder / "pictures").glob("masks*.png"))
     return Run(
         name=name,
-        experiment=choices.get("experiment") or (config.get("logger") or {}).get("group"),
+        experiment=experiment,
         command=status["command"][0],
         settings=_settings(config, choices) | facts,
         metrics=metrics,
         curves=_curves(_read_csv(folder / "history.csv")) if (folder / "history.csv").is_file() else {},
         masks=pictures[-1] if pictures else None,
+        started=str(status["started"]),
     )
 
 

@@ -59,7 +59,7 @@ class Table:
 
     def name(self, row: Row) -> str:
         """What tells a row from the others, in a line."""
-        return " ".join(shown_setting(row.settings.get(key, "")) for key in self.keys).strip()
+        return ", ".join(row.settings[key] for key in self.keys if row.settings.get(key))
 
 
 def tabulate(experiment: Experiment, runs: Sequence[Run]) -> Table:
@@ -80,7 +80,7 @@ def tabulate(experiment: Experiment, runs: Sequence[Run]) -> Table:
     cited_names = frozenset(name for row in rows for name in row.paper)
     measures = [m for m in experiment.columns if m.name in cited_names or any(m.name in row.ours for row in rows)]
     varied = [key for key in experiment.keys if len({row.settings.get(key, "") for row in rows}) > 1]
-    blind = _row({}, runs, [f"blind/{name}" for name in names])
+    blind = _row({}, runs, [f"blind/{name}" for name in names if name.startswith("miou/")])
     if blind.ours:
         never_looking = {name.removeprefix("blind/"): estimate for name, estimate in blind.ours.items()}
         rows.append(Row({(varied or experiment.keys)[0]: "blind"}, never_looking, baseline=True))
@@ -98,10 +98,6 @@ def estimate(runs: Sequence[Run], name: str) -> Estimate | None:
     return Estimate(sum(values) / len(values), low, high, len(values))
 
 
-def shown_setting(value: str) -> str:
-    return value.replace("_", " ")
-
-
 def markdown(table: Table) -> str:
     """As it stands in table.md and report.md."""
     header = [label(key) for key in table.keys]
@@ -110,7 +106,7 @@ def markdown(table: Table) -> str:
         header += [f"{measure.label} (ours)"]
     lines = [[*header, "runs"], ["---"] * (len(header) + 1)]
     for row in table.rows:
-        cells = [shown_setting(row.settings.get(key, "")) for key in table.keys]
+        cells = [row.settings.get(key, "") for key in table.keys]
         for measure in table.measures:
             cited, ours = row.paper.get(measure.name), row.ours.get(measure.name)
             if measure.name in table.cited:
@@ -157,7 +153,7 @@ def _row(settings: Mapping[str, str], runs: Sequence[Run], names: Sequence[str])
 
 
 def _cell(measure: Measure, ours: Estimate) -> str:
-    spread = f" ({measure.shown(ours.low)} to {measure.shown(ours.high)})" if ours.spread else ""
+    spread = f" ({measure.number(ours.low)} to {measure.number(ours.high)})" if ours.spread else ""
     return measure.shown(ours.mean) + spread
 
 

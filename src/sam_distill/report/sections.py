@@ -1,0 +1,142 @@
+"""The sections of a report: for each experiment its table, plots and pictures."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from sam_distill.report.experiments import Experiment, known, label, told_apart
+from sam_distill.report.plots import against, learning_curves
+from sam_distill.report.runs import Committed, Found, Run
+from sam_distill.report.tables import Table, tabulate
+
+_FACTS = ["date", "device", "precision", "encoder", "image_size", "teacher", "data", "batch_size", "steps", "images",
+          "seconds", "version"]  # fmt: skip
+_WIDTH = 1400  # of a picture, pixels
+
+
+@dataclass(frozen=True)
+class Picture:
+    """file: its name in pictures/. content: SVG text, or the bytes of a JPEG."""
+
+    file: str
+    content: str | bytes
+    caption: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """facts: header and rows of what was run on what. notes: what a reader must know beside the numbers."""
+
+    experiment: Experiment
+    table: Table
+    runs: Sequence[Run]
+    curves: Sequence[Picture]
+    plots: Sequence[Picture]
+    photos: Sequence[Picture]
+    facts: Sequence[Sequence[str]]
+    notes: Sequence[str]
+
+    @property
+    def coverage(self) -> tuple[int, int]:
+        """Of how many of the paper's rows there are runs, and how many it has."""
+        cited = [row for row in self.table.rows if row.paper]
+        return sum(bool(row.runs) for row in cited), len(cited)
+
+
+def sections(found: Found, only: str | None) -> list[Section]:
+    """Those of the paper in its order, the others after them; only those that have runs, or `only` one."""
+    experiments = known()
+    committed = {one.folder.resolve().name: one for one in found.committed}
+    names = [run.experiment for run in found.runs if run.experiment] + list(committed)
+    ordered = [name for name in experiments if name in names] + sorted(set(names) - set(experiments))
+    result = []
+    for name in ordered if only is None else [only]:
+        runs = [run for run in found.runs if run.experiment == name]
+        folder = committed.get(name)
+        notes = []
+        if folder and runs:
+            notes.append(f"From run folders; the {len(folder.runs)} rows of {name}/results.csv are not counted.")
+        chosen = runs or (list(folder.runs) if folder else [])
+        about = experiments.get(name) or told_apart(name, name.replace("_", " "), chosen)
+        result.append(_section(about, chosen, folder, notes))
+    for command in dict.fromkeys(run.command for run in found.runs if not run.experiment) if only is None else ():
+        runs = [run for run in found.runs if run.command == command and not run.experiment]
+        title = {"train": "Training runs of no experiment", "evaluate": "Evaluations"}.get(command, command)
+        result.append(_section(told_apart(command, title, runs), runs, None, []))
+    return result
+
+
+def not_run(present: Sequence[Section]) -> list[Section]:
+    """The tables and figures of the paper that no run belongs to."""
+    have = {section.experiment.id for section in present}
+    return [_section(one, [], None, []) for one in known().values() if one.place and one.id not in have]
+
+
+def _section(about: Experiment, runs: Sequence[Run], committed: Committed | None, notes: Sequence[str]) -> Section:
+    table = tabulate(about, runs)
+    score = about.columns[0].name if about.columns else "miou/point"
+    curves = learning_curves(table, score)
+    told = "Learning curves: the mean of each setting's runs, in their range"
+    drawn = [(x, against(table, about, x)) for x in about.plots]
+    return Section(
+        experiment=about,
+        table=table,
+        runs=runs,
+        curves=[Picture(f"{about.id}_curves.svg", curves, told)] if curves else [],
+        plots=[
+            Picture(f"{about.id}_{_safe(x)}.svg", svg, f"{about.columns[0].label} against {label(x)}")
+            for x, svg in drawn
+            if svg
+        ],
+        photos=[*_masks(about, runs), *(_illustrations(about.id, committed) if committed else ())],
+        facts=_facts(runs),
+        notes=[*([about.note] if about.note else []), *notes],
+    )
+
+
+def _masks(about: Experiment, runs: Sequence[Run]) -> Iterator[Picture]:
+    """What the best run drew last."""
+    score = about.columns[0] if about.columns else None
+    judged = [(value, run) for run in runs if score and run.masks and (value := run.measure(score.name)) is not None]
+    if score and judged:
+        value, best = max(judged, key=lambda pair: pair[0])
+        said = f"Image, teacher, student: the best run, {best.name} ({score.label} {score.shown(value)})"
+        yield from _photo(f"{about.id}_masks.jpg", best.masks, said)
+
+
+def _illustrations(name: str, committed: Committed) -> Iterator[Picture]:
+    """The pictures that an experiment's README shows, with its captions."""
+    readme = committed.folder / "README.md"
+    text = readme.read_text() if readme.is_file() else ""
+    for caption, file in re.findall(r"!\[(.*?)\]\((.*?)\)", text, re.DOTALL):
+        path = committed.folder / file
+        yield from _photo(f"{name}_{path.stem}.jpg", path, " ".join(caption.split()))
+
+
+def _photo(name: str, path: Path | None, caption: str) -> Iterator[Picture]:
+    """The picture as a JPEG of moderate size; none if the file is missing, damaged or no photograph."""
+    data = io.BytesIO()
+    try:
+        with Image.open(path or "") as image:
+            small = image.convert("RGB")
+    except OSError:
+        return
+    small.thumbnail((_WIDTH, 10 * _WIDTH))
+    small.save(data, "JPEG", quality=82)
+    yield Picture(name, data.getvalue(), caption)
+
+
+def _facts(runs: Sequence[Run]) -> list[list[str]]:
+    known_facts = [name for name in _FACTS if any(run.setting(name) for run in runs)]
+    header = ["run", *(label(name) for name in known_facts)]
+    return [header, *([run.name, *(run.setting(name) for name in known_facts)] for run in runs)] if runs else []
+
+
+def _safe(name: str) -> str:
+    return re.sub(r"\W+", "_", name)
