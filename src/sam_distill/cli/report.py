@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sam_distill.report.page import Report, write, write_experiment
 from sam_distill.report.runs import find
-from sam_distill.report.sections import not_run, sections
+from sam_distill.report.sections import not_run, others, present, sections
 
 log = logging.getLogger(__name__)
 
@@ -22,16 +22,15 @@ def report(*, runs: str, only: str, path: str) -> None:
     found = find(root)
     if not (found.runs or found.committed or found.unusable):
         raise _mistake(f"runs={runs} holds no run: neither a status.json of a run folder, nor a results.csv")
-    shown = sections(found, None if only == ALL else only)
-    if only != ALL and not shown[0].runs:
-        there = sorted({str(section.experiment.id) for section in sections(found, None)})
-        raise _mistake(f"experiment={only}: no finished run of it in {runs}; there: {', '.join(there) or 'none'}")
-    failed = [one for one in found.unusable if only in (ALL, one.experiment)]
+    names = present(found)
+    if only not in (ALL, *names):
+        raise _mistake(f"experiment={only}: no finished run of it in {runs}; there: {', '.join(names) or 'none'}")
+    shown = sections(found, names) + others(found) if only == ALL else sections(found, [only])
     page = Report(
         title="sam-distill: results" if only == ALL else f"sam-distill: {shown[0].experiment.title}",
         sections=shown,
-        waiting=not_run(shown) if only == ALL else (),
-        unusable=failed,
+        waiting=not_run(names) if only == ALL else (),
+        unusable=[one for one in found.unusable if only in (ALL, one.experiment)],
     )
     try:
         write(page, folder)
@@ -40,7 +39,7 @@ def report(*, runs: str, only: str, path: str) -> None:
     except OSError as error:
         raise _mistake(f"path={path}: cannot be written ({error.strerror})") from error
     log.info("%s", ", ".join(f"{number} runs {kind}" for kind, number in page.counts.items()))
-    for one in failed:
+    for one in page.unusable:
         log.info("  %s: %s (%s)", one.kind, one.name, one.why)
     log.info("report  %s", folder / "report.html")
 

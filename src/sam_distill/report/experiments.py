@@ -53,6 +53,7 @@ class Experiment:
     claim: str = ""
     note: str = ""
     plots: Sequence[str] = ()
+    across: str = ""
     paper: Sequence[Mapping[str, Value]] = ()
 
 
@@ -68,7 +69,7 @@ def known() -> dict[str, Experiment]:
 def told_apart(name: str, title: str, runs: Sequence[Run]) -> Experiment:
     """An experiment that no file describes: its keys are what the runs differ in, beside the seed."""
     metrics = {metric for run in runs for metric in run.metrics}
-    columns = [measure(column) for column in _COLUMNS if column in metrics]
+    columns = [measure(column) for column in _COLUMNS if column in metrics] or [measure(_COLUMNS[0])]
     keys = _differing(runs)[:_MANY] or ["run"]
     return Experiment(name, title, keys, columns, plots=keys if len(keys) == 1 else ())
 

@@ -17,14 +17,14 @@ from sam_distill.report.experiments import label
 from sam_distill.report.plots import FAINT, INK
 from sam_distill.report.runs import Unusable
 from sam_distill.report.sections import Picture, Section
-from sam_distill.report.tables import history_csv, markdown, results_csv
+from sam_distill.report.tables import history_csv, markdown, markdown_table, results_csv
 
 LEGEND = (
     "**paper**: the numbers of MobileSAM's paper ([arXiv:2306.14289](https://arxiv.org/abs/2306.14289), version 2);"
     " **ours**: measured by the runs of this report; **not run**: the paper has a number, we have no run for it yet.",
-    "**mIoU**: the mean IoU between the masks of teacher and student for the same prompts, over prompts. Every number is"
-    " the mean over the runs of its setting, with the least and the greatest of them; for a single run, with the middle"
-    " 95% of a bootstrap over its images. Error bars are the same; bands are the least and the greatest.",
+    "**mIoU**: the mean IoU between the masks of teacher and student for the same prompts, over prompts. Every number"
+    " is the mean over the runs of its setting, with the least and the greatest of them; for a single run, with the"
+    " middle 95% of a bootstrap over its images. Error bars are the same; bands are the least and the greatest.",
     "**blind**: an encoder that answers every image with the teacher's mean embedding of the other images. A student"
     " below it has learned nothing that depends on the image.",
 )
@@ -55,7 +55,9 @@ def write(report: Report, folder: Path) -> None:
     (folder / "pictures").mkdir(parents=True, exist_ok=True)
     for section in report.sections:
         for picture in (*section.curves, *section.plots, *section.photos):
-            data = picture.content.encode() if isinstance(picture.content, str) else picture.content
+            data = picture.content
+            if isinstance(data, str):
+                data = data.replace("<svg ", '<svg style="background: #fff" ', 1).encode()
             with whole(folder / "pictures" / picture.file) as draft:
                 draft.write_bytes(data)
     write_text(folder / "report.md", "\n".join(_markdown(report)) + "\n")
@@ -114,7 +116,7 @@ def _markdown(report: Report) -> Iterator[str]:
         if section.facts:
             yield "What was run on what:\n"
             header, *rows = section.facts
-            yield "".join(f"| {' | '.join(line)} |\n" for line in [header, ["---"] * len(header), *rows])
+            yield markdown_table([header, ["---"] * len(header), *rows])
     if report.waiting:
         yield "## In the paper, not run yet\n"
     for section in report.waiting:

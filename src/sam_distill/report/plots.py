@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ INK, FAINT = "#24292f", "#d0d7de"  # of all text and lines, which the page repla
 PAPER = "#8c959f"
 COLOURS = ("#2f6fb5", "#d1690e", "#2e8b57", "#b03a6b", "#7256b3", "#a67c00", "#2a9aa8", "#7a5c48", "#5d6b2f", "#c0504d")
 _LINES = ("-", "--", ":", "-.")
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10, "axes.titlesize": 10.5,
     "axes.titlelocation": "left", "axes.titleweight": "bold", "axes.spines.top": False,
     "axes.spines.right": False, "axes.edgecolor": FAINT, "axes.labelcolor": INK, "axes.titlecolor": INK,
@@ -27,8 +28,9 @@ _STYLE = {
 }  # fmt: skip
 
 
-def learning_curves(table: Table, score: str) -> str | None:
+def learning_curves(table: Table, experiment: Experiment) -> str | None:
     """Validation score and training loss over steps: a line per setting, the mean of its runs, in their range."""
+    score = experiment.columns[0]
     rows = [row for row in table.rows if any(run.curves for run in row.runs)]
     columns = max(1, min(6, 120 // max((len(table.name(row)) + 8 for row in rows), default=1)))
     with matplotlib.rc_context(_STYLE):
@@ -36,12 +38,12 @@ def learning_curves(table: Table, score: str) -> str | None:
         axes = figure.subplots(1, 2)
         for number, row in enumerate(rows):
             style = {"color": COLOURS[number % len(COLOURS)], "linestyle": _LINES[number // len(COLOURS) % len(_LINES)]}
-            for name, axis in zip((f"val/{score}", "train/loss"), axes, strict=True):
+            for name, axis in zip((f"val/{score.name}", "train/loss"), axes, strict=True):
                 curves = [run.curves[name] for run in row.runs if name in run.curves]
                 _band(axis, curves, label=table.name(row), **style)
         if not axes[0].lines:
             return None
-        axes[0].set(title=f"{measure(score).label}, on validation images", xlabel="step")
+        axes[0].set(title=f"{score.label}, on validation images", xlabel="step")
         axes[1].set(title="training loss", xlabel="step")
         if axes[1].lines and min(min(line.get_ydata()) for line in axes[1].lines) > 0:
             axes[1].set_yscale("log")
@@ -50,7 +52,7 @@ def learning_curves(table: Table, score: str) -> str | None:
         handles, labels = axes[0].get_legend_handles_labels()
         if len(rows) > 1:
             figure.legend(handles, labels, loc="outside lower left", ncols=columns)
-        return _svg(figure, f"curves {table.rows}")
+        return _svg(figure, f"{experiment.id} curves")
 
 
 def against(table: Table, experiment: Experiment, x: str) -> str | None:
@@ -73,7 +75,33 @@ def against(table: Table, experiment: Experiment, x: str) -> str | None:
             line = axis.axhline if numeric else axis.axvline
             line(blind.mean * score.scale, color=PAPER, linestyle=":", linewidth=1.4, label="blind")
         figure.legend(loc="outside upper right", ncols=3)
-        return _svg(figure, f"{x} {table.rows}")
+        return _svg(figure, f"{experiment.id} {x}")
+
+
+def across(table: Table, experiment: Experiment) -> str | None:
+    """Each row's measures against the number that their names end in, ours and the paper's."""
+    lines: list[tuple[str, str, Mapping[float, Estimate]]] = []
+    for row in table.rows:
+        for end in ("paper", "ours"):
+            found = {_last_number(m.name): value for m in table.measures if (value := _value(row, m, end))}
+            lines += [(f"{table.name(row)} ({end})", end, found)] if found else []
+    if not any(end == "ours" for _, end, _ in lines):
+        return None
+    with matplotlib.rc_context(_STYLE):
+        figure = _figure(6.2, 3.6)
+        axis = figure.subplots()
+        for number, (name, end, values) in enumerate(lines):
+            style: dict[str, Any] = {"color": COLOURS[number % len(COLOURS)], "ls": "--" if end == "paper" else "-"}
+            axis.plot(list(values), [value.mean for value in values.values()], marker="o", ms=4, label=name, **style)
+            low, high = [v.low for v in values.values()], [v.high for v in values.values()]
+            axis.fill_between(list(values), low, high, color=style["color"], alpha=0.15, linewidth=0)
+        axis.set(title="mIoU", xlabel=experiment.across, ylim=(0, 1))
+        figure.legend(loc="outside lower left", ncols=2)
+        return _svg(figure, f"{experiment.id} across")
+
+
+def _last_number(name: str) -> float:
+    return float(name.rpartition("_")[2])
 
 
 def _scatter(axis: Any, table: Table, rows: Sequence[Row], places: Mapping[str, Any], score: Measure, x: str) -> None:
@@ -166,8 +194,8 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _svg(figure: Figure, salt: str) -> str:
-    """The same bytes for the same data; ids differ between the figures of a page."""
+    """The same bytes for the same data, without the ids that all figures have in common."""
     text = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": salt}):
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return text.getvalue()
+    return re.sub(r'<g id="[^"]*">', "<g>", text.getvalue())

@@ -182,7 +182,10 @@ def _number(text: str) -> Value:
 def _rows(folder: Path) -> Iterator[Run]:
     """The runs of a results.csv, with the curves of a history.csv that names them."""
     history = _read_csv(folder / "history.csv") if (folder / "history.csv").is_file() else []
-    for number, row in enumerate(_read_csv(folder / "results.csv")):
+    rows = _read_csv(folder / "results.csv")
+    if not rows:
+        raise ValueError("results.csv has no rows")
+    for number, row in enumerate(rows):
         name = row.get("run") or f"row {number + 1}"
         values = {key: _number(text) for key, text in row.items() if text != ""}
         curves = _curves([line for line in history if line.get("run") == name])

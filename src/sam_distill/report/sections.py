@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from sam_distill.report.experiments import Experiment, known, label, told_apart
-from sam_distill.report.plots import against, learning_curves
+from sam_distill.report.plots import across, against, learning_curves
 from sam_distill.report.runs import Committed, Found, Run
 from sam_distill.report.tables import Table, tabulate
 
@@ -49,14 +49,19 @@ class Section:
         return sum(bool(row.runs) for row in cited), len(cited)
 
 
-def sections(found: Found, only: str | None) -> list[Section]:
-    """Those of the paper in its order, the others after them; only those that have runs, or `only` one."""
+def present(found: Found) -> list[str]:
+    """The experiments that runs belong to: those of the paper in its order, the others after them."""
+    names = {run.experiment for run in found.runs if run.experiment}
+    names |= {one.folder.resolve().name for one in found.committed}
+    return [name for name in known() if name in names] + sorted(names - set(known()))
+
+
+def sections(found: Found, names: Sequence[str]) -> list[Section]:
+    """One for each of the experiments `names`."""
     experiments = known()
     committed = {one.folder.resolve().name: one for one in found.committed}
-    names = [run.experiment for run in found.runs if run.experiment] + list(committed)
-    ordered = [name for name in experiments if name in names] + sorted(set(names) - set(experiments))
     result = []
-    for name in ordered if only is None else [only]:
+    for name in names:
         runs = [run for run in found.runs if run.experiment == name]
         folder = committed.get(name)
         notes = []
@@ -65,25 +70,30 @@ def sections(found: Found, only: str | None) -> list[Section]:
         chosen = runs or (list(folder.runs) if folder else [])
         about = experiments.get(name) or told_apart(name, name.replace("_", " "), chosen)
         result.append(_section(about, chosen, folder, notes))
-    for command in dict.fromkeys(run.command for run in found.runs if not run.experiment) if only is None else ():
+    return result
+
+
+def others(found: Found) -> list[Section]:
+    """Runs of no experiment, by the command that they are runs of."""
+    result = []
+    for command in dict.fromkeys(run.command for run in found.runs if not run.experiment):
         runs = [run for run in found.runs if run.command == command and not run.experiment]
         title = {"train": "Training runs of no experiment", "evaluate": "Evaluations"}.get(command, command)
         result.append(_section(told_apart(command, title, runs), runs, None, []))
     return result
 
 
-def not_run(present: Sequence[Section]) -> list[Section]:
-    """The tables and figures of the paper that no run belongs to."""
-    have = {section.experiment.id for section in present}
-    return [_section(one, [], None, []) for one in known().values() if one.place and one.id not in have]
+def not_run(names: Sequence[str]) -> list[Section]:
+    """The tables and figures of the paper that are not among `names`."""
+    return [_section(one, [], None, []) for name, one in known().items() if one.place and name not in names]
 
 
 def _section(about: Experiment, runs: Sequence[Run], committed: Committed | None, notes: Sequence[str]) -> Section:
     table = tabulate(about, runs)
-    score = about.columns[0].name if about.columns else "miou/point"
-    curves = learning_curves(table, score)
+    curves = learning_curves(table, about)
     told = "Learning curves: the mean of each setting's runs, in their range"
     drawn = [(x, against(table, about, x)) for x in about.plots]
+    drawn += [(about.across, across(table, about))] if about.across else []
     return Section(
         experiment=about,
         table=table,
@@ -102,12 +112,12 @@ def _section(about: Experiment, runs: Sequence[Run], committed: Committed | None
 
 def _masks(about: Experiment, runs: Sequence[Run]) -> Iterator[Picture]:
     """What the best run drew last."""
-    score = about.columns[0] if about.columns else None
-    judged = [(value, run) for run in runs if score and run.masks and (value := run.measure(score.name)) is not None]
-    if score and judged:
+    score = about.columns[0]
+    judged = [(value, run) for run in runs if run.masks and (value := run.measure(score.name)) is not None]
+    if judged:
         value, best = max(judged, key=lambda pair: pair[0])
         said = f"Image, teacher, student: the best run, {best.name} ({score.label} {score.shown(value)})"
-        yield from _photo(f"{about.id}_masks.jpg", best.masks, said)
+        yield from _photo(f"{about.id}_best.jpg", best.masks, said)
 
 
 def _illustrations(name: str, committed: Committed) -> Iterator[Picture]:

@@ -113,7 +113,11 @@ def markdown(table: Table) -> str:
                 cells.append("" if cited is None else measure.as_printed(cited))
             cells.append(_cell(measure, ours) if ours else row.missing(measure.name))
         lines.append([*cells, "" if row.baseline else str(len(row.runs))])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return markdown_table(lines)
+
+
+def markdown_table(lines: Sequence[Sequence[str]]) -> str:
+    return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |\n" for line in lines)
 
 
 def results_csv(experiment: Experiment, runs: Sequence[Run]) -> str:
