@@ -9,7 +9,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from sam_distill.report.experiments import Experiment, Measure, label, measure
 from sam_distill.report.runs import Curve
@@ -65,13 +65,14 @@ def against(table: Table, experiment: Experiment, x: str) -> str | None:
     numeric = all(p is not None for row, p in zip(rows, places["ours"], strict=True) if row.runs)
     blind = next((row.ours.get(score.name) for row in table.rows if row.baseline), None)
     with matplotlib.rc_context(_STYLE):
-        figure = _figure(5.6, 3.2 if numeric else 1.1 + 0.36 * len(rows))
+        figure = _figure(5.3, 3.2 if numeric else 1.1 + 0.36 * len(rows))
         axis = figure.subplots()
         if numeric:
             _scatter(axis, table, rows, places, score, x)
         else:
             _dots(axis, table, rows, score)
-        if blind:
+        low, high = axis.get_ylim() if numeric else axis.get_xlim()
+        if blind and low - (high - low) < blind.mean * score.scale < high + (high - low):  # else it hides differences
             line = axis.axhline if numeric else axis.axvline
             line(blind.mean * score.scale, color=PAPER, linestyle=":", linewidth=1.4, label="blind")
         figure.legend(loc="outside upper right", ncols=3)
@@ -111,20 +112,23 @@ def _scatter(axis: Any, table: Table, rows: Sequence[Row], places: Mapping[str, 
         for number, (place, value, row) in enumerate(points):
             axis.errorbar(place, value.mean * score.scale, yerr=_bars(value, score.scale), fmt="o", capsize=3,
                           label=end if number == 0 else None, **style)  # fmt: skip
-            others = [row.settings.get(key, "") for key in table.keys if key != x]
-            if len(rows) <= 24 and any(others):
-                text = ", ".join(filter(None, others)).replace("_", " ")
-                axis.annotate(
-                    text, (place, value.mean * score.scale), xytext=(5, 4), textcoords="offset points", size=8
-                )
+            if len(rows) <= 24 and (end == "ours" or not row.runs):
+                spot = (place, value.mean * score.scale)
+                axis.annotate(_others(table, row, x), spot, xytext=(6, 4), textcoords="offset points", size=8)
     axis.margins(x=0.12)
     drawn = [place for end in places.values() for place in end if place]
     if min(drawn, default=0) > 0 and max(drawn) / min(drawn) >= 8:
         axis.set_xscale("log")
-        if len(set(drawn)) <= 6:
-            axis.set_xticks(sorted(set(drawn)), [f"{place:g}" for place in sorted(set(drawn))], minor=False)
-            axis.set_xticks([], minor=True)
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(drawn) / min(drawn) < 200 else (1,)))
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda place, _: f"{place:g}"))
+        axis.xaxis.set_minor_locator(NullLocator())
     axis.set(title=_with_unit(score), xlabel=_axis_label(rows, x))
+
+
+def _others(table: Table, row: Row, x: str) -> str:
+    """What a point stands for beside its place on the axis: `8 epochs`, `batch size 4`."""
+    known = {key: row.settings[key] for key in table.keys if key != x and row.settings.get(key)}
+    return ", ".join(f"{label(key)} {value}" if value.isdecimal() else value for key, value in known.items())
 
 
 def _dots(axis: Any, table: Table, rows: Sequence[Row], score: Measure) -> None:
@@ -198,4 +202,4 @@ def _svg(figure: Figure, salt: str) -> str:
     text = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": salt}):
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return re.sub(r'<g id="[^"]*">', "<g>", text.getvalue())
+    return re.sub(r'<(\w+) id="[A-Za-z0-9.]+_\d+"', r"<\1", text.getvalue())

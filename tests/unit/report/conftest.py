@@ -11,8 +11,6 @@ import pytest
 import yaml
 from PIL import Image
 
-MakeRun = Callable[..., Path]
-
 
 @pytest.fixture
 def runs(tmp_path: Path) -> Path:
@@ -23,7 +21,7 @@ def runs(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def make_run(runs: Path) -> MakeRun:
+def make_run(runs: Path) -> Callable[..., Path]:
     def make(
         name: str,
         score: float = 0.5,

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -34,7 +35,7 @@ class Tags(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_one_page_that_needs_nothing_else(runs: Path, make_run, tmp_path: Path) -> None:
+def test_one_page_that_needs_nothing_else(runs: Path, make_run: Callable[..., Path], tmp_path: Path) -> None:
     for seed in (0, 1):
         make_run(f"t2_{seed}", experiment="table2_strategies", seed=seed, score=0.3 + seed / 10)
         make_run(f"t4_{seed}", experiment="table4_compute", seed=seed)
@@ -70,7 +71,7 @@ def test_one_page_that_needs_nothing_else(runs: Path, make_run, tmp_path: Path) 
     )
 
 
-def test_markdown_shows_pictures_that_are_there(runs: Path, make_run, tmp_path: Path) -> None:
+def test_markdown_shows_pictures_that_are_there(runs: Path, make_run: Callable[..., Path], tmp_path: Path) -> None:
     make_run("a", experiment="table2_strategies")
     assert report(str(runs), f"path={tmp_path / 'out'}") == 0
     text = (tmp_path / "out" / "report.md").read_text()
@@ -81,7 +82,11 @@ def test_markdown_shows_pictures_that_are_there(runs: Path, make_run, tmp_path: 
 
 
 def test_one_experiment_alone(
-    runs: Path, make_run, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    runs: Path,
+    make_run: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     make_run("a", experiment="loss")
@@ -104,7 +109,9 @@ def test_one_experiment_alone(
     assert not (tmp_path / "nowhere").exists()
 
 
-def test_run_folders_come_before_the_rows_made_from_them(runs: Path, make_run, tmp_path: Path) -> None:
+def test_run_folders_come_before_the_rows_made_from_them(
+    runs: Path, make_run: Callable[..., Path], tmp_path: Path
+) -> None:
     make_run("a", experiment="loss", score=0.5)
     (runs / "loss").mkdir()
     (runs / "loss" / "results.csv").write_text("run,strategy.loss,miou/point\nold,mse,0.125\n")
@@ -125,7 +132,7 @@ def test_nothing_to_report_is_one_line(
     assert [path.name for path in tmp_path.iterdir()] == ["outputs"]
 
 
-def test_a_damaged_picture_is_left_out(runs: Path, make_run, tmp_path: Path) -> None:
+def test_a_damaged_picture_is_left_out(runs: Path, make_run: Callable[..., Path], tmp_path: Path) -> None:
     (make_run("a") / "pictures" / "masks_0000004.png").write_bytes(b"\x89PNG once")
     assert report(str(runs), f"path={tmp_path / 'out'}") == 0
     assert "<img" not in (tmp_path / "out" / "report.html").read_text()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from sam_distill.report.runs import find
 
 
-def test_what_a_run_left_is_read(runs: Path, make_run) -> None:
+def test_what_a_run_left_is_read(runs: Path, make_run: Callable[..., Path]) -> None:
     folder = make_run("nested/a", experiment="loss", score=0.25, data={"path": ["/somewhere/else/x.tar"]})
     (run,) = find(runs).runs
     assert (run.name, run.experiment, run.command) == ("nested/a", "loss", "train")
@@ -21,12 +22,12 @@ def test_what_a_run_left_is_read(runs: Path, make_run) -> None:
     assert run.masks == folder / "pictures" / "masks_0000004.png"
 
 
-def test_an_encoder_is_called_by_its_variant(runs: Path, make_run) -> None:
+def test_an_encoder_is_called_by_its_variant(runs: Path, make_run: Callable[..., Path]) -> None:
     make_run("r", encoder={"_target_": "sam_distill.models.encoders.TimmEncoder", "name": "resnet18"})
     assert find(runs).runs[0].setting("encoder") == "tinyvit resnet18"
 
 
-def test_runs_come_in_the_order_in_which_they_began(runs: Path, make_run) -> None:
+def test_runs_come_in_the_order_in_which_they_began(runs: Path, make_run: Callable[..., Path]) -> None:
     for name in ("z", "a", "m"):
         make_run(name)
     assert [run.name for run in find(runs).runs] == ["z", "a", "m"]
@@ -48,7 +49,9 @@ def test_runs_come_in_the_order_in_which_they_began(runs: Path, make_run) -> Non
         ("prompts.csv", "image,kind,iou\na,point\n", "damaged"),
     ],
 )
-def test_one_damaged_run_stops_no_other(runs: Path, make_run, file: str, content: str | None, kind: str) -> None:
+def test_one_damaged_run_stops_no_other(
+    runs: Path, make_run: Callable[..., Path], file: str, content: str | None, kind: str
+) -> None:
     path = make_run("broken") / file
     path.unlink(missing_ok=True)
     if content is not None:
@@ -61,7 +64,7 @@ def test_one_damaged_run_stops_no_other(runs: Path, make_run, file: str, content
     assert named.why
 
 
-def test_failed_and_running_runs_are_told_apart(runs: Path, make_run) -> None:
+def test_failed_and_running_runs_are_told_apart(runs: Path, make_run: Callable[..., Path]) -> None:
     make_run("a", status="failed", why="no such folder", experiment="loss")
     make_run("b", status="running")
     found = find(runs)
@@ -72,7 +75,7 @@ def test_failed_and_running_runs_are_told_apart(runs: Path, make_run) -> None:
     ]
 
 
-def test_the_interval_is_that_of_images_drawn_anew(runs: Path, make_run) -> None:
+def test_the_interval_is_that_of_images_drawn_anew(runs: Path, make_run: Callable[..., Path]) -> None:
     rows = [f"{image},point,{iou}" for image in range(20) for iou in (image % 2, image % 2)] + ["20,point,nan"]
     (make_run("r") / "prompts.csv").write_text("\n".join(["image,kind,iou", *rows]) + "\n")
     (run,) = find(runs).runs

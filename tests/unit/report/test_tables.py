@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ def test_table4_says_what_the_paper_says() -> None:
     ]
 
 
-def test_our_runs_stand_beside_the_papers_rows(runs: Path, make_run) -> None:
+def test_our_runs_stand_beside_the_papers_rows(runs: Path, make_run: Callable[..., Path]) -> None:
     for seed, score in enumerate((0.6, 0.7)):
         make_run(f"a{seed}", score=score, batch_size=8, budget="8 epochs", seed=seed)
     make_run("own", score=0.4, batch_size=16, budget="8 epochs")
@@ -55,14 +56,14 @@ def test_our_runs_stand_beside_the_papers_rows(runs: Path, make_run) -> None:
     assert "| 8 | 8 epochs | 0.7447 | 0.650 (0.600 to 0.700) |" in markdown(table)
 
 
-def test_a_single_run_shows_its_bootstrap(runs: Path, make_run) -> None:
+def test_a_single_run_shows_its_bootstrap(runs: Path, make_run: Callable[..., Path]) -> None:
     folder = make_run("a", score=0.5)
     (folder / "prompts.csv").write_text("image,kind,iou\n1,point,0\n2,point,1\n")
     ours = tabulate(known()["table4_compute"], find(runs).runs).rows[2].ours["miou/point"]
     assert (ours.mean, ours.low, ours.high) == (0.5, 0.0, 1.0)
 
 
-def test_results_and_curves_can_be_read_back(runs: Path, make_run, tmp_path: Path) -> None:
+def test_results_and_curves_can_be_read_back(runs: Path, make_run: Callable[..., Path], tmp_path: Path) -> None:
     for seed in (0, 1):
         make_run(f"decoupled{seed}", score=0.1 + seed / 3, seed=seed, experiment="table2_strategies")
     make_run("coupled", strategy="coupled", experiment="table2_strategies", score=0.0)
@@ -80,7 +81,7 @@ def test_results_and_curves_can_be_read_back(runs: Path, make_run, tmp_path: Pat
     assert str(tmp_path) not in results_csv(about, found)
 
 
-def test_runs_of_no_experiment_are_told_apart_by_what_differs(runs: Path, make_run) -> None:
+def test_runs_of_no_experiment_are_told_apart_by_what_differs(runs: Path, make_run: Callable[..., Path]) -> None:
     make_run("a", batch_size=4, trainer={"workers": 1})
     make_run("b", batch_size=8, trainer={"workers": 2}, seed=1)
     make_run("c", batch_size=16, encoder={"_target_": "x.TimmEncoder", "name": "resnet18", "depth": 3})
