@@ -14,7 +14,7 @@ from sam_distill.report.runs import Run, Value
 
 _FILE = Path(__file__).with_name("experiments.yaml")
 _COLUMNS = ["miou/point", "miou/box", "embedding_mse", "parameters", "images", "seconds"]  # where nothing else is said
-_MANY = 8  # so many settings fit beside each other in a table
+_MANY = 6  # so many settings fit beside each other in a table
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,9 @@ def told_apart(name: str, title: str, runs: Sequence[Run]) -> Experiment:
     """An experiment that no file describes: its keys are what the runs differ in, beside the seed."""
     metrics = {metric for run in runs for metric in run.metrics}
     columns = [measure(column) for column in _COLUMNS if column in metrics] or [measure(_COLUMNS[0])]
-    keys = _differing(runs)[:_MANY] or ["run"]
+    keys = _differing(runs) or ["run"]
+    if len(keys) > _MANY:  # then each run has a row: those that the table can't tell apart are not the same
+        keys = ["run", *keys[: _MANY - 1]]
     return Experiment(name, title, keys, columns, plots=keys if len(keys) == 1 else ())
 
 

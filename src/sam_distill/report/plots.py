@@ -40,7 +40,7 @@ def learning_curves(table: Table, experiment: Experiment) -> str | None:
             style = {"color": COLOURS[number % len(COLOURS)], "linestyle": _LINES[number // len(COLOURS) % len(_LINES)]}
             for name, axis in zip((f"val/{score.name}", "train/loss"), axes, strict=True):
                 curves = [run.curves[name] for run in row.runs if name in run.curves]
-                _band(axis, curves, label=table.name(row), **style)
+                _band(axis, curves, label=_name(table, row), **style)
         if not axes[0].lines:
             return None
         axes[0].set(title=f"{score.label}, on validation images", xlabel="step")
@@ -85,7 +85,7 @@ def across(table: Table, experiment: Experiment) -> str | None:
     for row in table.rows:
         for end in ("paper", "ours"):
             found = {_last_number(m.name): value for m in table.measures if (value := _value(row, m, end))}
-            lines += [(f"{table.name(row)} ({end})", end, found)] if found else []
+            lines += [(f"{_name(table, row)} ({end})", end, found)] if found else []
     if not any(end == "ours" for _, end, _ in lines):
         return None
     with matplotlib.rc_context(_STYLE):
@@ -114,7 +114,7 @@ def _scatter(axis: Any, table: Table, rows: Sequence[Row], places: Mapping[str, 
                           label=end if number == 0 else None, **style)  # fmt: skip
             if len(rows) <= 24 and (end == "ours" or not row.runs):
                 spot = (place, value.mean * score.scale)
-                axis.annotate(_others(table, row, x), spot, xytext=(6, 4), textcoords="offset points", size=8)
+                axis.annotate(_plain(_others(table, row, x)), spot, xytext=(6, 4), textcoords="offset points", size=8)
     axis.margins(x=0.12)
     drawn = [place for end in places.values() for place in end if place]
     if min(drawn, default=0) > 0 and max(drawn) / min(drawn) >= 8:
@@ -137,7 +137,7 @@ def _dots(axis: Any, table: Table, rows: Sequence[Row], score: Measure) -> None:
         for number, (height, value) in enumerate(points):
             axis.errorbar(value.mean * score.scale, height, xerr=_bars(value, score.scale), fmt="o", capsize=3,
                           label=end if number == 0 else None, **style)  # fmt: skip
-    axis.set_yticks([len(rows) - i for i in range(len(rows))], [table.name(row) for row in rows])
+    axis.set_yticks([len(rows) - i for i in range(len(rows))], [_name(table, row) for row in rows])
     axis.set_ylim(0.4, len(rows) + 0.6)
     axis.margins(x=0.08)
     axis.grid(axis="y", visible=False)
@@ -187,6 +187,15 @@ def _axis_label(rows: Sequence[Row], x: str) -> str:
         return _with_unit(measure(x))
     units = {row.settings.get(x, "").partition(" ")[2] for row in rows} - {""}
     return ", ".join(sorted(units)) or label(x)
+
+
+def _name(table: Table, row: Row) -> str:
+    return _plain(table.name(row))
+
+
+def _plain(text: str) -> str:
+    """A dollar is no beginning of mathematics."""
+    return text.replace("$", r"\$")
 
 
 def _with_unit(shown: Measure) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -45,7 +46,7 @@ class Run:
 
     def measure(self, name: str) -> float | None:
         value = self.metrics.get(name)
-        return value if isinstance(value, float) else None
+        return value if isinstance(value, float) and math.isfinite(value) else None
 
 
 @dataclass(frozen=True)

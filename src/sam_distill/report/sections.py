@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image
@@ -69,6 +69,8 @@ def sections(found: Found, names: Sequence[str]) -> list[Section]:
             notes.append(f"From run folders; the {len(folder.runs)} rows of {name}/results.csv are not counted.")
         chosen = runs or (list(folder.runs) if folder else [])
         about = experiments.get(name) or told_apart(name, name.replace("_", " "), chosen)
+        if folder and name not in experiments:
+            about = replace(about, claim=_first_paragraph(folder))
         result.append(_section(about, chosen, folder, notes))
     return result
 
@@ -115,6 +117,14 @@ def _masks(about: Experiment, runs: Sequence[Run]) -> Iterator[Picture]:
         value, best = max(judged, key=lambda pair: pair[0])
         said = f"Image, teacher, student: the best run, {best.name} ({score.label} {score.shown(value)})"
         yield from _photo(f"{about.id}_best.jpg", best.masks, said)
+
+
+def _first_paragraph(committed: Committed) -> str:
+    """Of the README, below its heading, as plain text."""
+    readme = committed.folder / "README.md"
+    paragraphs = readme.read_text().split("\n\n") if readme.is_file() else []
+    first = next((text for text in paragraphs if text.strip() and not text.startswith("#")), "")
+    return re.sub(r"\*\*|`|\[(.*?)\]\(.*?\)", r"\1", " ".join(first.split()))
 
 
 def _illustrations(name: str, committed: Committed) -> Iterator[Picture]:

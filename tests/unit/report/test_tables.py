@@ -96,3 +96,12 @@ def test_numbers_are_shown_with_their_unit() -> None:
     assert measure("parameters").as_printed(632_000_000) == "632 M"
     assert measure("miou/point").as_printed(0.7057) == "0.7057"
     assert measure("unheard/of").shown(0.25) == "0.250"
+
+
+def test_runs_that_differ_in_too_much_for_a_table_keep_a_row_each(runs: Path, make_run: Callable[..., Path]) -> None:
+    for number in range(2):
+        make_run(f"run{number}", **{f"option_{letter}": number for letter in "abcdefgh"})
+    found = find(runs).runs
+    about = told_apart("train", "Training", found)
+    assert about.keys[0] == "run"
+    assert [len(row.runs) for row in tabulate(about, found).rows[:2]] == [1, 1]
