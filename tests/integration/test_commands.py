@@ -112,6 +112,7 @@ def test_mistakes_are_one_line(
     status = json.loads((tmp_path / "status.json").read_text())
     assert status["status"] == "failed"
     assert f"error: {status['why']}" == lines[0]
+    assert status["choices"]["strategy"] == "decoupled"
 
 
 @pytest.mark.parametrize(

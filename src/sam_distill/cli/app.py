@@ -83,8 +83,7 @@ def run(command: str, argv: Sequence[str], conf_dir: Path | None = None) -> int:
     name = processes.shared_name() or f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{token}"
     OmegaConf.register_new_resolver("run_token", lambda: token, replace=True)
     OmegaConf.register_new_resolver("run_name", lambda: name, replace=True)
-    if command == "bench":
-        argv = [f"suite={word}" if word.isidentifier() else word for word in argv]
+    argv = [_in_full(command, word) for word in argv]
     try:
         with _signals_end_it():
             return _run(command, continued(list(argv)), conf_dir)
@@ -96,6 +95,17 @@ def run(command: str, argv: Sequence[str], conf_dir: Path | None = None) -> int:
         raise
     except Exception as error:  # before any job has begun, so there is no log: a folder that can't be made, for one
         return _fail(_describe(error))
+
+
+def _in_full(command: str, word: str) -> str:
+    """`bench data`, `report DIR`: what a command is mostly asked may be said in short."""
+    if command == "bench" and word.isidentifier():
+        return f"suite={word}"
+    if command == "report" and word.startswith("experiment="):  # to Hydra a recipe for training
+        return word.replace("experiment", "only", 1)
+    if command == "report" and "=" not in word and not word.startswith("-"):
+        return f"runs={word}"
+    return word
 
 
 def _run(command: str, argv: list[str], conf_dir: Path) -> int:
@@ -164,7 +174,8 @@ def _run_job(cfg: DictConfig, command: str, argv: list[str], failed: list[str]) 
     if swept and recorded and _done_before(cfg, run_dir):
         print(f"job {settings.job.num} ({settings.job.override_dirname}) has finished before: {run_dir}")
         return
-    status = Status(run_dir, words, first, recorded, resumed=cfg.get("resume") is not None)
+    choices = {g: c for g, c in settings.runtime.choices.items() if c and not g.startswith("hydra/")}
+    status = Status(run_dir, words, choices, first, recorded, resumed=cfg.get("resume") is not None)
     if not first:
         log = log.with_suffix(f".{processes.name()}.log")
         _be_quiet(log)

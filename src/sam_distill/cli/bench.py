@@ -62,7 +62,7 @@ def bench(
         if chosen("step"):
             yield _step(sam, data, trainer, batch_size)
 
-    facts, found = machine(kind), []
+    facts, found = machine(trainer), []
     Console().print(", ".join(f"{name}: {value}" for name, value in facts.items()), highlight=False)
     for finding in findings():
         show(finding)

@@ -65,7 +65,7 @@ def judge(
         baseline = _never_looking(Judge(protocol).to(hardware.kind), teacher.sam, answers, bar)
     metrics: dict[str, Any] = result.compute() | baseline | {"images": images, "images_skipped": total - images}
     metrics |= {"seconds": round(seconds, 1), "images_per_second": round(images / seconds, 2)}
-    metrics["precision"] = hardware.num_format
+    metrics |= {"precision": hardware.num_format, "device": hardware.device_name}
     write_json(run_dir / "metrics.json", metrics | protocol.description)
     write_prompts(run_dir / "prompts.csv", result.comparisons)
     (run_dir / "pictures").mkdir(exist_ok=True)

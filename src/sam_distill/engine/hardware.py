@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import platform
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
@@ -44,6 +46,11 @@ class Hardware:
         return "cuda" if chosen == "gpu" else chosen
 
     @property
+    def device_name(self) -> str:
+        """The model of the GPU or processor."""
+        return torch.cuda.get_device_name() if self.kind == "cuda" else _processor()
+
+    @property
     def num_format(self) -> Literal["fp32", "bf16", "fp16"]:
         """The precision in force."""
         if self.precision != "auto":
@@ -75,6 +82,12 @@ class Hardware:
         """The same precision outside a trainer."""
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.num_format]
         return torch.autocast(self.kind, dtype=dtype, enabled=self.num_format != "fp32")
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
 
 
 def _gpu_has_bf16() -> bool:

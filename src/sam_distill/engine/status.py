@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from datetime import datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +16,24 @@ from sam_distill.files import write_json, write_text
 
 
 class Status:
-    """The record of one job. recorded: there is to be one. first: this process keeps it; others may say why."""
+    """The record of one job. recorded: there is to be one. first: this process keeps it; others may say why.
 
-    def __init__(self, run_dir: Path, command: list[str], first: bool, recorded: bool, resumed: bool) -> None:
+    choices: what was chosen from each group, `experiment` among them; config.yaml only has what came of it.
+    """
+
+    def __init__(
+        self, run_dir: Path, command: list[str], choices: dict[str, str], first: bool, recorded: bool, resumed: bool
+    ) -> None:
         self.run_dir, self.first, self.recorded = run_dir, first, recorded
-        self._content: dict[str, Any] = {"status": "running", "why": None, "command": command, "pid": os.getpid()}
-        self._content |= {"started": now(), "ended": None}
+        self._content: dict[str, Any] = {"status": "running", "why": None, "command": command, "choices": choices}
+        self._content |= {"pid": os.getpid(), "started": now(), "ended": None}
         self._history = _modified(run_dir)
         files = [run_dir / name for name in ("status.json", "config.yaml")] if resumed else []
         self._before = {file: file.read_text() for file in files if file.is_file()}
 
     def begin(self, config: str) -> None:
         if self.first and self.recorded:
+            self._content["version"] = version()
             write_text(self.run_dir / "config.yaml", config)
             self._write()
 
@@ -65,6 +73,19 @@ def fail(run_dir: Path, why: str) -> bool:
     content |= {"status": "failed", "why": why, "ended": now()}
     write_json(run_dir / "status.json", content)
     return True
+
+
+def version() -> str:
+    """Of this code: the release, and in a checkout the commit, `-dirty` if files differ from it."""
+    release, root = metadata.version("sam-distill"), Path(__file__).parents[3]
+    if not (root / ".git").exists():
+        return release
+    git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):  # no git, or a slow disk
+        commit = ""
+    return f"{release}+{commit}" if commit else release
 
 
 def now() -> str:

@@ -110,6 +110,7 @@ def fit(
         "images_per_step": images_per_step,
         "parameters": sum(p.numel() for p in student.image_encoder.parameters()),
         "precision": hardware.num_format,
+        "device": hardware.device_name,
         **protocol.description,
     }
     folder = RunFolder(run_dir, history, source, facts)

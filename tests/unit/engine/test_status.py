@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from importlib import metadata
 from pathlib import Path
 
 from sam_distill.engine.status import Status, fail
@@ -12,13 +13,16 @@ def said(run_dir: Path) -> tuple[str, str | None]:
 
 
 def status(run_dir: Path, first: bool = True, resumed: bool = False) -> Status:
-    return Status(run_dir, ["train", "seed=1"], first, recorded=True, resumed=resumed)
+    return Status(run_dir, ["train", "seed=1"], {"data": "photos"}, first, recorded=True, resumed=resumed)
 
 
 def test_one_process(tmp_path: Path) -> None:
     one = status(tmp_path)
     one.begin("seed: 1")
     assert said(tmp_path) == ("running", None)
+    record = json.loads((tmp_path / "status.json").read_text())
+    assert record["choices"] == {"data": "photos"}
+    assert record["version"].startswith(metadata.version("sam-distill"))
     assert one.end(None)
     assert said(tmp_path) == ("finished", None)
     assert not fail(tmp_path, "too late"), "it has finished"
@@ -57,7 +61,7 @@ def test_resuming_in_vain_leaves_the_record_as_it_was(tmp_path: Path) -> None:
 
 def test_a_command_without_records(tmp_path: Path) -> None:
     for first in (True, False):
-        job = Status(tmp_path, ["segment"], first, recorded=False, resumed=False)
+        job = Status(tmp_path, ["segment"], {}, first, recorded=False, resumed=False)
         job.begin("")
         assert job.end("mend me") == first, "only the first process speaks"
     assert not list(tmp_path.iterdir())

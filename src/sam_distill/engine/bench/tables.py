@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from sam_distill.engine.hardware import Hardware
 from sam_distill.evaluate.speed import Timing
 from sam_distill.files import write_json, write_text
 
@@ -65,21 +65,14 @@ def write(findings: Sequence[Finding], facts: dict[str, Any], folder: Path) -> N
     write_text(folder / "bench.md", "\n".join(lines))
 
 
-def machine(device: str) -> dict[str, Any]:
+def machine(hardware: Hardware) -> dict[str, Any]:
     """What the numbers were measured on."""
-    name = torch.cuda.get_device_name() if device == "cuda" else _processor()
-    return {"device": name, "threads": torch.get_num_threads(), "torch": str(torch.__version__)}
+    return {"device": hardware.device_name, "threads": torch.get_num_threads(), "torch": str(torch.__version__)}
 
 
 def _markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     lines = [columns, ["---"] * len(columns), *rows]
     return [f"| {' | '.join(line)} |" for line in lines]
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
 
 
 def _time(seconds: float) -> str:

@@ -1,0 +1,132 @@
+"""Write a report: report.html, which holds all it shows, and report.md with its pictures beside it."""
+
+from __future__ import annotations
+
+import base64
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from sam_distill.files import whole, write_text
+from sam_distill.report.experiments import label
+from sam_distill.report.plots import FAINT, INK
+from sam_distill.report.runs import Unusable
+from sam_distill.report.sections import Picture, Section
+from sam_distill.report.tables import history_csv, markdown, markdown_table, results_csv
+
+LEGEND = (
+    "**paper**: the numbers of MobileSAM's paper ([arXiv:2306.14289](https://arxiv.org/abs/2306.14289), version 2);"
+    " **ours**: measured by the runs of this report; **not run**: the paper has a number, we have no run for it yet.",
+    "A row of ours beside one of the paper has the same setting, named in the first columns. Data, teacher and budget"
+    " may be others: they are told below each table.",
+    "**mIoU**: the mean IoU between the masks of teacher and student for the same prompts, over prompts. Every number"
+    " is the mean over the runs of its setting, with the least and the greatest of them; for a single run, with the"
+    " middle 95% of a bootstrap over its images. Error bars are the same; bands are the least and the greatest.",
+    "**blind**: an encoder that answers every image with the teacher's mean embedding of the other images. A student"
+    " below it has learned nothing that depends on the image.",
+)
+
+
+@dataclass(frozen=True)
+class Report:
+    """title: of the page. waiting: the paper's tables and figures that nothing was run for."""
+
+    title: str
+    sections: Sequence[Section]
+    waiting: Sequence[Section]
+    unusable: Sequence[Unusable]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many runs have finished, failed, ..."""
+        finished = sum(len(section.runs) for section in self.sections)
+        return {"finished": finished, **Counter(one.kind for one in self.unusable)}
+
+    @property
+    def follows_the_paper(self) -> bool:
+        return any(section.experiment.place for section in self.sections)
+
+
+def write(report: Report, folder: Path) -> None:
+    """report.html, report.md and pictures/."""
+    (folder / "pictures").mkdir(parents=True, exist_ok=True)
+    for section in report.sections:
+        for picture in (*section.curves, *section.plots, *section.photos):
+            data = picture.content
+            if isinstance(data, str):
+                data = data.replace("<svg ", '<svg style="background: #fff" ', 1).encode()
+            with whole(folder / "pictures" / picture.file) as draft:
+                draft.write_bytes(data)
+    write_text(folder / "report.md", "\n".join(_markdown(report)) + "\n")
+    write_text(folder / "report.html", _html(report))
+
+
+def write_experiment(section: Section, folder: Path) -> None:
+    """The files of experiments/ID/: results.csv, history.csv with the curves, table.md."""
+    score = section.experiment.columns[0].name
+    write_text(folder / "results.csv", results_csv(section.experiment, section.runs))
+    write_text(folder / "table.md", markdown(section.table))
+    if any(run.curves for run in section.runs):
+        write_text(folder / "history.csv", history_csv(section.runs, [f"val/{score}", "train/loss"]))
+
+
+def _html(report: Report) -> str:
+    loader = PackageLoader("sam_distill.report", ".")
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"drawn": _drawn, "label": label, "emphasised": _emphasised}
+    return environment.get_template("report.html.j2").render(report=report, legend=LEGEND, today=date.today())
+
+
+def _drawn(picture: Picture) -> Markup:
+    """A picture as part of the page: an SVG takes the page's colours, dark ones too."""
+    if isinstance(picture.content, str):
+        svg = picture.content[picture.content.index("<svg") :]
+        return Markup(svg.replace(INK, "var(--ink)").replace(FAINT, "var(--line)"))
+    data = base64.b64encode(picture.content).decode()
+    return Markup('<img alt="{}" src="data:image/jpeg;base64,{}">').format(picture.caption, data)
+
+
+def _emphasised(text: str) -> Markup:
+    """A line of markdown with **bold** words and a link."""
+    parts = str(Markup.escape(text)).split("**")
+    html = "".join(f"<b>{part}</b>" if number % 2 else part for number, part in enumerate(parts))
+    before, _, rest = html.partition("[")
+    words, _, rest = rest.partition("](")
+    address, _, after = rest.partition(")")
+    return Markup(f'{before}<a href="{address}">{words}</a>{after}' if address else html)
+
+
+def _markdown(report: Report) -> Iterator[str]:
+    yield f"# {report.title}\n"
+    yield ", ".join(f"{number} {kind}" for kind, number in report.counts.items()) + f"; written on {date.today()}.\n"
+    for section in report.sections:
+        about = section.experiment
+        yield f"## {about.title}\n"
+        place = f" (paper, {about.place[0].lower()}{about.place[1:]})" if about.place else ""
+        yield from (f"{about.claim}{place}\n",) if about.claim else ()
+        yield markdown(section.table)
+        yield from (f"{note}\n" for note in section.notes)
+        for picture in (*section.curves, *section.plots, *section.photos):
+            yield f"![{picture.caption}](pictures/{picture.file})\n"
+        if section.facts:
+            yield "What was run on what:\n"
+            header, *rows = section.facts
+            yield markdown_table([header, ["---"] * len(header), *rows])
+    if report.waiting:
+        yield "## In the paper, not run yet\n"
+    for section in report.waiting:
+        yield f"**{section.experiment.place}**: {section.experiment.claim}\n"
+        yield from (markdown(section.table),) if section.table.rows else ()
+    if report.unusable:
+        yield "## Runs without scores\n"
+        yield from (f"- {one.name} ({one.kind}): {one.why}" for one in report.unusable)
+        yield ""
+    yield "## How to read this\n"
+    yield from (f"- {line}" for line in LEGEND)

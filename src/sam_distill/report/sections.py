@@ -1,0 +1,159 @@
+"""The sections of a report: for each experiment its table, plots and pictures."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from PIL import Image
+
+from sam_distill.report.experiments import Experiment, known, label, told_apart
+from sam_distill.report.plots import across, against, learning_curves
+from sam_distill.report.runs import Committed, Found, Run
+from sam_distill.report.tables import Table, tabulate
+
+_FACTS = ["date", "device", "precision", "encoder", "image_size", "teacher", "data", "batch_size", "steps", "images",
+          "seconds", "version"]  # fmt: skip
+_WIDTH = 1400  # of a picture, pixels
+
+
+@dataclass(frozen=True)
+class Picture:
+    """file: its name in pictures/. content: SVG text, or the bytes of a JPEG."""
+
+    file: str
+    content: str | bytes
+    caption: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """facts: header and rows of what was run on what. notes: what a reader must know beside the numbers."""
+
+    experiment: Experiment
+    table: Table
+    runs: Sequence[Run]
+    curves: Sequence[Picture]
+    plots: Sequence[Picture]
+    photos: Sequence[Picture]
+    facts: Sequence[Sequence[str]]
+    notes: Sequence[str]
+
+    @property
+    def coverage(self) -> tuple[int, int]:
+        """Of how many of the paper's rows there are runs, and how many it has."""
+        cited = [row for row in self.table.rows if row.paper]
+        return sum(bool(row.runs) for row in cited), len(cited)
+
+
+def present(found: Found) -> list[str]:
+    """The experiments that runs belong to: those of the paper in its order, the others after them."""
+    names = {run.experiment for run in found.runs if run.experiment}
+    names |= {one.folder.resolve().name for one in found.committed}
+    return [name for name in known() if name in names] + sorted(names - set(known()))
+
+
+def sections(found: Found, names: Sequence[str]) -> list[Section]:
+    """One for each of the experiments `names`."""
+    experiments = known()
+    committed = {one.folder.resolve().name: one for one in found.committed}
+    result = []
+    for name in names:
+        runs = [run for run in found.runs if run.experiment == name]
+        folder = committed.get(name)
+        notes = []
+        if folder and runs:
+            notes.append(f"From run folders; the {len(folder.runs)} rows of {name}/results.csv are not counted.")
+        chosen = runs or (list(folder.runs) if folder else [])
+        about = experiments.get(name) or told_apart(name, name.replace("_", " "), chosen)
+        if folder and name not in experiments:
+            about = replace(about, claim=_first_paragraph(folder))
+        result.append(_section(about, chosen, folder, notes))
+    return result
+
+
+def others(found: Found) -> list[Section]:
+    """Runs of no experiment, by the command that they are runs of."""
+    result = []
+    for command in dict.fromkeys(run.command for run in found.runs if not run.experiment):
+        runs = [run for run in found.runs if run.command == command and not run.experiment]
+        title = {"train": "Training runs of no experiment", "evaluate": "Evaluations"}.get(command, command)
+        result.append(_section(told_apart(command, title, runs), runs, None, []))
+    return result
+
+
+def not_run(names: Sequence[str]) -> list[Section]:
+    """The tables and figures of the paper that are not among `names`."""
+    return [_section(one, [], None, []) for name, one in known().items() if one.place and name not in names]
+
+
+def _section(about: Experiment, runs: Sequence[Run], committed: Committed | None, notes: Sequence[str]) -> Section:
+    table = tabulate(about, runs)
+    curves = learning_curves(table, about)
+    score = "mIoU" if about.across else about.columns[0].label
+    told = "Learning curves: the mean of each setting's runs, in their range"
+    drawn = [(x, against(table, about, x)) for x in about.plots]
+    drawn += [(about.across, across(table, about))] if about.across else []
+    return Section(
+        experiment=about,
+        table=table,
+        runs=runs,
+        curves=[Picture(f"{about.id}_curves.svg", curves, told)] if curves else [],
+        plots=[Picture(f"{about.id}_{_safe(x)}.svg", svg, f"{score}, against {label(x)}") for x, svg in drawn if svg],
+        photos=[*_masks(about, runs), *(_illustrations(about.id, committed) if committed else ())],
+        facts=_facts(runs),
+        notes=[*([about.note] if about.note else []), *notes],
+    )
+
+
+def _masks(about: Experiment, runs: Sequence[Run]) -> Iterator[Picture]:
+    """What the best run drew last."""
+    score = about.columns[0]
+    judged = [(value, run) for run in runs if run.masks and (value := run.measure(score.name)) is not None]
+    if judged:
+        value, best = max(judged, key=lambda pair: pair[0])
+        said = f"Image, teacher, student: the best run, {best.name} ({score.label} {score.shown(value)})"
+        yield from _photo(f"{about.id}_best.jpg", best.masks, said)
+
+
+def _first_paragraph(committed: Committed) -> str:
+    """Of the README, below its heading, as plain text."""
+    readme = committed.folder / "README.md"
+    paragraphs = readme.read_text().split("\n\n") if readme.is_file() else []
+    first = next((text for text in paragraphs if text.strip() and not text.startswith("#")), "")
+    return re.sub(r"\*\*|`|\[(.*?)\]\(.*?\)", r"\1", " ".join(first.split()))
+
+
+def _illustrations(name: str, committed: Committed) -> Iterator[Picture]:
+    """The pictures that an experiment's README shows, with its captions."""
+    readme = committed.folder / "README.md"
+    text = readme.read_text() if readme.is_file() else ""
+    for caption, file in re.findall(r"!\[(.*?)\]\((.*?)\)", text, re.DOTALL):
+        path = committed.folder / file
+        yield from _photo(f"{name}_{path.stem}.jpg", path, " ".join(caption.split()))
+
+
+def _photo(name: str, path: Path | None, caption: str) -> Iterator[Picture]:
+    """The picture as a JPEG of moderate size; none if the file is missing, damaged or no photograph."""
+    data = io.BytesIO()
+    try:
+        with Image.open(path or "") as image:
+            small = image.convert("RGB")
+    except OSError:
+        return
+    small.thumbnail((_WIDTH, 10 * _WIDTH))
+    small.save(data, "JPEG", quality=82)
+    yield Picture(name, data.getvalue(), caption)
+
+
+def _facts(runs: Sequence[Run]) -> list[list[str]]:
+    known_facts = [name for name in _FACTS if any(run.setting(name) for run in runs)]
+    header = ["run", *(label(name) for name in known_facts)]
+    return [header, *([run.name, *(run.setting(name) for name in known_facts)] for run in runs)] if runs else []
+
+
+def _safe(name: str) -> str:
+    return re.sub(r"\W+", "_", name)

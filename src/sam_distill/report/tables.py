@@ -1,0 +1,177 @@
+"""The table "paper | ours" of an experiment: its runs grouped by setting, beside the paper's rows; and results.csv."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from sam_distill.report.experiments import Experiment, Measure, label
+from sam_distill.report.runs import Run, shortest
+
+NOT_RUN = "not run"
+_FIRST = ["seed", "strategy", "encoder", "teacher", "data", "budget", "batch_size", "image_size", "optim.lr"]
+_LAST = ["precision", "device", "version", "date"]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The mean over runs, from the least to the greatest; of a single run the interval of its bootstrap, if known."""
+
+    mean: float
+    low: float
+    high: float
+    runs: int
+
+    @property
+    def spread(self) -> bool:
+        return self.high > self.low
+
+
+@dataclass(frozen=True)
+class Row:
+    """One setting. ours: by metric. paper: likewise, the paper's numbers. runs: ours. baseline: no student at all."""
+
+    settings: Mapping[str, str]
+    ours: Mapping[str, Estimate] = field(default_factory=dict)
+    paper: Mapping[str, float] = field(default_factory=dict)
+    runs: Sequence[Run] = ()
+    baseline: bool = False
+
+    def missing(self, name: str) -> str:
+        """What stands where a number of ours would."""
+        return NOT_RUN if name in self.paper and not self.runs else ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """keys, measures: those of the experiment that say anything here. cited: the measures that the paper gives."""
+
+    keys: Sequence[str]
+    measures: Sequence[Measure]
+    cited: frozenset[str]
+    rows: Sequence[Row]
+
+    @property
+    def has_paper(self) -> bool:
+        return bool(self.cited)
+
+    def name(self, row: Row) -> str:
+        """What tells a row from the others, in a line."""
+        return ", ".join(row.settings[key] for key in self.keys if row.settings.get(key))
+
+
+def tabulate(experiment: Experiment, runs: Sequence[Run]) -> Table:
+    """The paper's rows first, in its order, then those of our settings that it has not."""
+    groups: dict[tuple[str, ...], list[Run]] = {}
+    for run in sorted(runs, key=lambda run: [_number(_setting(run, key)) for key in experiment.keys]):
+        groups.setdefault(tuple(_setting(run, key) for key in experiment.keys), []).append(run)
+    names = [measure.name for measure in experiment.columns]
+    ours = [_row(dict(zip(experiment.keys, key, strict=True)), group, names) for key, group in groups.items()]
+    rows: list[Row] = []
+    for cited in experiment.paper:
+        keys = {key: _text(value) for key, value in cited.items() if key in experiment.keys}
+        paper = {name: float(value) for name, value in cited.items() if name in names}
+        twin = next((row for row in ours if all(row.settings.get(k) == v for k, v in keys.items())), None)
+        ours = [row for row in ours if row is not twin]
+        rows.append(replace(twin, paper=paper) if twin else Row(keys, paper=paper))
+    rows += ours
+    cited_names = frozenset(name for row in rows for name in row.paper)
+    measures = [m for m in experiment.columns if m.name in cited_names or any(m.name in row.ours for row in rows)]
+    varied = [key for key in experiment.keys if len({row.settings.get(key, "") for row in rows}) > 1]
+    blind = _row({}, runs, [f"blind/{name}" for name in names if name.startswith("miou/")])
+    if blind.ours:
+        never_looking = {name.removeprefix("blind/"): estimate for name, estimate in blind.ours.items()}
+        rows.append(Row({(varied or experiment.keys)[0]: "blind"}, never_looking, baseline=True))
+    return Table(varied or experiment.keys[:1], measures, cited_names, rows)
+
+
+def estimate(runs: Sequence[Run], name: str) -> Estimate | None:
+    values = [value for run in runs if (value := run.measure(name)) is not None]
+    if not values:
+        return None
+    low, high = min(values), max(values)
+    if len(values) == 1:
+        bounds = [runs[0].measure(f"{name}/{end}") for end in ("low", "high")]
+        low, high = (value if bound is None else bound for bound, value in zip(bounds, values * 2, strict=True))
+    return Estimate(sum(values) / len(values), low, high, len(values))
+
+
+def markdown(table: Table) -> str:
+    """As it stands in table.md and report.md."""
+    header = [label(key) for key in table.keys]
+    for measure in table.measures:
+        header += [f"{measure.label} (paper)"] * (measure.name in table.cited)
+        header += [f"{measure.label} (ours)"]
+    lines = [[*header, "runs"], ["---"] * (len(header) + 1)]
+    for row in table.rows:
+        cells = [row.settings.get(key, "") for key in table.keys]
+        for measure in table.measures:
+            cited, ours = row.paper.get(measure.name), row.ours.get(measure.name)
+            if measure.name in table.cited:
+                cells.append("" if cited is None else measure.as_printed(cited))
+            cells.append(_cell(measure, ours) if ours else row.missing(measure.name))
+        lines.append([*cells, "" if row.baseline else str(len(row.runs))])
+    return markdown_table(lines)
+
+
+def markdown_table(lines: Sequence[Sequence[str]]) -> str:
+    return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |\n" for line in lines)
+
+
+def results_csv(experiment: Experiment, runs: Sequence[Run]) -> str:
+    """A row per run: what told it apart, what it was asked, what was measured, what it ran on."""
+    values = [{**run.metrics, **{k: run.setting(k) for k in dict.fromkeys([*experiment.keys, *_FIRST, *_LAST])}}
+              for run in runs]  # fmt: skip
+    head = list(dict.fromkeys([*experiment.keys, *_FIRST]))
+    measured = dict.fromkeys(name for run in runs for name in run.metrics if name not in (*head, *_LAST))
+    columns = [name for name in [*head, *measured, *_LAST] if any(row.get(name, "") != "" for row in values)]
+    columns = ["run", *(name for name in columns if name != "run")]
+    return _csv(columns, [{**row, "run": run.name} for run, row in zip(runs, values, strict=True)])
+
+
+def history_csv(runs: Sequence[Run], names: Sequence[str]) -> str:
+    """The curves `names` of all runs, a row per run and step."""
+    rows = []
+    for run in runs:
+        by_step: dict[int, dict[str, float]] = {}
+        for name in names:
+            for step, value in run.curves.get(name, ()):
+                by_step.setdefault(step, {})[name] = value
+        rows += [{"run": run.name, "step": step, **by_step[step]} for step in sorted(by_step)]
+    return _csv(["run", "step", *names], rows)
+
+
+def _csv(columns: Sequence[str], rows: Sequence[Mapping[str, object]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({k: shortest(v) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    return text.getvalue()
+
+
+def _row(settings: Mapping[str, str], runs: Sequence[Run], names: Sequence[str]) -> Row:
+    found = {name: estimate(runs, name) for name in names}
+    return Row(settings, {name: value for name, value in found.items() if value is not None}, runs=runs)
+
+
+def _cell(measure: Measure, ours: Estimate) -> str:
+    spread = f" ({measure.number(ours.low)} to {measure.number(ours.high)})" if ours.spread else ""
+    return measure.shown(ours.mean) + spread
+
+
+def _setting(run: Run, key: str) -> str:
+    return run.name if key == "run" else run.setting(key)
+
+
+def _text(value: object) -> str:
+    return shortest(float(value)) if isinstance(value, (int, float)) else str(value)
+
+
+def _number(text: str) -> float:
+    """Sorts `8 epochs` before `16 epochs`, and leaves words after them in the order in which they were found."""
+    try:
+        return float(text.partition(" ")[0])
+    except ValueError:
+        return float("inf")

@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sam_distill.report.experiments import known, measure, told_apart
+from sam_distill.report.runs import find
+from sam_distill.report.tables import history_csv, markdown, results_csv, tabulate
+
+
+def test_the_papers_numbers_are_well_formed() -> None:
+    """Every row of the paper has a key to be found by and a number in a column."""
+    for experiment in known().values():
+        columns = {column.name for column in experiment.columns}
+        assert experiment.claim
+        for row in experiment.paper:
+            assert experiment.place
+            assert set(row) <= columns | set(experiment.keys), experiment.id
+            assert set(row) & set(experiment.keys)
+            assert any(isinstance(row.get(name), (int, float)) for name in columns)
+
+
+def test_table4_says_what_the_paper_says() -> None:
+    table = tabulate(known()["table4_compute"], [])
+    cells = [line.split("|")[1:5] for line in markdown(table).splitlines()[2:]]
+    assert [[cell.strip() for cell in line] for line in cells] == [
+        ["4", "2 epochs", "0.7057", "not run"],
+        ["8", "4 epochs", "0.7286", "not run"],
+        ["8", "8 epochs", "0.7447", "not run"],
+    ]
+
+
+def test_our_runs_stand_beside_the_papers_rows(runs: Path, make_run: Callable[..., Path]) -> None:
+    for seed, score in enumerate((0.6, 0.7)):
+        make_run(f"a{seed}", score=score, batch_size=8, budget="8 epochs", seed=seed)
+    make_run("own", score=0.4, batch_size=16, budget="8 epochs")
+    table = tabulate(known()["table4_compute"], find(runs).runs)
+    assert [dict(row.settings) for row in table.rows[:4]] == [
+        {"batch_size": "4", "budget": "2 epochs"},
+        {"batch_size": "8", "budget": "4 epochs"},
+        {"batch_size": "8", "budget": "8 epochs"},
+        {"batch_size": "16", "budget": "8 epochs"},
+    ]
+    both = table.rows[2]
+    assert both.paper["miou/point"] == 0.7447
+    ours = both.ours["miou/point"]
+    assert (ours.mean, ours.low, ours.high, ours.runs) == (pytest.approx(0.65), 0.6, 0.7, 2)
+    assert table.rows[0].missing("miou/point") == "not run"
+    assert table.rows[3].missing("miou/point") == ""
+    assert table.rows[4].baseline
+    assert table.rows[4].ours["miou/point"].mean == pytest.approx(0.2)
+    assert "| 8 | 8 epochs | 0.7447 | 0.650 (0.600 to 0.700) |" in markdown(table)
+
+
+def test_a_single_run_shows_its_bootstrap(runs: Path, make_run: Callable[..., Path]) -> None:
+    folder = make_run("a", score=0.5)
+    (folder / "prompts.csv").write_text("image,kind,iou\n1,point,0\n2,point,1\n")
+    ours = tabulate(known()["table4_compute"], find(runs).runs).rows[2].ours["miou/point"]
+    assert (ours.mean, ours.low, ours.high) == (0.5, 0.0, 1.0)
+
+
+def test_results_and_curves_can_be_read_back(runs: Path, make_run: Callable[..., Path], tmp_path: Path) -> None:
+    for seed in (0, 1):
+        make_run(f"decoupled{seed}", score=0.1 + seed / 3, seed=seed, experiment="table2_strategies")
+    make_run("coupled", strategy="coupled", experiment="table2_strategies", score=0.0)
+    about, found = known()["table2_strategies"], find(runs).runs
+    folder = tmp_path / "experiments" / "table2_strategies"
+    folder.mkdir(parents=True)
+    (folder / "results.csv").write_text(results_csv(about, found))
+    (folder / "history.csv").write_text(history_csv(found, ["val/miou/point", "train/loss"]))
+    (committed,) = find(tmp_path / "experiments").committed
+    assert markdown(tabulate(about, committed.runs)) == markdown(tabulate(about, found))
+    assert committed.runs[0].curves == found[0].curves
+    assert results_csv(about, committed.runs) == results_csv(about, found)
+    rows = list(csv.DictReader(io.StringIO(results_csv(about, found))))
+    assert [(row["run"], row["strategy"], row["seed"]) for row in rows][2] == ("coupled", "coupled", "0")
+    assert str(tmp_path) not in results_csv(about, found)
+
+
+def test_runs_of_no_experiment_are_told_apart_by_what_differs(runs: Path, make_run: Callable[..., Path]) -> None:
+    make_run("a", batch_size=4, trainer={"workers": 1})
+    make_run("b", batch_size=8, trainer={"workers": 2}, seed=1)
+    make_run("c", batch_size=16, encoder={"_target_": "x.TimmEncoder", "name": "resnet18", "depth": 3})
+    found = find(runs).runs
+    about = told_apart("train", "Training", found)
+    assert list(about.keys) == ["encoder", "batch_size"], "not the machine's, nor the seed, nor what only timm has"
+    assert len(tabulate(about, found).rows) == 3 + 1
+
+
+def test_numbers_are_shown_with_their_unit() -> None:
+    assert measure("parameters").shown(5743892) == "5.74 M"
+    assert measure("parameters").as_printed(632_000_000) == "632 M"
+    assert measure("miou/point").as_printed(0.7057) == "0.7057"
+    assert measure("unheard/of").shown(0.25) == "0.250"
+
+
+def test_runs_that_differ_in_too_much_for_a_table_keep_a_row_each(runs: Path, make_run: Callable[..., Path]) -> None:
+    for number in range(2):
+        make_run(f"run{number}", **{f"option_{letter}": number for letter in "abcdefgh"})
+    found = find(runs).runs
+    about = told_apart("train", "Training", found)
+    assert about.keys[0] == "run"
+    assert [len(row.runs) for row in tabulate(about, found).rows[:2]] == [1, 1]
