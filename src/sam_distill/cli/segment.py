@@ -20,6 +20,7 @@ from pydantic import Field
 from sam_distill.data.choice import is_image, unique_keys
 from sam_distill.engine.hardware import Hardware
 from sam_distill.engine.progress import Tally
+from sam_distill.files import write_text
 from sam_distill.images import decode
 from sam_distill.models.checkpoints import Checkpoint, load_sam
 from sam_distill.predict.mask_generator import SamAutomaticMaskGenerator
@@ -146,7 +147,7 @@ def _everything(
     records = generator.generate(picture)
     described = {"image_id": number, "width": picture.width, "height": picture.height, "file_name": file.name}
     annotations = [{"id": index, **record} for index, record in enumerate(records)]
-    target.with_suffix(".json").write_text(json.dumps({"image": described, "annotations": annotations}))
+    write_text(target.with_suffix(".json"), json.dumps({"image": described, "annotations": annotations}))
     by_size = sorted(records, key=lambda record: -record["area"])
     masks = ((coco.decode(record["segmentation"]).astype(bool), record["bbox"]) for record in by_size)
     return coloured(picture, masks), f"{len(records)} masks"
