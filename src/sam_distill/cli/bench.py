@@ -28,6 +28,7 @@ from sam_distill.models.sam import Sam
 from sam_distill.prompts.samplers import Points
 from sam_distill.strategies.decoupled import Decoupled
 from sam_distill.teachers import CachedTeacher, save_parts
+from sam_distill.types import UserError
 
 
 def bench(
@@ -40,6 +41,7 @@ def bench(
     points_per_side: Annotated[int, Field(ge=1)],
     seconds: Annotated[float, Field(gt=0)],
     compiled: bool,
+    exported: str | None,
     run_dir: Path,
 ) -> None:
     """Measure speed side by side with the peers' code; conf/bench.yaml says what each option means."""
@@ -53,7 +55,7 @@ def bench(
             yield from bench_data(data, trainer.num_workers, seconds)
         sam = load_sam(checkpoint)
         if chosen("encoder"):
-            yield bench_encoder(sam, kind, compiled, seconds)
+            yield bench_encoder(sam, kind, compiled, None if exported is None else _folder(exported), seconds)
         if chosen("decoder"):
             yield from bench_decoder(sam, kind, seconds)
         if chosen("everything"):
@@ -69,6 +71,13 @@ def bench(
         found.append(finding)
         write(found, facts, run_dir)
     Console().print(f"table  {run_dir / 'bench.md'}", highlight=False, soft_wrap=True)
+
+
+def _folder(exported: str) -> Path:
+    folder = Path(exported).expanduser()
+    if not (folder / "encoder.onnx").is_file():
+        raise UserError(f"exported={exported}: no encoder.onnx there; sam-distill export format=onnx writes one")
+    return folder
 
 
 def _step(sam: Sam, data: DataSource, trainer: Hardware, batch_size: int) -> Finding:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from copy import deepcopy
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,8 +28,11 @@ PAPER_DECODER = "paper, section 1, one GPU: 4 ms for one prompt"
 
 
 @torch.inference_mode()
-def bench_encoder(sam: Sam, device: str, compiled: bool, seconds: float) -> Finding:
-    """One image of 1024 x 683, normalised and padded, in fp32 and in bf16."""
+def bench_encoder(sam: Sam, device: str, compiled: bool, exported: Path | None, seconds: float) -> Finding:
+    """One image of 1024 x 683, normalised and padded, in fp32 and in bf16.
+
+    exported: what `sam-distill export format=onnx` has written of this model; without it, that is done here.
+    """
     image, sizes = _image(device)
     sam = sam.to(device).to(memory_format=torch.channels_last)
 
@@ -45,7 +49,7 @@ def bench_encoder(sam: Sam, device: str, compiled: bool, seconds: float) -> Find
         twin.image_encoder = torch.compile(twin.image_encoder)  # type: ignore[assignment]
         contenders.append(Contender("sam-distill, bf16, torch.compile", encode(torch.bfloat16, twin)))
     if device == "cpu" and find_spec("onnx") and find_spec("onnxruntime") and find_spec("onnxscript"):
-        contenders.append(Contender("sam-distill, ONNX Runtime, fp32", _onnx_encoder(sam, image)))
+        contenders += _onnx_encoders(sam, image, exported)
     peer = peer_of(sam)
     if peer is not None:
         name, model = peer[0], peer[1].to(device)
@@ -59,14 +63,19 @@ def bench_encoder(sam: Sam, device: str, compiled: bool, seconds: float) -> Find
     return Finding(what, "image", race(contenders, device, seconds), note)
 
 
-def _onnx_encoder(sam: Sam, image: Tensor) -> Callable[[], object]:
+def _onnx_encoders(sam: Sam, image: Tensor, exported: Path | None) -> Iterator[Contender]:
     from sam_distill.export.onnx import open_session, write_encoder
 
-    with TemporaryDirectory() as folder:
-        write_encoder(sam, Path(folder) / "encoder.onnx")
-        session = open_session(Path(folder) / "encoder.onnx")
     pixels = image[0, :, : SIZE[0]].permute(1, 2, 0).contiguous().numpy()
-    return lambda: session.run(None, {"image": pixels})
+    with TemporaryDirectory() as place:
+        folder = exported or Path(place)
+        if exported is None:
+            write_encoder(sam, folder / "encoder.onnx")
+        for precision, file in (("fp32", folder / "encoder.onnx"), ("int8", folder / "encoder.int8.onnx")):
+            if file.is_file():
+                session = open_session(file)
+                run = partial(session.run, None, {"image": pixels})
+                yield Contender(f"sam-distill, ONNX Runtime, {precision}", run)
 
 
 @torch.inference_mode()
