@@ -8,6 +8,7 @@ from __future__ import annotations
 import pkgutil
 import shlex
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -138,8 +139,19 @@ class _Composer:
         allowed = _parameters_of(cfg, parent)
         if key in allowed:  # a parameter with a default of its own, that no file mentions
             return f"in no file yet; add it with +{override.input_line}"
+        if elsewhere := self._choices_with(key):
+            return f"no such key with the {key.partition('.')[0]} chosen; there is one with {', '.join(elsewhere)}"
         guess = nearest(key, known | allowed)
         return f"no such key{guess and f'; did you mean {guess}?'}"
+
+    def _choices_with(self, key: str) -> list[str]:
+        """Choices of the group that `key` begins with, such as strategy=coupled, that do have this key."""
+        group, having = key.partition(".")[0], []
+        for choice in self.loader.get_group_options(group):
+            with suppress(*BAD_CONFIG):
+                if key in _dotted_names(self.compose([f"{group}={choice}"])):
+                    having.append(f"{group}={choice}")
+        return having
 
 
 def _torn_off(text: str, words: list[str]) -> list[str]:

@@ -94,6 +94,12 @@ def test_all_mistakes_are_told_at_once() -> None:
     assert any("did you mean" in line and "tinyvit" in line for line in told)
 
 
+def test_a_key_of_another_choice() -> None:
+    (told,) = mistakes("train", "strategy.rounds=2")
+    assert "no such key with the strategy chosen; there is one with strategy=coupled, " in told
+    assert "decoupled" not in told
+
+
 def test_options_that_a_strategy_inherits_are_checked_too() -> None:
     told = mistakes("train", "strategy=coupled", "+strategy.tokns=all", "strategy.rounds=0", "strategy.decoder=new")
     assert len(told) == 3
