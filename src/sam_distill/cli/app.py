@@ -84,6 +84,8 @@ def run(command: str, argv: Sequence[str], conf_dir: Path | None = None) -> int:
     OmegaConf.register_new_resolver("run_token", lambda: token, replace=True)
     OmegaConf.register_new_resolver("run_name", lambda: name, replace=True)
     argv = [_in_full(command, word) for word in argv]
+    if sum(word.startswith("runs=") for word in argv if command == "report") > 1:
+        return _fail("runs: several folders given; name one that holds them all", status=2)
     try:
         with _signals_end_it():
             return _run(command, continued(list(argv)), conf_dir)

@@ -39,6 +39,8 @@ def cache(
         found = verify(folder)
         log.info("%s is whole: %d images; tars: %d", folder, found["images"], found["tars"])
         return
+    if data.shortage:
+        log.warning(data.shortage)
     job = CacheJob(data, teacher, trainer, folder, dtype, quality, batch_size, tar_images)
     if plan:
         if not plan_cache(job):

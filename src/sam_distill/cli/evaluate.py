@@ -36,6 +36,8 @@ def evaluate(
     trained_on = _data_path(Path(checkpoint).expanduser())
     if split == "all" and trained_on and trained_on == _data_path(run_dir):
         log.warning("split=all judges on images that %s was trained on, too; split=val does not", checkpoint)
+    if split == "val" and data.shortage:
+        log.warning(data.shortage)
     judge(
         student=load_sam(checkpoint),
         teacher=answering(teacher, data),

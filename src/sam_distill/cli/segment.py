@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -29,6 +29,8 @@ from sam_distill.predict.predictor import SamPredictor
 from sam_distill.types import UserError
 
 log = logging.getLogger(__name__)
+
+DOUBTS = "of a student try generator.pred_iou_thresh=0.5 generator.stability_score_thresh=0.7"
 
 Point = Annotated[Sequence[float], Field(min_length=2, max_length=2)]
 Box = Annotated[Sequence[float], Field(min_length=4, max_length=4)]
@@ -49,6 +51,7 @@ def segment(
 ) -> None:
     """Cut one thing or everything out of `image`; conf/segment.yaml says what each option means."""
     jobs = _jobs(image, Path(path))
+    _spare_the_images(jobs)
     coordinates, signs = _points(point, points, labels)
     asked = bool(coordinates) or box is not None
     if everything and asked:
@@ -68,10 +71,11 @@ def segment(
             try:
                 picture, _ = decode(file, full=True)
                 if everything:
-                    result, said = _everything(make, picture, file, number, target)
+                    records, result, said = _everything(make, picture)
                 else:
-                    result, said = _one_thing(predictor, picture, file, coordinates, signs, box)
+                    records, result, said = _one_thing(predictor, picture, file, coordinates, signs, box)
                 result.save(target)
+                _write_json(target.with_suffix(".json"), file, number, picture, records)
             except OSError as error:
                 raise UserError(f"path={path}: cannot be written ({error.strerror or error})") from error
             except UserError as error:
@@ -114,6 +118,14 @@ def _jobs(image: str, path: Path) -> list[tuple[Path, Path]]:
     return jobs
 
 
+def _spare_the_images(jobs: Sequence[tuple[Path, Path]]) -> None:
+    """Neither an image nor a JSON beside it may be written over."""
+    images = {file.resolve().with_suffix("") for file, _ in jobs}
+    for _, target in jobs:
+        if target.resolve().with_suffix("") in images:
+            raise UserError(f"{target} and its JSON would lie over an image or its JSON: give another path")
+
+
 def _one_thing(
     predictor: SamPredictor,
     picture: Image.Image,
@@ -121,8 +133,8 @@ def _one_thing(
     coordinates: Sequence[Point],
     signs: Sequence[int],
     box: Box | None,
-) -> tuple[Image.Image, str]:
-    """The picture with the mask drawn in, and a word on it."""
+) -> tuple[list[dict[str, Any]], Image.Image, str]:
+    """A record as SA-1B has it, the picture with the mask drawn in, and a word on it."""
     for x, y in [*coordinates, *([] if box is None else [box[:2], box[2:]])]:
         if not (0 <= x <= picture.width and 0 <= y <= picture.height):
             raise UserError(f"({x:g}, {y:g}) lies outside {file}, which is {picture.width} x {picture.height} pixels")
@@ -137,20 +149,28 @@ def _one_thing(
     mask = masks[iou.argmax()]
     estimate = min(1.0, float(iou.max()))  # the decoder's own, which may overshoot
     drawn = overlay(picture, mask, points=coordinates, labels=signs, box=box)
-    return drawn, f"{100 * mask.mean():.1f}% of the image, predicted IoU {estimate:.2f}"
+    runs = coco.encode(np.asfortranarray(mask, dtype=np.uint8))
+    record = {"area": int(mask.sum()), "bbox": coco.toBbox(runs).tolist(), "predicted_iou": float(iou.max())}
+    record["segmentation"] = {"size": runs["size"], "counts": runs["counts"].decode()}
+    return [record], drawn, f"{100 * mask.mean():.1f}% of the image, predicted IoU {estimate:.2f}"
 
 
 def _everything(
-    generator: SamAutomaticMaskGenerator, picture: Image.Image, file: Path, number: int, target: Path
-) -> tuple[Image.Image, str]:
-    """The picture with all masks drawn in, large ones below; beside `target` SA-1B's JSON of them."""
+    generator: SamAutomaticMaskGenerator, picture: Image.Image
+) -> tuple[list[dict[str, Any]], Image.Image, str]:
+    """A record for each mask, the picture with all of them drawn in, large ones below, and a word on it."""
     records = generator.generate(picture)
-    described = {"image_id": number, "width": picture.width, "height": picture.height, "file_name": file.name}
-    annotations = [{"id": index, **record} for index, record in enumerate(records)]
-    write_text(target.with_suffix(".json"), json.dumps({"image": described, "annotations": annotations}))
     by_size = sorted(records, key=lambda record: -record["area"])
     masks = ((coco.decode(record["segmentation"]).astype(bool), record["bbox"]) for record in by_size)
-    return coloured(picture, masks), f"{len(records)} masks"
+    said = f"{len(records)} masks" if records else f"no mask that the model trusts; {DOUBTS}"
+    return records, coloured(picture, masks), said
+
+
+def _write_json(target: Path, file: Path, number: int, picture: Image.Image, records: Sequence[dict[str, Any]]) -> None:
+    """As SA-1B has it."""
+    described = {"image_id": number, "width": picture.width, "height": picture.height, "file_name": file.name}
+    annotations = [{"id": index, **record} for index, record in enumerate(records)]
+    write_text(target, json.dumps({"image": described, "annotations": annotations}))
 
 
 def _points(

@@ -36,7 +36,7 @@ def _listed(sources: Sources, group: str, chosen: Any) -> str:
 def _table(rows: Iterator[tuple[str, Any, str]]) -> Table:
     table = Table.grid(padding=(0, 2))
     for key, value, comment in rows:
-        table.add_row(Text(f"  {key}={show(value)}"), Text(comment.strip(": ")))
+        table.add_row(Text(f"  {key}={show(value)}", overflow="fold"), Text(comment.strip(": ")))
     return table
 
 

@@ -87,16 +87,18 @@ def _never_looking(judge: Judge, teacher: Sam, answers: list[Answer], bar: Progr
 
 
 def _tell(metrics: Mapping[str, Any], kinds: Sequence[str], run_dir: Path) -> None:
-    table = Table("", "student", "blind", title=f"Agreement with the teacher on {metrics['images']} images")
+    table = Table("", "student", "blind", "prompts", title=f"Agreement with the teacher on {metrics['images']} images")
     for kind in kinds:
         never_looking = metrics.get(f"blind/miou/{kind}")
         shown = "" if never_looking is None else f"{never_looking:.4f}"
         ours = metrics.get(f"miou/{kind}")
-        table.add_row(f"miou/{kind}", "no image is large enough" if ours is None else f"{ours:.4f}", shown)
+        prompts = metrics.get(f"prompts/{kind}", 0)
+        table.add_row(f"miou/{kind}", "images too small" if ours is None else f"{ours:.4f}", shown, str(prompts))
     table.add_row("embedding MSE", f"{metrics['embedding_mse']:.5f}")
     table.add_row("embedding cosine", f"{metrics['embedding_cosine']:.4f}")
     skipped = metrics["prompts_skipped"]
-    table.add_row("prompts", f"{metrics['prompts']}" + (f" ({skipped} without a teacher's mask)" if skipped else ""))
+    if skipped:
+        table.add_row("left out", f"{skipped} prompts without a teacher's mask")
     console = Console()
     console.print(table)
     part = metrics.get("blind/images", 0)

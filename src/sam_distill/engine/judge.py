@@ -68,6 +68,7 @@ class Judge(nn.Module):
         scores = {kind: metric.compute() for kind, metric in self.miou.items()}  # type: ignore[operator]
         asked = {kind: score for kind, score in scores.items() if score["prompts"] + score["skipped"] > 0}
         result = {f"miou/{kind}": float(score["miou"]) for kind, score in asked.items()}
+        result |= {f"prompts/{kind}": int(score["prompts"]) for kind, score in asked.items()}
         result |= {name: float(metric.compute()) for name, metric in self.errors.items()}  # type: ignore[operator]
         result["prompts"] = sum(int(score["prompts"]) for score in scores.values())
         result["prompts_skipped"] = sum(int(score["skipped"]) for score in scores.values())

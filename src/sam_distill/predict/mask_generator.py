@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image
+from pydantic import Field
 from torchvision.ops import nms
 
 from sam_distill.models.sam import Sam
@@ -61,13 +62,13 @@ class SamAutomaticMaskGenerator:
     def __init__(
         self,
         model: Sam,
-        points_per_side: int | None = 32,
-        points_per_batch: int = 64,
-        pred_iou_thresh: float = 0.88,
+        points_per_side: Annotated[int, Field(ge=1)] | None = 32,
+        points_per_batch: Annotated[int, Field(ge=1)] = 64,
+        pred_iou_thresh: Annotated[float, Field(le=1)] = 0.88,
         stability_score_thresh: float = 0.95,
         stability_score_offset: float = 1.0,
         box_nms_thresh: float = 0.7,
-        crop_n_layers: int = 0,
+        crop_n_layers: Annotated[int, Field(ge=0)] = 0,
         crop_nms_thresh: float = 0.7,
         crop_overlap_ratio: float = 512 / 1500,
         crop_n_points_downscale_factor: int = 1,

@@ -20,6 +20,7 @@ from sam_distill.types import FRAME, MULTI, SINGLE, Prompts
 
 Picture = np.ndarray | Tensor | Image.Image | str | Path
 Answer = tuple[np.ndarray, np.ndarray, np.ndarray]
+_PROMPT = {"point_coords", "point_labels", "box", "mask_input", "multimask_output", "return_logits"}
 
 
 class SamPredictor:
@@ -64,6 +65,8 @@ class SamPredictor:
     def set_images(self, images: Sequence[Picture], image_format: str = "RGB") -> None:
         """Encode several images, whatever their sizes, together; `predict_batch` answers for them."""
         pictures = [picture(image, image_format) for image in images]
+        if not pictures:
+            raise ValueError("no image: give one at least")
         self._encode([to_frame(p).to(self.device) for p in pictures], [(p.height, p.width) for p in pictures])
 
     def set_torch_image(self, transformed_image: Tensor, original_image_size: Size) -> None:
@@ -102,6 +105,9 @@ class SamPredictor:
         """
         if len(prompts) != len(self.original_sizes):
             raise ValueError(f"{len(prompts)} prompts for {len(self.original_sizes)} images: give one for each")
+        unknown = {name for prompt in prompts for name in prompt} - _PROMPT
+        if unknown:
+            raise ValueError(f"a prompt has no {', '.join(sorted(unknown))}; it may have {', '.join(sorted(_PROMPT))}")
         options = {"multimask_output": multimask_output, "return_logits": return_logits}
         return [self._answer(index, **{**options, **prompt}) for index, prompt in enumerate(prompts)]
 
@@ -195,6 +201,8 @@ def picture(image: Picture, image_format: str = "RGB") -> Image.Image:
         return decode(Path(image), full=True)[0]
     if isinstance(image, Image.Image):
         return image.convert("RGB")
+    if not isinstance(image, np.ndarray | Tensor):
+        raise TypeError(f"an image is an array, a tensor, a Pillow image or a path, not a {type(image).__name__}")
     array = image.detach().cpu().movedim(0, -1).numpy() if isinstance(image, Tensor) else image
     if array.ndim != 3 or array.shape[-1] != 3 or array.dtype != np.uint8:
         kind = "[3, H, W]" if isinstance(image, Tensor) else "[H, W, 3]"

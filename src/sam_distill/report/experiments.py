@@ -69,7 +69,8 @@ def known() -> dict[str, Experiment]:
 def told_apart(name: str, title: str, runs: Sequence[Run]) -> Experiment:
     """An experiment that no file describes: its keys are what the runs differ in, beside the seed."""
     metrics = {metric for run in runs for metric in run.metrics}
-    columns = [measure(column) for column in _COLUMNS if column in metrics] or [measure(_COLUMNS[0])]
+    pairs = [name for name in _content()["metrics"] if name.startswith("miou/pair_")]
+    columns = [measure(column) for column in [*pairs, *_COLUMNS] if column in metrics] or [measure(_COLUMNS[0])]
     keys = _differing(runs) or ["run"]
     if len(keys) > _MANY:  # then each run has a row: those that the table can't tell apart are not the same
         keys = ["run", *keys[: _MANY - 1]]

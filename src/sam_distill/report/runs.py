@@ -139,7 +139,8 @@ def _settings(config: Mapping[str, Any], choices: Mapping[str, str]) -> dict[str
     settings: dict[str, Value] = {}
     for key, value in config.items():
         if isinstance(value, dict) and "_target_" in value:
-            chosen = str(choices.get(key, value["_target_"].rpartition(".")[2].lower()))
+            kind = value["_target_"].rpartition(".")[2].lower()
+            chosen = str(choices.get(key) or (value.get("checkpoint") if key == "teacher" else "") or kind)
             variant = str(value.get("name" if "name" in value else "size") or "")
             settings[key] = chosen if chosen.endswith(variant) else f"{chosen} {variant}"
     for key, value in _leaves(config):
