@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
+from pycocotools import mask as coco
 
 from sam_distill.cli import app
 from sam_distill.data.annotations import draw_annotations
