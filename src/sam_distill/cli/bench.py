@@ -62,7 +62,7 @@ def bench(
             picture, _ = decode(example_jpegs(data)[0], full=True)
             yield bench_everything(sam, np.asarray(picture), points_per_side, kind)
         if chosen("step"):
-            yield _step(sam, data, trainer, batch_size)
+            yield _step(load_sam(checkpoint), data, trainer, batch_size)
 
     facts, found = machine(trainer), []
     Console().print(", ".join(f"{name}: {value}" for name, value in facts.items()), highlight=False)

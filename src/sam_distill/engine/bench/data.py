@@ -26,7 +26,7 @@ from sam_distill.images import decode, to_frame
 from sam_distill.types import EMBED_DIM, FRAME, GRID, Sample, UserError
 
 IMAGES = 16  # at a time
-SA1B = (2250, 1500)  # width and height of most of SA-1B's images
+SA1B = (2250, 1500)  # width and height of SA-1B's images, on average
 
 
 def bench_data(source: DataSource, workers: int, seconds: float) -> Iterator[Finding]:

@@ -27,7 +27,7 @@ PAPER_ENCODER = "paper, Table 3, one GPU: ViT-H 632M parameters, 452 ms; MobileS
 PAPER_DECODER = "paper, section 1, one GPU: 4 ms for one prompt"
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def bench_encoder(sam: Sam, device: str, compiled: bool, exported: Path | None, seconds: float) -> Finding:
     """One image of 1024 x 683, normalised and padded, in fp32 and in bf16.
 
@@ -78,7 +78,7 @@ def _onnx_encoders(sam: Sam, image: Tensor, exported: Path | None) -> Iterator[C
                 yield Contender(f"sam-distill, ONNX Runtime, {precision}", run)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def bench_decoder(sam: Sam, device: str, seconds: float) -> Iterator[Finding]:
     """Point prompts on one image, three masks each: prompt encoder and mask decoder, low-res logits."""
     image, sizes = _image(device)
