@@ -45,7 +45,7 @@ def bench(
     run_dir: Path,
 ) -> None:
     """Measure speed side by side with the peers' code; conf/bench.yaml says what each option means."""
-    kind = trainer.kind
+    kind, folder = trainer.kind, None if exported is None else _folder(exported)
 
     def chosen(name: str) -> bool:
         return suite in (name, "all")
@@ -55,7 +55,7 @@ def bench(
             yield from bench_data(data, trainer.num_workers, seconds)
         sam = load_sam(checkpoint)
         if chosen("encoder"):
-            yield bench_encoder(sam, kind, compiled, None if exported is None else _folder(exported), seconds)
+            yield bench_encoder(sam, kind, compiled, folder, seconds)
         if chosen("decoder"):
             yield from bench_decoder(sam, kind, seconds)
         if chosen("everything"):

@@ -1,4 +1,4 @@
-"""Benchmarks of what a model costs: image encoder, mask decoder, segment everything."""
+"""Benchmarks of what a model costs: image encoder and mask decoder."""
 
 from __future__ import annotations
 
