@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Literal
@@ -50,19 +51,23 @@ def bench(
     def chosen(name: str) -> bool:
         return suite in (name, "all")
 
+    @cache
+    def jpegs() -> list[bytes]:
+        return example_jpegs(data)
+
     def findings() -> Iterator[Finding]:
         if chosen("data"):
-            yield from bench_data(data, trainer.num_workers, seconds)
+            yield from bench_data(jpegs(), trainer.num_workers, seconds)
         sam = load_sam(checkpoint)
         if chosen("encoder"):
             yield bench_encoder(sam, kind, compiled, folder, seconds)
         if chosen("decoder"):
             yield from bench_decoder(sam, kind, seconds)
         if chosen("everything"):
-            picture, _ = decode(example_jpegs(data)[0], full=True)
+            picture, _ = decode(jpegs()[0], full=True)
             yield bench_everything(sam, np.asarray(picture), points_per_side, kind)
         if chosen("step"):
-            yield _step(load_sam(checkpoint), data, trainer, batch_size)
+            yield _step(load_sam(checkpoint), jpegs(), trainer, batch_size)
 
     facts, found = machine(trainer), []
     Console().print(", ".join(f"{name}: {value}" for name, value in facts.items()), highlight=False)
@@ -80,11 +85,11 @@ def _folder(exported: str) -> Path:
     return folder
 
 
-def _step(sam: Sam, data: DataSource, trainer: Hardware, batch_size: int) -> Finding:
+def _step(sam: Sam, jpegs: list[bytes], trainer: Hardware, batch_size: int) -> Finding:
     """Decoupled distillation of a model of this architecture, from a cache."""
     with TemporaryDirectory() as folder:
-        cache = Path(folder) / "cache"
-        source = temporary_cache(cache, example_jpegs(data), "int8")
-        save_parts(sam, cache)
-        module = Distillation(sam, Decoupled(), CachedTeacher(str(cache)), Points(1, 0), AdamW(), Agreement())
+        path = Path(folder) / "cache"
+        source = temporary_cache(path, jpegs, "int8")
+        save_parts(sam, path)
+        module = Distillation(sam, Decoupled(), CachedTeacher(str(path)), Points(1, 0), AdamW(), Agreement())
         return bench_step(module, Loaders(source, batch_size, 0, trainer), trainer)

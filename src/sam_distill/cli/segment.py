@@ -139,18 +139,11 @@ def _one_thing(
         if not (0 <= x <= picture.width and 0 <= y <= picture.height):
             raise UserError(f"({x:g}, {y:g}) lies outside {file}, which is {picture.width} x {picture.height} pixels")
     predictor.set_image(picture)
-    # SAM's advice: a single click is ambiguous, so ask for three masks and take the best; else ask for one.
-    masks, iou, _ = predictor.predict(
-        np.array(coordinates) if coordinates else None,
-        np.array(signs) if coordinates else None,
-        None if box is None else np.array(box),
-        multimask_output=box is None and len(coordinates) == 1,
-    )
-    mask = masks[iou.argmax()]
-    estimate = min(1.0, float(iou.max()))  # the decoder's own, which may overshoot
+    mask, iou = predictor.predict_best(coordinates, signs, box)
+    estimate = min(1.0, iou)  # the decoder's own, which may overshoot
     drawn = overlay(picture, mask, points=coordinates, labels=signs, box=box)
     runs = coco.encode(np.asfortranarray(mask, dtype=np.uint8))
-    record = {"area": int(mask.sum()), "bbox": coco.toBbox(runs).tolist(), "predicted_iou": float(iou.max())}
+    record = {"area": int(mask.sum()), "bbox": coco.toBbox(runs).tolist(), "predicted_iou": iou}
     record["segmentation"] = {"size": runs["size"], "counts": runs["counts"].decode()}
     return [record], drawn, f"{100 * mask.mean():.1f}% of the image, predicted IoU {estimate:.2f}"
 

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from sam_distill.evaluate.protocol import Protocol, Target, Token
 from sam_distill.models.sam import Sam
-from sam_distill.prompts.draws import Draw, points_at, uniform_points
+from sam_distill.prompts.draws import Draw, at_points, points_at, uniform_points
 from sam_distill.prompts.forms import point_prompts
-from sam_distill.types import ABSENT, BACKGROUND, FOREGROUND, FRAME, LOW_RES, Batch
+from sam_distill.types import ABSENT, BACKGROUND, FOREGROUND, Batch
 
 
 class PointPairs(Protocol):
@@ -69,6 +69,4 @@ class PointPairs(Protocol):
     def _on_the_thing(self, teacher: Sam, embedding: Tensor, points: Tensor, others: Tensor) -> Tensor:
         """[B, P] bool: whether the teacher's mask for the first point alone holds the second."""
         alone = point_prompts(points.unsqueeze(2), torch.full((*points.shape[:2], 1), FOREGROUND, device=points.device))
-        mask = self.decode(teacher, embedding, alone) > 0
-        cell = (others * (LOW_RES / FRAME)).long()
-        return mask.flatten(2).gather(2, (cell[..., 1] * LOW_RES + cell[..., 0]).unsqueeze(-1))[..., 0]
+        return at_points(self.decode(teacher, embedding, alone) > 0, others)

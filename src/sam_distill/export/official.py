@@ -23,14 +23,21 @@ REGISTRIES: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
+def official_names(sam: Sam) -> dict[str, str]:
+    """The code that builds this very architecture, and its name in that code's registry; empty if none does."""
+    encoder = describe(sam)["encoder"]
+    return {kind: name for kind, models in REGISTRIES.items() for name, spec in models.items() if spec == encoder}
+
+
 def save_official(sam: Sam, path: Path, layout: Literal["mobile_sam", "sam"]) -> str:
     """Write a file that the official code loads strictly. Returns the name it has in that code's registry."""
-    encoder = describe(sam)["encoder"]
-    found = {kind: name for kind, models in REGISTRIES.items() for name, spec in models.items() if spec == encoder}
+    found = official_names(sam)
     if layout not in found:
         fits = f"format={next(iter(found))}" if found else "format=onnx or format=safetensors"
         names = {"mobile_sam": "MobileSAM's TinyViT-5M", "sam": "SAM's ViT-B, L and H"}
-        raise UserError(f"format={layout} is for {names[layout]}, but this is {in_words(encoder)}: take {fits}")
+        raise UserError(
+            f"format={layout} is for {names[layout]}, but this is {in_words(describe(sam)['encoder'])}: take {fits}"
+        )
     save_sam(sam, path)
     return found[layout]
 

@@ -69,25 +69,28 @@ def build(models: Mapping[str, Sam], examples: Sequence[Image.Image], points_per
         gr.Examples([[example] for example in examples], source)
         shown = [visit, *views, told]
 
+        def empty(said: str) -> list[Any]:
+            return [None, *[None] * len(models), said]
+
         def load(image: Image.Image | None) -> list[Any]:
-            return [None, *[None] * len(models), HINT] if image is None else _begin(image, models)
+            return empty(HINT) if image is None else _begin(image, models)
 
         def click(visit: Visit | None, mode: str, event: gr.SelectData) -> list[Any]:
             if visit is None:
-                return [None, *[None] * len(models), "Load an image first."]
+                return empty("Load an image first.")
             x, y = event.index
             visit.take(x, y, mode)
             return _answer(visit)
 
         def clear(visit: Visit | None) -> list[Any]:
             if visit is None:
-                return [None, *[None] * len(models), HINT]
+                return empty(HINT)
             visit.clear()
             return [visit, *[visit.image] * len(models), HINT]
 
         def segment_everything(visit: Visit | None) -> list[Any]:
             if visit is None:
-                return [None, *[None] * len(models), "Load an image first."]
+                return empty("Load an image first.")
             return _everything(visit, points_per_side)
 
         source.change(load, source, shown)
@@ -111,7 +114,7 @@ def _begin(image: Image.Image, models: Mapping[str, Sam]) -> list[Any]:
 
 
 def _answer(visit: Visit) -> list[Any]:
-    """Masks for what has been clicked. One click is ambiguous: each model takes its best of three, as SAM advises."""
+    """Masks for what has been clicked."""
     drawn: dict[str, Any] = {"points": visit.points + visit.corners, "box": visit.box}
     drawn["labels"] = visit.labels + [1] * len(visit.corners)
     if not visit.points and visit.box is None:
@@ -119,14 +122,9 @@ def _answer(visit: Visit) -> list[Any]:
     times, masks = {}, []
     for name, predictor in visit.predictors.items():
         started = time.perf_counter()
-        found, iou, _ = predictor.predict(
-            np.array(visit.points) if visit.points else None,
-            np.array(visit.labels) if visit.points else None,
-            None if visit.box is None else np.array(visit.box),
-            multimask_output=visit.box is None and len(visit.points) == 1,
-        )
+        mask, _ = predictor.predict_best(visit.points, visit.labels, visit.box)
         times[name] = time.perf_counter() - started
-        masks.append(found[iou.argmax()])
+        masks.append(mask)
     views = [overlay(visit.image, mask, colour, **drawn) for mask, colour in zip(masks, COLOURS, strict=False)]
     return [visit, *views, f"{_agreement(masks)}{_say(times)}."]
 

@@ -96,6 +96,21 @@ class SamPredictor:
         prompt = (point_coords, point_labels, box, mask_input)
         return self._answer(self._only("predict"), *prompt, multimask_output, return_logits)
 
+    def predict_best(
+        self, points: Sequence[Sequence[float]], labels: Sequence[int], box: Sequence[float] | None
+    ) -> tuple[np.ndarray, float]:
+        """The mask to show for some clicks (perhaps none) or a box, [H, W] bool, and its predicted IoU.
+
+        SAM's advice: a single click is ambiguous, so three masks are asked for and the best is taken; else one.
+        """
+        masks, iou, _ = self.predict(
+            np.array(points) if points else None,
+            np.array(labels) if points else None,
+            None if box is None else np.array(box),
+            multimask_output=box is None and len(points) == 1,
+        )
+        return masks[iou.argmax()], float(iou.max())
+
     def predict_batch(
         self, prompts: Sequence[Mapping[str, Any]], multimask_output: bool = True, return_logits: bool = False
     ) -> list[Answer]:

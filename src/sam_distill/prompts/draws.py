@@ -91,6 +91,13 @@ def points_at(draw: Draw, points: Tensor, sizes: Tensor, nearest: float | Tensor
     return within.gather(2, best).squeeze(2)
 
 
+def at_points(masks: Tensor, points: Tensor) -> Tensor:
+    """What masks [B, P, 256, 256] say at points [B, P, 2], one for each (frame pixels): [B, P]."""
+    cell = (points // _CELL).long()
+    index = (cell[..., 1] * LOW_RES + cell[..., 0]).unsqueeze(-1)
+    return masks.flatten(2).gather(2, index).squeeze(-1)
+
+
 def corrections(draw: Draw, answer: Tensor, target: Tensor, area: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
     """The next click of a user who corrects: somewhere in the error region, labelled as the target has it there.
 
@@ -99,7 +106,5 @@ def corrections(draw: Draw, answer: Tensor, target: Tensor, area: Tensor, sizes:
     """
     wrong = (answer ^ target) & area
     points, _ = points_in(draw, wrong, sizes)
-    cell = (points // _CELL).long()
-    at = (cell[..., 1] * LOW_RES + cell[..., 0]).unsqueeze(-1)
-    labels = torch.where(target.flatten(2).gather(2, at).squeeze(-1), FOREGROUND, BACKGROUND)
+    labels = torch.where(at_points(target, points), FOREGROUND, BACKGROUND)
     return points, labels.masked_fill(wrong.sum((-1, -2)) < _FEWEST_WRONG, ABSENT)

@@ -7,11 +7,11 @@ import warnings
 from types import ModuleType
 from typing import Any
 
-from sam_distill.models.checkpoints import describe, load_sam, official_state
+from sam_distill.export.official import official_names
+from sam_distill.models.checkpoints import load_sam, official_state
 from sam_distill.models.sam import Sam
 
 MISSING = "MobileSAM's code: not run, it needs pip install 'sam-distill[bench]'"
-_VITS = {768: "vit_b", 1024: "vit_l", 1280: "vit_h"}  # by width
 
 
 def mobile_sam() -> ModuleType | None:
@@ -29,9 +29,7 @@ def peer_of(sam: Sam) -> tuple[str, Any] | None:
     package = mobile_sam()
     if package is None:
         return None
-    spec = describe(sam)["encoder"]
-    kind = {"TinyViT": {"5m": "vit_t"}.get(spec.get("size", "")), "SamViT": _VITS.get(spec.get("width", 0))}
-    name = kind.get(spec["class"])
+    name = next(iter(official_names(sam).values()), None)  # MobileSAM's registry has SAM's own as well
     source = sam if name else load_sam("mobile_sam")
     model = package.sam_model_registry[name or "vit_t"]()
     model.load_state_dict(official_state(source))
