@@ -14,6 +14,7 @@ from rich.table import Table
 from sam_distill.engine.hardware import Hardware
 from sam_distill.evaluate.speed import Timing
 from sam_distill.files import write_json, write_text
+from sam_distill.report.tables import markdown_table
 
 _SCALES = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"))
 COLUMNS = ("", "time", "middle half", "per s", "vs peer", "memory")
@@ -60,7 +61,7 @@ def write(findings: Sequence[Finding], facts: dict[str, Any], folder: Path) -> N
     write_json(folder / "bench.json", {"facts": facts, "findings": [asdict(finding) for finding in findings]})
     lines = [", ".join(f"{name}: {value}" for name, value in facts.items()), ""]
     for finding in findings:
-        lines += [f"**{finding.title}**", "", *_markdown(COLUMNS, finding.rows()), ""]
+        lines += [f"**{finding.title}**", "", markdown_table([COLUMNS, ["---"] * len(COLUMNS), *finding.rows()])]
         lines += [finding.note, ""] if finding.note else []
     write_text(folder / "bench.md", "\n".join(lines))
 
@@ -68,11 +69,6 @@ def write(findings: Sequence[Finding], facts: dict[str, Any], folder: Path) -> N
 def machine(hardware: Hardware) -> dict[str, Any]:
     """What the numbers were measured on."""
     return {"device": hardware.device_name, "threads": torch.get_num_threads(), "torch": str(torch.__version__)}
-
-
-def _markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return [f"| {' | '.join(line)} |" for line in lines]
 
 
 def _time(seconds: float) -> str:
