@@ -15,7 +15,8 @@ def embedding_mse(student: Tensor, teacher: Tensor, area: Tensor | None = None) 
     student, teacher: [B, 256, 64, 64]. area: every image counts the same however much of its frame is padding. The
     paper does not speak of padding; a 3:2 image is one third padding.
     """
-    return _mean_per_image((student.float() - teacher.float()).square().mean(1, keepdim=True), area)
+    errors = F.mse_loss(student.float(), teacher.float(), reduction="none")
+    return _mean_per_image(errors.mean(1, keepdim=True), area)
 
 
 def embedding_smooth_l1(student: Tensor, teacher: Tensor, area: Tensor | None = None) -> Tensor:

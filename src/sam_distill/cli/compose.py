@@ -133,7 +133,7 @@ class _Composer:
             guess = nearest(wrong[0], choices)
             return f"no such choice;{guess and f' did you mean {guess}?'} choices: {', '.join(choices)}"
         known = set(_dotted_names(cfg))
-        if key in known or key.startswith("hydra.") or override.is_add():
+        if choices or key in known or key.startswith("hydra.") or override.is_add():
             return _why(error)
         parent = key.rpartition(".")[0]
         allowed = _parameters_of(cfg, parent)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-import torch
 from pydantic import Field
 from torch import nn
 
@@ -47,6 +46,7 @@ class Decoupled(Strategy):
         embedding = sam.encode(batch.images, batch.sizes)
         area = valid_area(batch.sizes, GRID) if self.mask_padding else None
         loss = self.distance(embedding, batch.teacher_embedding, area)
-        with torch.set_grad_enabled(self.cosine > 0):  # else it is only logged
-            cosine = embedding_cosine(embedding, batch.teacher_embedding, area)
+        if not self.cosine:
+            return StepOutput(loss)
+        cosine = embedding_cosine(embedding, batch.teacher_embedding, area)
         return StepOutput(loss + self.cosine * (1 - cosine), {"cosine": cosine.detach()})

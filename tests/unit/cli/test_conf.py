@@ -74,7 +74,7 @@ def test_table2_finetunes_the_decoupled_student_of_the_same_seed() -> None:
     assert len({(job.budget, job.batch_size, job.optim.lr) for job in jobs[:6]}) == 1, "the same budget for all"
 
 
-@pytest.mark.parametrize(("scale", "steps", "side"), [("paper", [50_000, 100_000], 1024), ("small", [500, 1000], 256)])
+@pytest.mark.parametrize(("scale", "steps", "side"), [("paper", [50_000, 100_000], 1024), ("small", [500, 1000], 192)])
 def test_an_experiment_has_two_scales(scale: str, steps: list[int], side: int) -> None:
     words = ["experiment=table4_compute", f"scale={scale}", "data=sa1b", "data.path=x"]
     jobs, _ = compose_jobs(CONF, "train", words, multirun=True)

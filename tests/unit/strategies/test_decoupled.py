@@ -32,4 +32,4 @@ def test_loss(loss: str, mask_padding: bool) -> None:
 
 def test_cosine_is_added() -> None:
     plain, more = (Decoupled(cosine=weight).step(Answering(), BATCH) for weight in (0.0, 2.0))  # type: ignore[arg-type]
-    torch.testing.assert_close(more.loss, plain.loss + 2 * (1 - plain.logs["cosine"]))
+    torch.testing.assert_close(more.loss, plain.loss + 2 * (1 - more.logs["cosine"]))
