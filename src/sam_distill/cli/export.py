@@ -103,8 +103,9 @@ def _export_int8(sam: Sam, folder: Path, data: DataSource, samples: list[Sample]
             embeddings.append(torch.from_numpy(session.run(None, onnx.encoder_input(sample))[0]))
             took.append(perf_counter() - started)
         seconds.append(took)
-        for target in protocol.ask(sam, embeddings[0], batch):
-            for outcome in protocol.compare(sam, embeddings[1], batch, target):
+        exact, rounded = (protocol.see(sam, embedding, batch) for embedding in embeddings)
+        for target in protocol.ask(exact):
+            for outcome in protocol.compare(rounded, target):
                 miou[target.kind].update(torch.tensor(outcome.comparison.iou))
     table = Table("", "int8", title=f"int8 against fp32, {len(samples)} images")
     table.add_row("layers in int8", f"{converted} of {layers}")

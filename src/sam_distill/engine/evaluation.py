@@ -52,8 +52,8 @@ def judge(
             batch = batch.to(hardware.kind)
             with hardware.autocast():
                 theirs, ours = teacher.embed(batch), student.encode(batch.images, batch.sizes)
-            targets = protocol.ask(teacher.sam, theirs, batch)
-            result.update(student, ours, batch, theirs, targets)
+            targets = protocol.ask(protocol.see(teacher.sam, theirs, batch))
+            result.update(protocol.see(student, ours, batch), theirs, targets)
             if images < BLIND_IMAGES:
                 answers.append((batch, theirs, targets))
             images += len(batch)

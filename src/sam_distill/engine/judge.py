@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from sam_distill.evaluate.protocol import Comparison, Outcome, Protocol, Target
+from sam_distill.evaluate.views import View
 from sam_distill.losses import embedding_cosine, embedding_mse
 from sam_distill.metrics import MeanIoU
 from sam_distill.models.sam import Sam
@@ -21,7 +22,7 @@ BLIND = "an encoder that answers every image with the teacher's mean embedding o
 PICTURES = 8  # rows drawn per judgement: one prompt per image, of one kind and another in turn
 
 
-Answer = tuple[Batch, Tensor, list[Target]]  # the teacher's embedding and masks
+Answer = tuple[Batch, Tensor, list[Target]]  # the teacher's embedding and the right masks
 
 
 def _of_all_ranks(rows: list[Comparison]) -> list[Comparison]:
@@ -50,15 +51,15 @@ class Judge(nn.Module):
             metric.reset()  # type: ignore[operator]
 
     @torch.no_grad()
-    def update(
-        self, student: Sam, embedding: Tensor, batch: Batch, teacher_embedding: Tensor, targets: list[Target]
-    ) -> None:
-        """embedding, teacher_embedding: [B, 256, 64, 64]; targets: the teacher's answers, from `protocol.ask`."""
-        area = valid_area(batch.sizes, GRID)
-        for name, measure in (("embedding_mse", embedding_mse), ("embedding_cosine", embedding_cosine)):
-            self.errors[name].update(measure(embedding, teacher_embedding, area), weight=len(batch))  # type: ignore[operator]
+    def update(self, student: View, teacher_embedding: Tensor, targets: list[Target]) -> None:
+        """teacher_embedding: [B, 256, 64, 64]; targets: the right answers, from `protocol.ask`."""
+        batch = student.batch
+        if student.embedding is not None:
+            area = valid_area(batch.sizes, GRID)
+            for name, measure in (("embedding_mse", embedding_mse), ("embedding_cosine", embedding_cosine)):
+                self.errors[name].update(measure(student.embedding, teacher_embedding, area), weight=len(batch))  # type: ignore[operator]
         for target in targets:
-            for outcome in self.protocol.compare(student, embedding, batch, target):
+            for outcome in self.protocol.compare(student, target):
                 self.comparisons.append(outcome.comparison)
                 self.miou[target.kind].update(torch.tensor(outcome.comparison.iou))  # type: ignore[operator]
                 self._draw(outcome, batch)
@@ -69,7 +70,8 @@ class Judge(nn.Module):
         asked = {kind: score for kind, score in scores.items() if score["prompts"] + score["skipped"] > 0}
         result = {f"miou/{kind}": float(score["miou"]) for kind, score in asked.items()}
         result |= {f"prompts/{kind}": int(score["prompts"]) for kind, score in asked.items()}
-        result |= {name: float(metric.compute()) for name, metric in self.errors.items()}  # type: ignore[operator]
+        seen = {name: metric for name, metric in self.errors.items() if metric.update_called}
+        result |= {name: float(metric.compute()) for name, metric in seen.items()}  # type: ignore[operator]
         result["prompts"] = sum(int(score["prompts"]) for score in scores.values())
         result["prompts_skipped"] = sum(int(score["skipped"]) for score in scores.values())
         self.comparisons = _of_all_ranks(self.comparisons)
@@ -99,5 +101,6 @@ def blind(judge: Judge, teacher: Sam, answers: Iterable[Answer], total: Tensor, 
     if images < 2:
         return {}
     for batch, embedding, targets in answers:
-        judge.update(teacher, (total - embedding.float()) / (images - 1), batch, embedding, targets)
+        others = (total - embedding.float()) / (images - 1)
+        judge.update(judge.protocol.see(teacher, others, batch), embedding, targets)
     return {f"blind/{name}": value for name, value in judge.compute().items() if name.startswith("miou/")}

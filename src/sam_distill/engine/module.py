@@ -115,7 +115,7 @@ class Distillation(pl.LightningModule):
     def validation_step(self, batch: Batch, _: int) -> None:
         teacher_embedding, targets = self._ask_teacher(batch)
         embedding = self.student.encode(batch.images, batch.sizes)
-        self.judge.update(self.student, embedding, batch, teacher_embedding, targets)
+        self.judge.update(self.judge.protocol.see(self.student, embedding, batch), teacher_embedding, targets)
 
     def on_validation_epoch_end(self) -> None:
         self.metrics, self.validated_at = self.judge.compute(), self.global_step
@@ -127,8 +127,8 @@ class Distillation(pl.LightningModule):
         keys = tuple(batch.keys)
         if keys not in self._answers:
             self.teacher.sam.to(self.device)
-            embedding = self.teacher.embed(batch)
-            self._answers[keys] = batch, embedding, self.judge.protocol.ask(self.teacher.sam, embedding, batch)
+            embedding, protocol = self.teacher.embed(batch), self.judge.protocol
+            self._answers[keys] = batch, embedding, protocol.ask(protocol.see(self.teacher.sam, embedding, batch))
         return self._answers[keys][1:]
 
     @torch.no_grad()

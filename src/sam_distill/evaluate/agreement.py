@@ -10,13 +10,12 @@ from typing import Annotated
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
-from sam_distill.evaluate.protocol import Protocol, Target, Token
-from sam_distill.models.sam import Sam
+from sam_distill.evaluate.protocol import Protocol, Target
+from sam_distill.evaluate.views import SamView, Token
 from sam_distill.prompts.draws import Draw, uniform_points
 from sam_distill.prompts.forms import box_prompts, boxes_of, point_prompts
-from sam_distill.types import FOREGROUND, LOW_RES, Batch, valid_area
+from sam_distill.types import FOREGROUND, LOW_RES, valid_area
 
 
 class Agreement(Protocol):
@@ -35,14 +34,14 @@ class Agreement(Protocol):
     def description(self) -> dict[str, str | int]:
         return super().description | {"points_per_image": self.points}
 
-    @torch.no_grad()
-    def ask(self, teacher: Sam, embedding: Tensor, batch: Batch) -> list[Target]:
+    def ask(self, teacher: SamView) -> list[Target]:
+        batch = teacher.batch
         draw = Draw(batch.keys, [0] * len(batch), self.seed)  # the same points whenever an image is judged
         points = uniform_points(draw, batch.sizes, self.points).unsqueeze(2)
         at_points = point_prompts(points, torch.full(points.shape[:3], FOREGROUND, device=points.device))
-        answer = self.decode(teacher, embedding, at_points)
+        answer = teacher.low_res(at_points)
         in_boxes = box_prompts(boxes_of(answer > 0, valid_area(batch.sizes, LOW_RES)))
         return [
-            Target("point", at_points, answer),
-            Target("box", in_boxes, self.decode(teacher, embedding, in_boxes)),
+            Target("point", at_points, teacher.upscaled(answer)),
+            Target("box", in_boxes, teacher.masks(in_boxes)),
         ]

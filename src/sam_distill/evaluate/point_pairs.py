@@ -13,11 +13,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from sam_distill.evaluate.protocol import Protocol, Target, Token
-from sam_distill.models.sam import Sam
+from sam_distill.evaluate.protocol import Protocol, Target
+from sam_distill.evaluate.views import SamView, Token
 from sam_distill.prompts.draws import Draw, at_points, points_at, uniform_points
 from sam_distill.prompts.forms import point_prompts
-from sam_distill.types import ABSENT, BACKGROUND, FOREGROUND, Batch
+from sam_distill.types import ABSENT, BACKGROUND, FOREGROUND
 
 
 class PointPairs(Protocol):
@@ -46,8 +46,8 @@ class PointPairs(Protocol):
     def description(self) -> dict[str, str | int]:
         return super().description | {"pairs_per_image": self.pairs, "pixels": self.pixels, "outside": self.outside}
 
-    @torch.no_grad()
-    def ask(self, teacher: Sam, embedding: Tensor, batch: Batch) -> list[Target]:
+    def ask(self, teacher: SamView) -> list[Target]:
+        batch = teacher.batch
         scale = torch.ones(len(batch), device=batch.sizes.device)
         if self.pixels == "original":
             scale = batch.sizes.amax(1) / batch.original_sizes.amax(1)
@@ -59,14 +59,15 @@ class PointPairs(Protocol):
             others = points_at(draw, points, batch.sizes, wanted, wanted)
             fits = ((others - points).norm(dim=-1, keepdim=True) - wanted).abs()[..., 0] < 2
             if self.outside:
-                fits &= ~self._on_the_thing(teacher, embedding, points, others)
+                fits &= ~_on_the_thing(teacher, points, others)
             signs = torch.tensor([FOREGROUND, BACKGROUND], device=points.device).expand(*points.shape[:2], 2)
             labels = signs.masked_fill(~fits[..., None], ABSENT)
             prompts = point_prompts(torch.stack([points, others], 2), labels)
-            targets.append(Target(kind, prompts, self.decode(teacher, embedding, prompts)))
+            targets.append(Target(kind, prompts, teacher.masks(prompts)))
         return targets
 
-    def _on_the_thing(self, teacher: Sam, embedding: Tensor, points: Tensor, others: Tensor) -> Tensor:
-        """[B, P] bool: whether the teacher's mask for the first point alone holds the second."""
-        alone = point_prompts(points.unsqueeze(2), torch.full((*points.shape[:2], 1), FOREGROUND, device=points.device))
-        return at_points(self.decode(teacher, embedding, alone) > 0, others)
+
+def _on_the_thing(teacher: SamView, points: Tensor, others: Tensor) -> Tensor:
+    """[B, P] bool: whether the teacher's mask for the first point alone holds the second."""
+    alone = point_prompts(points.unsqueeze(2), torch.full((*points.shape[:2], 1), FOREGROUND, device=points.device))
+    return at_points(teacher.low_res(alone) > 0, others)

@@ -1,35 +1,32 @@
-"""What every way to judge a student shares: ask both models the same prompts, and compare their masks."""
+"""What every way to judge a student by prompts shares: the same prompts for both models, their masks compared."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from sam_distill.images import upscale_masks
+from sam_distill.evaluate.views import MaskOf, SamView, Token, View
 from sam_distill.metrics import mask_iou
 from sam_distill.models.sam import Sam
-from sam_distill.types import ABSENT, LOW_RES, MULTI, SINGLE, Batch, Masks, Prompts
-
-Token = Literal["single", "best"]
+from sam_distill.types import ABSENT, Batch, Prompts
 
 
 @dataclass(frozen=True)
 class Target:
-    """The teacher's answers to one kind of prompts. low_res: [B, P, 256, 256] float32 logits."""
+    """Prompts of one kind, and the masks that are right for them."""
 
     kind: str
     prompts: Prompts
-    low_res: Tensor
+    masks: MaskOf
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One prompt's outcome. `iou` is NaN if the teacher's mask is empty. Points and areas are in original pixels."""
+    """One prompt's outcome. `iou` is NaN if the right mask is empty. Points and areas are in original pixels."""
 
     image: str
     kind: str
@@ -52,12 +49,13 @@ class Protocol(ABC):
     """How a student is judged.
 
     kinds: of prompts, each with a score of its own, `miou/KIND`.
-    token: which of the decoder's masks counts, for both sides: `single` = token 0; `best` = of tokens 1-3 the one with
-        the highest predicted IoU.
+    right: whose masks count as right: the teacher's, or the annotations', by which the teacher is judged as well.
+    token: which of the decoder's masks counts, for both sides; see `SamView`.
     seed: of the points, together with the image's key.
     """
 
     kinds: tuple[str, ...]
+    right: str = "teacher"
 
     def __init__(self, token: Token, seed: int) -> None:
         self.token = token
@@ -68,38 +66,33 @@ class Protocol(ABC):
         """What must be known to compare two numbers."""
         return {"token": self.token, "averaging": "per prompt", "prompt_seed": self.seed}
 
+    def see(self, sam: Sam, embedding: Tensor, batch: Batch) -> SamView:
+        return SamView(sam, embedding, batch, self.token)
+
     @abstractmethod
-    def ask(self, teacher: Sam, embedding: Tensor, batch: Batch) -> list[Target]:
-        """Draw the prompts and take down the teacher's answers. embedding: the teacher's, [B, 256, 64, 64]."""
+    def ask(self, teacher: SamView) -> list[Target]:
+        """Draw the prompts for the images that the teacher sees, and take down the right answers."""
 
-    def compare(self, student: Sam, embedding: Tensor, batch: Batch, target: Target) -> Iterator[Outcome]:
+    def compare(self, student: View, target: Target) -> Iterator[Outcome]:
         """The student's answers to the same prompts, compared at each image's original size."""
-        with torch.no_grad():
-            answers = self.decode(student, embedding, target.prompts)
-        for i, key in enumerate(batch.keys):
-            size, original_size = tuple(batch.sizes[i].tolist()), tuple(batch.original_sizes[i].tolist())
+        answers = student.masks(target.prompts)
+        for i in range(len(student.batch)):
             for p in torch.nonzero(target.prompts.valid[i]).flatten().tolist():
-                theirs, ours = (upscale_masks(m[i, p], size, original_size) > 0 for m in (target.low_res, answers))
-                comparison = Comparison(
-                    image=key,
-                    kind=target.kind,
-                    prompt=_in_original_pixels(target.prompts, i, p, original_size[1] / size[1]),
-                    iou=mask_iou(ours, theirs).item(),
-                    teacher_area=int(theirs.sum()),
-                    student_area=int(ours.sum()),
-                )
-                yield Outcome(comparison, theirs, ours)
-
-    def decode(self, sam: Sam, embedding: Tensor, prompts: Prompts) -> Tensor:
-        """[B, P, 256, 256] logits, in float32 whatever precision training uses: both sides are judged alike."""
-        with torch.autocast(embedding.device.type, enabled=False):
-            masks = sam.decode(embedding.float(), prompts, MULTI if self.token == "best" else SINGLE)
-        return _best(masks) if self.token == "best" else masks.low_res[:, :, 0]
+                yield outcome(student.batch, target, i, p, target.masks(i, p), answers(i, p))
 
 
-def _best(masks: Masks) -> Tensor:
-    index = masks.iou.argmax(-1)[..., None, None, None].expand(-1, -1, 1, LOW_RES, LOW_RES)
-    return masks.low_res.gather(2, index).squeeze(2)
+def outcome(batch: Batch, target: Target, image: int, prompt: int, right: Tensor, answer: Tensor) -> Outcome:
+    """right, answer: [H, W] bool."""
+    scale = int(batch.original_sizes[image, 1]) / int(batch.sizes[image, 1])
+    comparison = Comparison(
+        image=batch.keys[image],
+        kind=target.kind,
+        prompt=_in_original_pixels(target.prompts, image, prompt, scale),
+        iou=mask_iou(answer, right).item(),
+        teacher_area=int(right.sum()),
+        student_area=int(answer.sum()),
+    )
+    return Outcome(comparison, right, answer)
 
 
 def _in_original_pixels(prompts: Prompts, image: int, prompt: int, scale: float) -> tuple[float, ...]:

@@ -328,9 +328,9 @@ def test_the_blind_baseline_leaves_out_the_image_itself(live: LiveTeacher) -> No
     batch = collate([Drawings().load(0), Drawings().load(3)])
     agreement = Agreement(points=2)
     own = live.sam.encode(batch.images, batch.sizes)
-    targets = agreement.ask(live.sam, own, batch)
+    targets = agreement.ask(agreement.see(live.sam, own, batch))
     swapped = Judge(agreement)
-    swapped.update(live.sam, own.flip(0), batch, own, targets)
+    swapped.update(agreement.see(live.sam, own.flip(0), batch), own, targets)
     expected = {f"blind/{name}": value for name, value in swapped.compute().items() if "miou" in name}
     assert blind(Judge(agreement), live.sam, [(batch, own, targets)], own.sum(0), 2) == pytest.approx(
         expected, abs=0.02

@@ -37,13 +37,13 @@ def test_independent_recomputation(
 ) -> None:
     reference = mobile_sam.sam_model_registry["vit_t"](checkpoint=mobile_sam_weights)
     agreement = Agreement(points=2, token=token)  # type: ignore[arg-type]
-    student = embedding + 0.05 * torch.randn(embedding.shape, generator=torch.Generator().manual_seed(1))
-    for target in agreement.ask(teacher, embedding, batch):
-        for outcome in agreement.compare(teacher, student, batch, target):
+    noisy = embedding + 0.05 * torch.randn(embedding.shape, generator=torch.Generator().manual_seed(1))
+    for target in agreement.ask(agreement.see(teacher, embedding, batch)):
+        for outcome in agreement.compare(agreement.see(teacher, noisy, batch), target):
             told = outcome.comparison
             i = batch.keys.index(told.image)
             masks = []
-            for features in (embedding, student):
+            for features in (embedding, noisy):
                 coordinates = torch.tensor(told.prompt, dtype=torch.float64).view(1, -1, 2) * (
                     1024 / 300 if i == 0 else 3.2
                 )
@@ -66,11 +66,8 @@ def test_independent_recomputation(
 
 def test_a_model_agrees_with_itself(teacher: Sam, batch: Batch, embedding: torch.Tensor) -> None:
     agreement = Agreement(points=3)
-    told = [
-        outcome.comparison
-        for target in agreement.ask(teacher, embedding, batch)
-        for outcome in agreement.compare(teacher, embedding, batch, target)
-    ]
+    view = agreement.see(teacher, embedding, batch)
+    told = [outcome.comparison for target in agreement.ask(view) for outcome in agreement.compare(view, target)]
     assert [c.iou for c in told] == [1.0] * len(told)
     assert {(c.image, c.kind) for c in told} == {(i, k) for i in batch.keys for k in ("point", "box")}
     for c in told:
@@ -82,9 +79,11 @@ def test_a_model_agrees_with_itself(teacher: Sam, batch: Batch, embedding: torch
 
 def test_boxes_enclose_the_teachers_masks(teacher: Sam, batch: Batch, embedding: torch.Tensor) -> None:
     agreement = Agreement(points=3)
-    points, boxes = agreement.ask(teacher, embedding, batch)
+    view = agreement.see(teacher, embedding, batch)
+    points, boxes = agreement.ask(view)
+    low_res = view.low_res(points.prompts)
     for i, (height, width) in enumerate(batch.sizes.tolist()):
-        inside = (points.low_res[i] > 0)[:, : height // 4, : width // 4]
+        inside = (low_res[i] > 0)[:, : height // 4, : width // 4]
         for mask, corners in zip(inside, boxes.prompts.points[i], strict=True):
             rows, columns = torch.nonzero(mask.any(1)), torch.nonzero(mask.any(0))
             (x0, y0), (x1, y1) = corners.tolist()

@@ -25,9 +25,10 @@ def embedding(teacher: Sam, batch: Batch) -> torch.Tensor:
 @pytest.mark.parametrize("pixels", ["original", "frame"])
 def test_distances(teacher: Sam, batch: Batch, embedding: torch.Tensor, pixels: str) -> None:
     protocol = PointPairs((50, 500), pairs=3, pixels=pixels)  # type: ignore[arg-type]
-    near, far = protocol.ask(teacher, embedding, batch)
+    view = protocol.see(teacher, embedding, batch)
+    near, far = protocol.ask(view)
     for target, distance in ((near, 50), (far, 500)):
-        pairs = [o.comparison for o in protocol.compare(teacher, embedding, batch, target)]
+        pairs = [o.comparison for o in protocol.compare(view, target)]
         small = 3 if pixels == "frame" or distance == 50 else 0
         assert [pair.image for pair in pairs] == ["large"] * 3 + ["small"] * small
         for pair in pairs:
@@ -40,7 +41,7 @@ def test_distances(teacher: Sam, batch: Batch, embedding: torch.Tensor, pixels: 
 
 def test_the_second_point_beside_the_thing(teacher: Sam, batch: Batch, embedding: torch.Tensor) -> None:
     anywhere, beside = (PointPairs((150,), pairs=40, outside=outside) for outside in (False, True))
-    (all_pairs,), (fewer,) = (protocol.ask(teacher, embedding, batch) for protocol in (anywhere, beside))
+    (all_pairs,), (fewer,) = (p.ask(p.see(teacher, embedding, batch)) for p in (anywhere, beside))
     assert torch.equal(all_pairs.prompts.points, fewer.prompts.points)
     dropped = all_pairs.prompts.valid & ~fewer.prompts.valid
     assert 0 < dropped.sum() < all_pairs.prompts.valid.sum()

@@ -1,0 +1,64 @@
+"""Who is judged: a model that has looked at a batch of images, and can now be asked for masks."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sam_distill.images import upscale_masks
+from sam_distill.models.sam import Sam
+from sam_distill.types import LOW_RES, MULTI, SINGLE, Batch, Masks, Prompts
+
+Token = Literal["single", "best"]
+MaskOf = Callable[[int, int], Tensor]  # (image, prompt) -> [H, W] bool, at the image's original size
+
+
+class View(ABC):
+    """embedding: [B, 256, 64, 64], or None of a model that has none to compare."""
+
+    batch: Batch
+    embedding: Tensor | None
+
+    @abstractmethod
+    def masks(self, prompts: Prompts) -> MaskOf:
+        """One mask for each prompt."""
+
+
+class SamView(View):
+    """A SAM's. token: which of the decoder's masks counts: `single` = token 0; `best` = of tokens 1-3 the one with the
+    highest predicted IoU.
+    """
+
+    def __init__(self, sam: Sam, embedding: Tensor, batch: Batch, token: Token) -> None:
+        self.sam = sam
+        self.embedding: Tensor = embedding
+        self.batch = batch
+        self.token = token
+
+    @torch.no_grad()
+    def low_res(self, prompts: Prompts) -> Tensor:
+        """[B, P, 256, 256] logits, in float32 whatever precision training uses: all are judged alike."""
+        with torch.autocast(self.embedding.device.type, enabled=False):
+            masks = self.sam.decode(self.embedding.float(), prompts, MULTI if self.token == "best" else SINGLE)
+        return _best(masks) if self.token == "best" else masks.low_res[:, :, 0]
+
+    def masks(self, prompts: Prompts) -> MaskOf:
+        return self.upscaled(self.low_res(prompts))
+
+    def upscaled(self, low_res: Tensor) -> MaskOf:
+        """low_res: as above."""
+        sizes, original_sizes = self.batch.sizes.tolist(), self.batch.original_sizes.tolist()
+
+        def mask(image: int, prompt: int) -> Tensor:
+            return upscale_masks(low_res[image, prompt], tuple(sizes[image]), tuple(original_sizes[image])) > 0
+
+        return mask
+
+
+def _best(masks: Masks) -> Tensor:
+    index = masks.iou.argmax(-1)[..., None, None, None].expand(-1, -1, 1, LOW_RES, LOW_RES)
+    return masks.low_res.gather(2, index).squeeze(2)
