@@ -1,7 +1,10 @@
-"""Mean IoU between masks of student and teacher."""
+"""Mean IoU between masks, and how sure it is."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -13,6 +16,24 @@ def mask_iou(prediction: Tensor, target: Tensor) -> Tensor:
     union = (prediction | target).sum((-1, -2))
     iou = intersection / union.clamp_min(1)
     return iou.masked_fill(~target.any((-1, -2)), torch.nan)
+
+
+def bootstrap(images: Sequence[str], ious: Sequence[float], resamplings: int = 1000) -> tuple[float, float] | None:
+    """The middle 95% of the mean IoU over images drawn anew with replacement; None if there is nothing to draw from.
+
+    Over images, not prompts: prompts on the same image stand and fall together. NaN: the target is empty.
+    """
+    totals: dict[str, tuple[float, int]] = {}  # sum and number, by image
+    for image, iou in zip(images, ious, strict=True):
+        if iou == iou:
+            total, count = totals.get(image, (0.0, 0))
+            totals[image] = total + iou, count + 1
+    if not totals:
+        return None
+    table = np.array(list(totals.values()))
+    drawn = table[np.random.default_rng(0).integers(len(table), size=(resamplings, len(table)))].sum(1)
+    low, high = np.percentile(drawn[:, 0] / drawn[:, 1], [2.5, 97.5])
+    return float(low), float(high)
 
 
 class MeanIoU(Metric):

@@ -12,7 +12,7 @@ Legend, used in every docstring of this package:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -30,6 +30,8 @@ ABSENT = -2  # ours: no token at all, so that numbers of points and prompts may 
 
 # SAM's mask tokens: token 0 for prompts without doubt; tokens 1-3 for whole, part and sub-part where there is
 SINGLE, MULTI, ALL = slice(0, 1), slice(1, 4), slice(0, 4)
+
+RunLengths = dict[str, Any]  # a mask as COCO compresses it: {"size": [H, W], "counts": bytes}
 
 
 class UserError(Exception):
@@ -87,6 +89,7 @@ class Sample:
     annotations: [A, 256, 256] bool in the frame, so many drawn from the image's annotations; empty where there are
         fewer. None unless a strategy or prompts require them.
     teacher_embedding: [256, 64, 64] float32, zero in the padding, where the data come with it.
+    truth: its annotations as COCO run lengths at original size, for those who judge by them.
     json: what lies beside the image in SA-1B's layout, where it has been asked for.
     """
 
@@ -96,6 +99,7 @@ class Sample:
     epoch: int = 0
     annotations: Tensor | None = None
     teacher_embedding: Tensor | None = None
+    truth: Sequence[RunLengths] = ()
     json: bytes = b""
 
 
@@ -112,6 +116,7 @@ class Batch:
     teacher_embedding: [B, 256, 64, 64] float32, filled in by a teacher, unless the data come with it.
     ask_teacher: the teacher's masks for any prompts on these images, all four tokens: one light decoder call.
     prompts: filled in by a prompt sampler.
+    truth: B lists, see `Sample`.
     """
 
     keys: list[str]
@@ -123,6 +128,7 @@ class Batch:
     teacher_embedding: Tensor | None = None
     ask_teacher: Callable[[Prompts], Masks] | None = None
     prompts: Prompts | None = None
+    truth: Sequence[Sequence[RunLengths]] = ()
 
     def __len__(self) -> int:
         return len(self.keys)

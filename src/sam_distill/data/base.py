@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
+from sam_distill.data.annotations import run_lengths
 from sam_distill.types import FRAME, Batch, Sample, UserError
 
 logger = logging.getLogger(__name__)
@@ -111,6 +112,12 @@ class DataSource(ABC):
     def has_annotations(self) -> bool:
         """Whether any image comes with annotations."""
         return False
+
+    def load_json(self) -> None:
+        """Have every image come with the JSON that holds its annotations; without effect on streams made before."""
+        raise UserError(
+            "these data have no annotations: take data=sa1b, a cache of it, or data.annotations of a folder"
+        )
 
     @abstractmethod
     def blocks(self, size: int) -> list[Block]:
@@ -234,17 +241,22 @@ class IndexedStream(IterableDataset[Sample], Generic[Item]):
 
 
 class EvalStream(IterableDataset[Sample]):
-    """Every image to evaluate on, once, shared out to loader workers; damaged ones are told and left out."""
+    """Every image to evaluate on, once, shared out to loader workers; damaged ones are told and left out.
 
-    def __init__(self, source: DataSource, split: Split) -> None:
+    truth: those with annotations, which they bring along.
+    """
+
+    def __init__(self, source: DataSource, split: Split, truth: bool = False) -> None:
         self.source = source
         self.split = split
+        self.truth = truth
 
     def __iter__(self) -> Iterator[Sample]:
         worker, workers = loader_worker()
         for load in islice(self.source.eval_loads(self.split), worker, None, workers):
             try:
-                yield load()
+                sample = load()
+                yield replace(sample, truth=run_lengths(sample)) if self.truth else sample
             except UserError as error:
                 self.source.damage.note(str(error))
 
@@ -269,6 +281,7 @@ def collate(samples: list[Sample]) -> Batch:
         epochs=[sample.epoch for sample in samples],
         annotations=_stacked(sample.annotations for sample in samples),
         teacher_embedding=_stacked(sample.teacher_embedding for sample in samples),
+        truth=[sample.truth for sample in samples],
     )
 
 

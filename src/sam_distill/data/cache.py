@@ -66,9 +66,12 @@ class Cache(Sa1b):
             self.damage.note(problem)
 
     def annotate(self, count: int, seed: int) -> None:
+        self.load_json()
+        self.annotations = (count, seed)
+
+    def load_json(self) -> None:
         if not self.has_annotations:
             raise UserError("the images of this cache have no annotations")
-        self.annotations = (count, seed)
 
     @property
     def has_annotations(self) -> bool:

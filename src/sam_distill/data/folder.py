@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from sam_distill.data.annotations import coco_json
 from sam_distill.data.base import IndexedSource, Split
 from sam_distill.data.choice import Fraction, Images, ValImages, affordable_val, by_hash, choose, is_image, unique_keys
 from sam_distill.images import decode, to_frame
@@ -25,9 +28,19 @@ class Folder(IndexedSource[ImageFile]):
     """Every jpg, png, webp, bmp and tif below `path`; those whose keys hash lowest are held out for validation.
 
     images, fraction: train on so many of the rest, chosen by hash as well.
+    annotations: a JSON of COCO or LVIS with the masks of these images, to judge by.
     """
 
-    def __init__(self, path: str, val_images: ValImages = 16, images: Images = None, fraction: Fraction = None) -> None:
+    def __init__(
+        self,
+        path: str,
+        val_images: ValImages = 16,
+        images: Images = None,
+        fraction: Fraction = None,
+        annotations: str | None = None,
+    ) -> None:
+        self.annotations = annotations
+        self._truth: dict[str, list[dict[str, Any]]] = {}  # by file name
         files = _find(Path(path).expanduser())
         order = by_hash([file.key for file in files])
         held_out, self.shortage = affordable_val(len(files), val_images, path)
@@ -46,7 +59,15 @@ class Folder(IndexedSource[ImageFile]):
 
     def load(self, item: ImageFile) -> Sample:
         image, original_size = decode(item.path)
-        return Sample(item.key, to_frame(image, original_size), original_size)
+        truth = self._truth.get(item.path.name)
+        content = json.dumps({"annotations": truth}).encode() if truth else b""
+        return Sample(item.key, to_frame(image, original_size), original_size, json=content)
+
+    def load_json(self) -> None:
+        if self.annotations is None:
+            super().load_json()
+        else:
+            self._truth = coco_json(Path(self.annotations).expanduser())
 
 
 def _find(folder: Path) -> list[ImageFile]:

@@ -164,6 +164,11 @@ class Sa1b(DataSource):
         flags = self.damage.unreadable.split([len(shard.keys) for shard in self.train])
         return {str(s.tar): int(own.sum()) for s, own in zip(self.train, flags, strict=True) if own.any()}
 
+    def load_json(self) -> None:
+        if not self.has_annotations:
+            raise UserError("not one image has annotations: a JSON of the same name beside it in its tar")
+        self._read_json()
+
     def _read_json(self) -> None:
         self.kinds = tuple(dict.fromkeys([*self.kinds, ".json"]))
 

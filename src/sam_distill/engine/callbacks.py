@@ -129,7 +129,7 @@ class RunFolder(pl.Callback):
             _share(self.source.damage, module.device)
         if not trainer.is_global_zero:
             return
-        metrics = module.metrics | self.before | self.facts
+        metrics = module.metrics | module.judge.intervals() | self.before | self.facts
         metrics |= {"steps": step, "images": step * self.facts["images_per_step"], "seconds": round(self.seconds, 1)}
         metrics["images_skipped"] = self.source.skipped
         metrics["images_per_second"] = round(metrics["images"] / self.seconds, 2)

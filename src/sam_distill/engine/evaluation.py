@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,15 +44,21 @@ def judge(
     total = source.num_eval_images(split)
     for sam in (student, teacher.sam):
         sam.to(hardware.kind).to(memory_format=torch.channels_last)
-    result, images = Judge(protocol).to(hardware.kind), 0
+    result, of_teacher = Judge(protocol).to(hardware.kind), Judge(protocol).to(hardware.kind)
+    annotated, images = protocol.right != "teacher", 0
+    if annotated:
+        source.load_json()
     answers: list[Answer] = []
     with Progress(auto_refresh=False) as bar:  # without a thread, whose locks the loader's workers would inherit
         task = bar.add_task("Evaluating", total=total)
-        for batch in _loader(source, split, hardware, batch_size):
+        for batch in _loader(source, split, hardware, batch_size, annotated):
             batch = batch.to(hardware.kind)
             with hardware.autocast():
                 theirs, ours = teacher.embed(batch), student.encode(batch.images, batch.sizes)
-            targets = protocol.ask(protocol.see(teacher.sam, theirs, batch))
+            view = protocol.see(teacher.sam, theirs, batch)
+            targets = protocol.ask(view)
+            if annotated:
+                of_teacher.update(view, theirs, targets)
             result.update(protocol.see(student, ours, batch), theirs, targets)
             if images < BLIND_IMAGES:
                 answers.append((batch, theirs, targets))
@@ -63,19 +69,22 @@ def judge(
             raise UserError("not one image could be read: there is nothing to evaluate")
         seconds = time.perf_counter() - started
         baseline = _never_looking(Judge(protocol).to(hardware.kind), teacher.sam, answers, bar)
-    metrics: dict[str, Any] = result.compute() | baseline | {"images": images, "images_skipped": total - images}
+    metrics: dict[str, Any] = result.compute() | result.intervals() | baseline
+    if annotated:
+        metrics |= {f"teacher/{n}": value for n, value in of_teacher.compute().items() if n.startswith("miou/")}
+    metrics |= {"images": images, "images_skipped": total - images}
     metrics |= {"seconds": round(seconds, 1), "images_per_second": round(images / seconds, 2)}
     metrics |= {"precision": hardware.num_format, "device": hardware.device_name}
     write_json(run_dir / "metrics.json", metrics | protocol.description)
     write_prompts(run_dir / "prompts.csv", result.comparisons)
     (run_dir / "pictures").mkdir(exist_ok=True)
     column([row for _, row in result.pictures]).save(run_dir / "pictures" / "masks.png")
-    _tell(metrics, protocol.kinds, run_dir)
+    _tell(metrics, protocol, run_dir)
     return metrics
 
 
-def _loader(source: DataSource, split: Split, hardware: Hardware, batch_size: int) -> DataLoader[Sample]:
-    stream = EvalStream(source, split)
+def _loader(source: DataSource, split: Split, hardware: Hardware, batch_size: int, truth: bool) -> DataLoader[Sample]:
+    stream = EvalStream(source, split, truth)
     return DataLoader(stream, batch_size=batch_size, collate_fn=collate, num_workers=hardware.num_workers)
 
 
@@ -86,19 +95,23 @@ def _never_looking(judge: Judge, teacher: Sam, answers: list[Answer], bar: Progr
     return scores | ({"blind/images": images} if scores else {})
 
 
-def _tell(metrics: Mapping[str, Any], kinds: Sequence[str], run_dir: Path) -> None:
-    table = Table("", "student", "blind", "prompts", title=f"Agreement with the teacher on {metrics['images']} images")
-    for kind in kinds:
-        never_looking = metrics.get(f"blind/miou/{kind}")
-        shown = "" if never_looking is None else f"{never_looking:.4f}"
-        ours = metrics.get(f"miou/{kind}")
-        prompts = metrics.get(f"prompts/{kind}", 0)
-        table.add_row(f"miou/{kind}", "images too small" if ours is None else f"{ours:.4f}", shown, str(prompts))
+def _tell(metrics: Mapping[str, Any], protocol: Protocol, run_dir: Path) -> None:
+    others = [name for name in ("teacher", "blind") if any(key.startswith(f"{name}/miou") for key in metrics)]
+    title = f"Agreement with the {protocol.right}'s masks on {metrics['images']} images"
+    table = Table("", "student", "95% interval", *others, "prompts", title=title)
+    for kind in protocol.kinds:
+        name = f"miou/{kind}"
+        if name not in metrics:
+            table.add_row(name, "images too small")
+            continue
+        ours, low, high = (f"{metrics[name + end]:.4f}" for end in ("", "/low", "/high"))
+        beside = [f"{metrics[f'{other}/{name}']:.4f}" for other in others]
+        table.add_row(name, ours, f"{low} to {high}", *beside, str(metrics[f"prompts/{kind}"]))
     table.add_row("embedding MSE", f"{metrics['embedding_mse']:.5f}")
     table.add_row("embedding cosine", f"{metrics['embedding_cosine']:.4f}")
     skipped = metrics["prompts_skipped"]
     if skipped:
-        table.add_row("left out", f"{skipped} prompts without a teacher's mask")
+        table.add_row("left out", f"{skipped} prompts whose right mask is empty")
     console = Console()
     console.print(table)
     part = metrics.get("blind/images", 0)

@@ -13,7 +13,7 @@ from torchmetrics import MeanMetric
 from sam_distill.evaluate.protocol import Comparison, Outcome, Protocol, Target
 from sam_distill.evaluate.views import View
 from sam_distill.losses import embedding_cosine, embedding_mse
-from sam_distill.metrics import MeanIoU
+from sam_distill.metrics import MeanIoU, bootstrap
 from sam_distill.models.sam import Sam
 from sam_distill.predict.overlays import comparison
 from sam_distill.types import GRID, Batch, valid_area
@@ -60,8 +60,9 @@ class Judge(nn.Module):
                 self.errors[name].update(measure(student.embedding, teacher_embedding, area), weight=len(batch))  # type: ignore[operator]
         for target in targets:
             for outcome in self.protocol.compare(student, target):
-                self.comparisons.append(outcome.comparison)
-                self.miou[target.kind].update(torch.tensor(outcome.comparison.iou))  # type: ignore[operator]
+                told = outcome.comparison
+                self.comparisons.append(told)
+                self.miou[told.kind].update(torch.tensor(told.iou))  # type: ignore[operator]
                 self._draw(outcome, batch)
 
     def compute(self) -> dict[str, float]:
@@ -77,6 +78,16 @@ class Judge(nn.Module):
         self.comparisons = _of_all_ranks(self.comparisons)
         return result
 
+    def intervals(self) -> dict[str, float]:
+        """After `compute`: the middle 95% of each mIoU over images drawn anew, `miou/KIND/low` and `miou/KIND/high`."""
+        bounds: dict[str, float] = {}
+        for kind in self.protocol.kinds:
+            rows = [row for row in self.comparisons if row.kind == kind]
+            interval = bootstrap([row.image for row in rows], [row.iou for row in rows])
+            if interval:
+                bounds |= {f"miou/{kind}/low": interval[0], f"miou/{kind}/high": interval[1]}
+        return bounds
+
     def _draw(self, outcome: Outcome, batch: Batch) -> None:
         told = outcome.comparison
         if told.image not in self._wanted and len(self._wanted) < PICTURES:
@@ -89,7 +100,8 @@ class Judge(nn.Module):
         frame = batch.images[i, :, :height, :width].permute(1, 2, 0).cpu().numpy()
         original = Image.fromarray(frame).resize((outcome.teacher.shape[1], outcome.teacher.shape[0]))
         teacher, student = outcome.teacher.cpu().numpy(), outcome.student.cpu().numpy()
-        self.pictures.append((told, comparison(original, teacher, student, told.kind, told.prompt, told.iou)))
+        captions = f"image and {told.kind}", self.protocol.right, f"student   IoU {told.iou:.2f}"
+        self.pictures.append((told, comparison(original, teacher, student, told.prompt, told.labels, captions)))
 
 
 def blind(judge: Judge, teacher: Sam, answers: Iterable[Answer], total: Tensor, images: int) -> dict[str, float]:

@@ -63,10 +63,10 @@ def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, An
 
 
 def write_prompts(path: Path, comparisons: Sequence[Comparison]) -> None:
-    """A row per prompt: image, kind, prompt (original pixels), IoU, areas (original pixels)."""
+    """A row per prompt: image, kind, prompt (original pixels), SAM's labels, IoU, areas (original pixels)."""
     rows = [asdict(comparison) for comparison in comparisons]
     for row in rows:
-        row["prompt"] = " ".join(f"{value:g}" for value in row["prompt"])
+        row |= {key: " ".join(f"{value:g}" for value in row[key]) for key in ("prompt", "labels")}
     write_csv(path, list(Comparison.__dataclass_fields__), rows)
 
 

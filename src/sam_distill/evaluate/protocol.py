@@ -12,7 +12,7 @@ from torch import Tensor
 from sam_distill.evaluate.views import MaskOf, SamView, Token, View
 from sam_distill.metrics import mask_iou
 from sam_distill.models.sam import Sam
-from sam_distill.types import ABSENT, Batch, Prompts
+from sam_distill.types import BACKGROUND, Batch, Prompts
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,15 @@ class Target:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One prompt's outcome. `iou` is NaN if the right mask is empty. Points and areas are in original pixels."""
+    """One prompt's outcome. `iou` is NaN if the right mask is empty. Points and areas are in original pixels.
+
+    prompt: x and y of each of its points, and SAM's label of each; a box is its two corners.
+    """
 
     image: str
     kind: str
     prompt: tuple[float, ...]
+    labels: tuple[int, ...]
     iou: float
     teacher_area: int
     student_area: int
@@ -84,18 +88,16 @@ class Protocol(ABC):
 def outcome(batch: Batch, target: Target, image: int, prompt: int, right: Tensor, answer: Tensor) -> Outcome:
     """right, answer: [H, W] bool."""
     scale = int(batch.original_sizes[image, 1]) / int(batch.sizes[image, 1])
+    labels = target.prompts.labels[image, prompt]
+    real = labels >= BACKGROUND
+    points = target.prompts.points[image, prompt][real].flatten().tolist()
     comparison = Comparison(
         image=batch.keys[image],
         kind=target.kind,
-        prompt=_in_original_pixels(target.prompts, image, prompt, scale),
+        prompt=tuple(round(value * scale, 1) for value in points),
+        labels=tuple(labels[real].tolist()),
         iou=mask_iou(answer, right).item(),
         teacher_area=int(right.sum()),
         student_area=int(answer.sum()),
     )
     return Outcome(comparison, right, answer)
-
-
-def _in_original_pixels(prompts: Prompts, image: int, prompt: int, scale: float) -> tuple[float, ...]:
-    labels = prompts.labels[image, prompt]
-    points = prompts.points[image, prompt][(labels >= 0) & (labels != ABSENT)]
-    return tuple(round(float(v) * scale, 1) for v in points.flatten())

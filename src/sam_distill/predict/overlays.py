@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from sam_distill.types import FOREGROUND
+
 TEACHER, STUDENT = (30, 144, 255), (255, 30, 150)  # blue and pink
 _PANEL = 384  # long side of a panel, pixels
 _GAP, _CAPTION = 6, 24
@@ -56,23 +58,27 @@ def coloured(image: Image.Image, masks: Iterable[tuple[np.ndarray, Sequence[int]
 
 
 def comparison(
-    image: Image.Image, teacher: np.ndarray, student: np.ndarray, kind: str, prompt: Sequence[float], iou: float
+    image: Image.Image,
+    teacher: np.ndarray,
+    student: np.ndarray,
+    prompt: Sequence[float],
+    labels: Sequence[int],
+    captions: Sequence[str],
 ) -> Image.Image:
-    """One row: the image with its prompt, the teacher's mask, the student's mask with its IoU.
+    """One row: the image with its prompt, the teacher's mask, the student's mask.
 
-    prompt: (x0, y0, x1, y1) for kind `box`, else (x, y) of a point on the thing, and of others beside it, in pixels of
-    `image`; the masks have its size.
+    prompt, labels: see `Comparison`, in pixels of `image`; the masks have its size.
     """
-    points = list(zip(prompt[::2], prompt[1::2], strict=True))
-    drawn: dict[str, Any] = {"points": points, "labels": [1, *[0] * (len(points) - 1)]}
-    if kind == "box":
+    points = zip(zip(prompt[::2], prompt[1::2], strict=True), labels, strict=True)
+    clicks = [(point, label) for point, label in points if label <= FOREGROUND]
+    drawn: dict[str, Any] = {"points": [point for point, _ in clicks], "labels": [label for _, label in clicks]}
+    if not clicks:
         drawn = {"box": prompt}
     panels = [
         overlay(image, **drawn),
         overlay(image, teacher, TEACHER, **drawn),
         overlay(image, student, STUDENT, **drawn),
     ]
-    captions = [f"image and {kind}", "teacher", f"student   IoU {iou:.2f}"]
     return _row([_shrink(panel) for panel in panels], captions)
 
 

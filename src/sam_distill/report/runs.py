@@ -11,13 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import yaml
 
 Value = str | float
 Curve = Sequence[tuple[int, float]]  # (step, value)
 
-RESAMPLINGS = 1000  # of the bootstrap
 _NOT_ENTERED = ("checkpoints", "wandb", "pictures")
 _MACHINERY = ("run_dir", "resume", "plan", "step_times", "validate_every", "logger", "trainer", "teacher.memory_gb",
               "data.shuffle_buffer")  # fmt: skip
@@ -27,8 +25,8 @@ _MACHINERY = ("run_dir", "resume", "plan", "step_times", "validate_every", "logg
 class Run:
     """A finished run with scores, from its folder or from a row of an experiment's results.csv.
 
-    settings: dotted keys as in config.yaml, and what was chosen from each group. metrics: those of metrics.json; where
-    each prompt is known also `NAME/low` and `NAME/high`, the 95% interval of a bootstrap over images.
+    settings: dotted keys as in config.yaml, and what was chosen from each group. metrics: those of metrics.json; of a
+    mIoU also `NAME/low` and `NAME/high`, the 95% interval of a bootstrap over images.
     """
 
     name: str
@@ -112,8 +110,6 @@ def _run(folder: Path, name: str) -> Run | Unusable:
     if not (folder / "metrics.json").is_file():
         return Unusable(name, "unfinished", "it has ended without scores: no metrics.json", experiment)
     metrics = {n: _value(v) for n, v in json.loads((folder / "metrics.json").read_text()).items() if v is not None}
-    if (folder / "prompts.csv").is_file():
-        metrics |= _intervals(folder / "prompts.csv")
     facts = {"date": str(status["started"])[:10], "version": status.get("version", "")}
     pictures = sorted((folder / "pictures").glob("masks*.png"))
     return Run(
@@ -206,20 +202,3 @@ def _curves(rows: Sequence[Mapping[str, str]]) -> dict[str, Curve]:
     names = [name for name in (rows[0] if rows else []) if name.startswith(("val/", "train/"))]
     curves = {n: [(int(row["step"]), float(row[n])) for row in rows if row[n] != ""] for n in names}
     return {name: curve for name, curve in curves.items() if curve}
-
-
-def _intervals(prompts: Path) -> dict[str, Value]:
-    """For each kind of prompts the middle 95% of its mIoU over images drawn anew with replacement."""
-    totals: dict[str, dict[str, list[float]]] = {}  # by kind and image: sum and number of IoUs
-    for row in _read_csv(prompts):
-        if (iou := float(row["iou"])) == iou:  # NaN: the teacher's mask is empty
-            total = totals.setdefault(row["kind"], {}).setdefault(row["image"], [0.0, 0.0])
-            total[0] += iou
-            total[1] += 1
-    bounds: dict[str, Value] = {}
-    for kind, images in totals.items():
-        table = np.array(list(images.values()))
-        drawn = table[np.random.default_rng(0).integers(len(table), size=(RESAMPLINGS, len(table)))].sum(1)
-        low, high = np.percentile(drawn[:, 0] / drawn[:, 1], [2.5, 97.5])
-        bounds |= {f"miou/{kind}/low": float(low), f"miou/{kind}/high": float(high)}
-    return bounds

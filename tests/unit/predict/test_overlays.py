@@ -46,11 +46,18 @@ def test_a_tiny_box_can_be_seen() -> None:
 
 def test_captions_have_room_beside_narrow_images() -> None:
     tall = Image.new("RGB", (40, 400))
-    row = comparison(tall, np.zeros((400, 40), bool), np.zeros((400, 40), bool), "point", (5.0, 5.0), 0.5)
+    row = comparison(
+        tall,
+        np.zeros((400, 40), bool),
+        np.zeros((400, 40), bool),
+        (5.0, 5.0),
+        (1,),
+        ("image and point", "teacher", "student   IoU 0.5"),
+    )
     assert row.width > 250
 
 
 def test_rows_and_columns() -> None:
-    row = comparison(GREY, MASK, ~MASK, "point", (30.0, 20.0), 0.5)
+    row = comparison(GREY, MASK, ~MASK, (30.0, 20.0), (1,), ("a", "b", "c"))
     assert row.width > 3 * 380
     assert column([row, row]).size == (row.width, 2 * row.height)

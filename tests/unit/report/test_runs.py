@@ -46,7 +46,6 @@ def test_runs_come_in_the_order_in_which_they_began(runs: Path, make_run: Callab
         ("config.yaml", None, "damaged"),
         ("history.csv", "step,val/miou/point\n1,0.5,7\n", "damaged"),
         ("history.csv", "step,val/miou/point\n1,half\n", "damaged"),
-        ("prompts.csv", "image,kind,iou\na,point\n", "damaged"),
     ],
 )
 def test_one_damaged_run_stops_no_other(
@@ -73,16 +72,6 @@ def test_failed_and_running_runs_are_told_apart(runs: Path, make_run: Callable[.
         ("failed", "no such folder", "loss"),
         ("unfinished", "still running, or killed", None),
     ]
-
-
-def test_the_interval_is_that_of_images_drawn_anew(runs: Path, make_run: Callable[..., Path]) -> None:
-    rows = [f"{image},point,{iou}" for image in range(20) for iou in (image % 2, image % 2)] + ["20,point,nan"]
-    (make_run("r") / "prompts.csv").write_text("\n".join(["image,kind,iou", *rows]) + "\n")
-    (run,) = find(runs).runs
-    low, high = run.measure("miou/point/low"), run.measure("miou/point/high")
-    assert low is not None
-    assert high is not None
-    assert 0.2 < low < 0.4 < 0.6 < high < 0.8, "the spread of 20 images, not of 40 prompts"
 
 
 def test_results_of_an_experiment(tmp_path: Path) -> None:

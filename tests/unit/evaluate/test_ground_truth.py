@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools import mask as coco
+
+from sam_distill.cli.app import main
+from sam_distill.data.base import EvalStream, collate
+from sam_distill.data.folder import Folder
+from sam_distill.evaluate.ground_truth import GroundTruth
+from sam_distill.evaluate.views import MaskOf, SamView, View
+from sam_distill.types import Batch, Prompts, UserError
+
+HEIGHT, WIDTH = 120, 160
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two photographs of a white disc and a white bar on grey, and their masks as COCO has them: runs and polygons."""
+    images, annotations = [], []
+    for number in (1, 2):
+        disc, bar = truth()
+        pixels = np.full((HEIGHT, WIDTH, 3), 90, np.uint8)
+        pixels[disc | bar] = 255
+        Image.fromarray(pixels).save(tmp_path / f"{number:012}.png")
+        images.append({"id": number, "file_name": f"{number:012}.png", "height": HEIGHT, "width": WIDTH})
+        runs = coco.encode(np.asfortranarray(disc))
+        polygon = [[100, 20, 140, 20, 140, 100, 100, 100]]
+        annotations += [
+            {"image_id": number, "segmentation": runs | {"counts": runs["counts"].decode()}, "iscrowd": 0},
+            {"image_id": number, "segmentation": polygon, "iscrowd": 0},
+            {"image_id": number, "segmentation": {"size": [HEIGHT, WIDTH], "counts": [0, 19200]}, "iscrowd": 1},
+        ]
+    (tmp_path / "coco.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    lvis = [{k: v for k, v in image.items() if k != "file_name"} | {"coco_url": f"http://x/{image['file_name']}"}
+            for image in images]  # fmt: skip
+    (tmp_path / "lvis.json").write_text(json.dumps({"images": lvis, "annotations": annotations}))
+    return tmp_path
+
+
+def truth() -> tuple[np.ndarray, np.ndarray]:
+    y, x = np.mgrid[:HEIGHT, :WIDTH]
+    bar = (y >= 20) & (y < 100) & (x >= 100) & (x < 140)
+    return (y - 60) ** 2 + (x - 50) ** 2 < 30**2, bar
+
+
+def batch_of(folder: Path, name: str = "coco.json") -> Batch:
+    source = Folder(str(folder), val_images=0, annotations=str(folder / name))
+    source.load_json()
+    return collate(list(EvalStream(source, "all", truth=True)))
+
+
+class Answering(View):
+    """Answers every prompt with the mask given, and remembers what it was asked."""
+
+    embedding = None
+
+    def __init__(self, batch: Batch, mask: np.ndarray) -> None:
+        self.batch = batch
+        self.mask = torch.from_numpy(mask)
+        self.asked: list[Prompts] = []
+
+    def masks(self, prompts: Prompts) -> MaskOf:
+        self.asked.append(prompts)
+        return lambda image, prompt: self.mask
+
+
+@pytest.mark.parametrize("name", ["coco.json", "lvis.json"])
+def test_annotations_of_coco_and_lvis(folder: Path, name: str) -> None:
+    batch = batch_of(folder, name)
+    for found in batch.truth:
+        assert len(found) == 2, "a crowd is no thing"
+        for mask, expected in zip((coco.decode(m).astype(bool) for m in found), truth(), strict=True):
+            assert (mask == expected).mean() > 0.99
+
+
+def test_clicks_and_boxes_lie_where_the_masks_are(folder: Path) -> None:
+    batch = batch_of(folder)
+    clicks, boxes = GroundTruth(annotations=None).ask(SamView(None, torch.zeros(2, 1), batch, "single"))  # type: ignore[arg-type]
+    to_original = WIDTH / 1024
+    middles = {(50, 60), (120, 60)}
+    for prompt in range(2):
+        x, y = (clicks.prompts.points[0, prompt, 0] * to_original).tolist()
+        assert any(abs(x - a) < 3 and abs(y - b) < 22 for a, b in middles)
+        x0, y0, x1, y1 = (boxes.prompts.points[0, prompt].flatten() * to_original).tolist()
+        rows, columns = np.nonzero(clicks.masks(0, prompt).numpy())
+        assert (x0, y0, x1, y1) == pytest.approx(
+            (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1), abs=0.5
+        )
+
+
+def test_the_next_click_is_in_the_middle_of_the_largest_error(folder: Path) -> None:
+    """The annotation is the disc or the bar; the answer is always the bar, with a hole."""
+    batch = batch_of(folder)
+    _, bar = truth()
+    answer = bar.copy()
+    answer[25:35, 105:115] = False
+    protocol, student = GroundTruth(annotations=None, clicks=(2,)), Answering(batch, answer)
+    clicks, _ = protocol.ask(SamView(None, torch.zeros(2, 1), batch, "single"))  # type: ignore[arg-type]
+    told = [o.comparison for o in protocol.compare(student, clicks)]
+    assert {c.kind for c in told} == {"click_2"}
+    second = student.asked[1]
+    for prompt in range(2):
+        right = clicks.masks(0, prompt).numpy()
+        (x, y), label = (second.points[0, prompt, 0] * WIDTH / 1024).tolist(), int(second.labels[0, prompt, 0])
+        if right[60, 120]:  # the bar: what is missing is its hole
+            assert label == 1
+            assert 105 <= x < 115
+            assert 25 <= y < 35
+        else:  # the disc, all of which is missing, is as deep as half of it; the bar is too much by half its width
+            assert label == 1
+            assert (x - 50) ** 2 + (y - 60) ** 2 < 10**2
+    for c in told:
+        expected = (answer & truth()[1]).sum() / bar.sum() if c.iou > 0 else 0
+        assert c.iou == pytest.approx(expected)
+
+
+def test_a_perfect_answer_scores_one(folder: Path) -> None:
+    batch = batch_of(folder)
+    protocol = GroundTruth(annotations=1, clicks=(1, 3))
+    for target in protocol.ask(SamView(None, torch.zeros(2, 1), batch, "single")):  # type: ignore[arg-type]
+        for outcome in protocol.compare(Perfect(batch, target.masks), target):
+            assert outcome.comparison.iou == 1
+
+
+class Perfect(Answering):
+    def __init__(self, batch: Batch, right: MaskOf) -> None:
+        super().__init__(batch, np.zeros((HEIGHT, WIDTH), bool))
+        self.right = right
+
+    def masks(self, prompts: Prompts) -> MaskOf:
+        return self.right
+
+
+def test_evaluate(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A model that is its own teacher scores what its teacher does; damage is left out and counted."""
+    content = json.loads((folder / "coco.json").read_text())
+    content["annotations"] = [one for one in content["annotations"] if one["image_id"] == 1]
+    (folder / "half.json").write_text(json.dumps(content))
+    words = ["checkpoint=mobile_sam", "protocol=ground_truth", "data=folder", f"data.path={folder}"]
+    assert (
+        main(["evaluate", *words, f"data.annotations={folder / 'half.json'}", f"hydra.run.dir={tmp_path / 'run'}"]) == 0
+    )
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert (metrics["images"], metrics["images_skipped"]) == (1, 1)
+    for kind in ("click_1", "click_3", "box"):
+        assert metrics[f"miou/{kind}"] == metrics[f"teacher/miou/{kind}"] > 0.5
+        assert metrics[f"prompts/{kind}"] == 2
+    assert "000000000002: it has no annotations" in capfd.readouterr().out
+    assert (tmp_path / "run" / "pictures" / "masks.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [("{", "not a JSON of COCO or LVIS"), ('{"images": []}', "not a JSON of COCO or LVIS"), (None, "cannot be read")],
+)
+def test_a_bad_file_of_annotations(tmp_path: Path, content: str | None, told: str) -> None:
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+    if content is not None:
+        (tmp_path / "a.json").write_text(content)
+    with pytest.raises(UserError, match=f"data.annotations=.*{told}"):
+        Folder(str(tmp_path), val_images=0, annotations=str(tmp_path / "a.json")).load_json()
