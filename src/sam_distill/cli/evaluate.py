@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import yaml
 from pydantic import Field
@@ -14,6 +14,8 @@ from sam_distill.cli.answers import answering
 from sam_distill.data.base import DataSource, Split
 from sam_distill.engine.evaluation import judge
 from sam_distill.engine.hardware import Hardware
+from sam_distill.engine.proposals import judge_everything
+from sam_distill.evaluate.everything import Everything
 from sam_distill.evaluate.protocol import Protocol
 from sam_distill.models.checkpoints import Checkpoint, load_sam
 from sam_distill.teachers import LiveTeacher
@@ -27,7 +29,7 @@ def evaluate(
     teacher: LiveTeacher,
     data: DataSource,
     split: Split,
-    protocol: Protocol,
+    protocol: Protocol | Everything,
     trainer: Hardware,
     batch_size: Annotated[int, Field(gt=0)],
     run_dir: Path,
@@ -38,16 +40,12 @@ def evaluate(
         log.warning("split=all judges on images that %s was trained on, too; split=val does not", checkpoint)
     if split == "val" and data.shortage:
         log.warning(data.shortage)
-    judge(
-        student=load_sam(checkpoint),
-        teacher=answering(teacher, data),
-        source=data,
-        split=split,
-        protocol=protocol,
-        hardware=trainer,
-        batch_size=batch_size,
-        run_dir=run_dir,
-    )
+    asked: dict[str, Any] = {"source": data, "split": split, "hardware": trainer, "batch_size": batch_size}
+    student = load_sam(checkpoint)
+    if isinstance(protocol, Everything):
+        judge_everything(student=student, teacher=teacher, protocol=protocol, run_dir=run_dir, **asked)
+    else:
+        judge(student=student, teacher=answering(teacher, data), protocol=protocol, run_dir=run_dir, **asked)
 
 
 def _data_path(run_dir: Path) -> list[str]:

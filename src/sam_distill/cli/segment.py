@@ -151,12 +151,10 @@ def _one_thing(
 def _everything(
     generator: SamAutomaticMaskGenerator, picture: Image.Image
 ) -> tuple[list[dict[str, Any]], Image.Image, str]:
-    """A record for each mask, the picture with all of them drawn in, large ones below, and a word on it."""
+    """A record for each mask, the picture with all of them drawn in, and a word on it."""
     records = generator.generate(picture)
-    by_size = sorted(records, key=lambda record: -record["area"])
-    masks = ((coco.decode(record["segmentation"]).astype(bool), record["bbox"]) for record in by_size)
     said = f"{len(records)} masks" if records else f"no mask that the model trusts; {DOUBTS}"
-    return records, coloured(picture, masks), said
+    return records, coloured(picture, records), said
 
 
 def _write_json(target: Path, file: Path, number: int, picture: Image.Image, records: Sequence[dict[str, Any]]) -> None:

@@ -51,7 +51,7 @@ def judge(
     answers: list[Answer] = []
     with Progress(auto_refresh=False) as bar:  # without a thread, whose locks the loader's workers would inherit
         task = bar.add_task("Evaluating", total=total)
-        for batch in _loader(source, split, hardware, batch_size, annotated):
+        for batch in loader(source, split, hardware, batch_size, annotated):
             batch = batch.to(hardware.kind)
             with hardware.autocast():
                 theirs, ours = teacher.embed(batch), student.encode(batch.images, batch.sizes)
@@ -72,9 +72,7 @@ def judge(
     metrics: dict[str, Any] = result.compute() | result.intervals() | baseline
     if annotated:
         metrics |= {f"teacher/{n}": value for n, value in of_teacher.compute().items() if n.startswith("miou/")}
-    metrics |= {"images": images, "images_skipped": total - images}
-    metrics |= {"seconds": round(seconds, 1), "images_per_second": round(images / seconds, 2)}
-    metrics |= {"precision": hardware.num_format, "device": hardware.device_name}
+    metrics |= facts(hardware, images, total, seconds)
     write_json(run_dir / "metrics.json", metrics | protocol.description)
     write_prompts(run_dir / "prompts.csv", result.comparisons)
     (run_dir / "pictures").mkdir(exist_ok=True)
@@ -83,7 +81,22 @@ def judge(
     return metrics
 
 
-def _loader(source: DataSource, split: Split, hardware: Hardware, batch_size: int, truth: bool) -> DataLoader[Sample]:
+def facts(hardware: Hardware, images: int, total: int, seconds: float) -> dict[str, Any]:
+    """What an evaluation's metrics.json says beside the scores. total: images, damaged ones included."""
+    return {
+        "images": images,
+        "images_skipped": total - images,
+        "seconds": round(seconds, 1),
+        "images_per_second": round(images / seconds, 2),
+        "precision": hardware.num_format,
+        "device": hardware.device_name,
+    }
+
+
+def loader(
+    source: DataSource, split: Split, hardware: Hardware, batch_size: int, truth: bool = False
+) -> DataLoader[Sample]:
+    """truth: images come with their annotations."""
     stream = EvalStream(source, split, truth)
     return DataLoader(stream, batch_size=batch_size, collate_fn=collate, num_workers=hardware.num_workers)
 

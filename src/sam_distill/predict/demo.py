@@ -136,8 +136,7 @@ def _everything(visit: Visit, points_per_side: int) -> list[Any]:
         started = time.perf_counter()
         found = SamAutomaticMaskGenerator(predictor.model, points_per_side).generate(np.asarray(visit.image))
         times[f"{name}, {len(found)} masks"] = time.perf_counter() - started
-        largest_first = sorted(found, key=lambda record: -record["area"])
-        views.append(coloured(visit.image, [(record["segmentation"], record["bbox"]) for record in largest_first]))
+        views.append(coloured(visit.image, found))
     return [visit, *views, f"Everything: {_say(times)}."]
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from colorsys import hsv_to_rgb
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from pycocotools import mask as coco
 
 from sam_distill.types import FOREGROUND
 
@@ -41,13 +42,15 @@ def overlay(
     return picture
 
 
-def coloured(image: Image.Image, masks: Iterable[tuple[np.ndarray, Sequence[int]]]) -> Image.Image:
-    """`image` with many masks, each in a colour of its own, the later ones above the others.
+def coloured(image: Image.Image, records: Iterable[Mapping[str, Any]]) -> Image.Image:
+    """`image` with many masks, each in a colour of its own, small ones above large ones.
 
-    masks: [H, W] bool, and the box (x, y, width, height) that it lies in.
+    records: of `SamAutomaticMaskGenerator`, as binary_mask or coco_rle.
     """
     pixels = np.array(image.convert("RGB"))
-    for number, (mask, (x, y, width, height)) in enumerate(masks):
+    for number, record in enumerate(sorted(records, key=lambda record: -record["area"])):
+        (x, y, width, height), mask = record["bbox"], record["segmentation"]
+        mask = coco.decode(mask).astype(bool) if isinstance(mask, dict) else mask
         inside = slice(y, y + height + 1), slice(x, x + width + 1)
         part, region = mask[inside], pixels[inside]
         hue = number * 0.618034 % 1  # the golden ratio keeps neighbours apart
@@ -79,7 +82,23 @@ def comparison(
         overlay(image, teacher, TEACHER, **drawn),
         overlay(image, student, STUDENT, **drawn),
     ]
-    return _row([_shrink(panel) for panel in panels], captions)
+    return side_by_side(panels, captions)
+
+
+def side_by_side(panels: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image:
+    """A row of pictures, reduced, each under its caption."""
+    panels = [_shrink(panel) for panel in panels]
+    font = ImageFont.load_default(15)
+    widths = [max(panel.width, int(font.getlength(text)) + 5) for panel, text in zip(panels, captions, strict=True)]
+    width = sum(widths) + _GAP * (len(panels) - 1)
+    row = Image.new("RGB", (width, panels[0].height + _CAPTION + _GAP), "white")
+    draw = ImageDraw.Draw(row)
+    x = 0
+    for panel, caption, column_width in zip(panels, captions, widths, strict=True):
+        draw.text((x + 2, 2), caption, fill="black", font=font)
+        row.paste(panel, (x, _CAPTION))
+        x += column_width + _GAP
+    return row
 
 
 def column(rows: Sequence[Image.Image]) -> Image.Image:
@@ -110,17 +129,3 @@ def _outline(mask: np.ndarray) -> np.ndarray:
 def _shrink(panel: Image.Image) -> Image.Image:
     scale = _PANEL / max(panel.size)
     return panel.resize((round(panel.width * scale), round(panel.height * scale)), Image.Resampling.LANCZOS)
-
-
-def _row(panels: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image:
-    font = ImageFont.load_default(15)
-    widths = [max(panel.width, int(font.getlength(text)) + 5) for panel, text in zip(panels, captions, strict=True)]
-    width = sum(widths) + _GAP * (len(panels) - 1)
-    row = Image.new("RGB", (width, panels[0].height + _CAPTION + _GAP), "white")
-    draw = ImageDraw.Draw(row)
-    x = 0
-    for panel, caption, column_width in zip(panels, captions, widths, strict=True):
-        draw.text((x + 2, 2), caption, fill="black", font=font)
-        row.paste(panel, (x, _CAPTION))
-        x += column_width + _GAP
-    return row

@@ -28,9 +28,10 @@ def test_prompts_are_drawn_where_they_are() -> None:
     assert (pixels[38, 58] == 100).all()
 
 
-def test_many_masks_have_many_colours_and_the_last_lies_above() -> None:
+def test_many_masks_have_many_colours_and_the_smallest_lies_above() -> None:
     whole = np.ones_like(MASK)
-    pixels = np.asarray(coloured(GREY, [(whole, (0, 0, 59, 39)), (MASK, (20, 10, 29, 19))]))
+    small = {"segmentation": MASK, "area": int(MASK.sum()), "bbox": (20, 10, 29, 19)}
+    pixels = np.asarray(coloured(GREY, [small, {"segmentation": whole, "area": whole.size, "bbox": (0, 0, 59, 39)}]))
     first, second = pixels[5, 5], pixels[20, 30]
     assert (first != second).any()
     assert (pixels[11:29, 21:49] == second).all()

@@ -1,0 +1,152 @@
+"""Everything: do student and teacher find the same things in an image, without being asked for any? (Paper, Figure 6.)
+
+Both segment everything, by the same grid of points and thresholds. Each of the teacher's masks is compared with the
+student's nearest; and the student's masks, the most trusted first, are judged as detections of the teacher's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from pycocotools import mask as coco
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from sam_distill.evaluate.protocol import Comparison
+from sam_distill.files import write_text
+from sam_distill.metrics import bootstrap
+from sam_distill.models.sam import Sam
+from sam_distill.models.weights import home
+from sam_distill.types import BOX_BOTTOM_RIGHT, BOX_TOP_LEFT
+
+Records = list[dict[str, Any]]  # masks as SA-1B has them: segmentation (COCO run lengths), area, bbox, predicted_iou
+MOST = 1000  # masks of an image that count
+
+
+@dataclass(frozen=True)
+class Everything:
+    """generator: makes of a SAM what segments everything, as `SamAutomaticMaskGenerator` does."""
+
+    generator: Callable[..., Any]
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What must be known to compare two numbers."""
+        return {"generator": self._settings}
+
+    @property
+    def _settings(self) -> str:
+        return ", ".join(f"{name} {value}" for name, value in getattr(self.generator, "keywords", {}).items())
+
+    def masks(self, sam: Sam, frame: np.ndarray) -> Records:
+        """frame: [h, w, 3] uint8, an image at the frame's resolution, as the masks are, too."""
+        records: Records = self.generator(sam, output_mode="coco_rle").generate(frame)
+        return [record for record in records if record["area"] > 0]
+
+    def remembered(self, who: str, sam: Sam, frame: np.ndarray) -> Records:
+        """The same of a teacher, who has to say it once: kept in $SAM_DISTILL_HOME/everything. who: its sha256."""
+        image = hashlib.sha256(f"{who} {self._settings} {frame.shape}".encode() + frame.tobytes()).hexdigest()
+        file = home() / "everything" / f"{image[:32]}.json"
+        if file.is_file():
+            records: Records = json.loads(file.read_text())
+            return records
+        records = self.masks(sam, frame)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, json.dumps(records))
+        return records
+
+
+@dataclass
+class Detections:
+    """What was found in all images so far. teacher, student: the masks of each image."""
+
+    images: list[str] = field(default_factory=list)
+    teacher: list[Records] = field(default_factory=list)
+    student: list[Records] = field(default_factory=list)
+    rows: list[Comparison] = field(default_factory=list)
+
+    def add(self, image: str, teacher: Records, student: Records) -> None:
+        self.images.append(image)
+        self.teacher.append(teacher)
+        self.student.append(student)
+        self.rows += nearest(image, teacher, student)
+
+    def compute(self) -> dict[str, float]:
+        """Flat metrics by their names in metrics.json."""
+        ious = [row.iou for row in self.rows]
+        metrics: dict[str, float] = {"masks": _mean_length(self.student), "teacher/masks": _mean_length(self.teacher)}
+        metrics["prompts/everything"] = len(ious)
+        if not ious:
+            return metrics
+        metrics["miou/everything"] = float(np.mean(ious))
+        low, high = bootstrap([row.image for row in self.rows], ious) or (0.0, 0.0)
+        metrics |= {"miou/everything/low": low, "miou/everything/high": high}
+        metrics |= {f"recall/{percent}": float(np.mean(np.array(ious) >= percent / 100)) for percent in (50, 75)}
+        return metrics | average_precision(self.teacher, self.student)
+
+
+def nearest(image: str, teacher: Records, student: Records) -> list[Comparison]:
+    """Each of the teacher's masks with the student's that has the highest IoU with it; the prompt is its box."""
+    iou = _iou(teacher, student)
+    rows = []
+    for number, record in enumerate(teacher):
+        best = int(iou[number].argmax()) if student else -1
+        x, y, width, height = record["bbox"]
+        rows.append(
+            Comparison(
+                image=image,
+                kind="everything",
+                prompt=(x, y, x + width, y + height),
+                labels=(BOX_TOP_LEFT, BOX_BOTTOM_RIGHT),
+                iou=float(iou[number, best]) if student else 0.0,
+                teacher_area=int(record["area"]),
+                student_area=int(student[best]["area"]) if student else 0,
+            )
+        )
+    return rows
+
+
+def average_precision(teacher: Sequence[Records], student: Sequence[Records]) -> dict[str, float]:
+    """COCO's AP and AR of the student's masks by those of the teacher, all of one class, scored by predicted IoU.
+
+    Means over IoUs of 0.5 to 0.95; `ap/50` at 0.5. Up to `MOST` masks per image.
+    """
+    images = [{"id": number, "height": 0, "width": 0} for number in range(len(teacher))]  # run lengths have the size
+    truth, found = COCO(), COCO()
+    for dataset, masks in ((truth, teacher), (found, student)):
+        annotations = [
+            {"image_id": number, "category_id": 1, "iscrowd": 0, "segmentation": record["segmentation"],
+             "area": record["area"], "bbox": record["bbox"], "score": record["predicted_iou"]}
+            for number, records in enumerate(masks) for record in records
+        ]  # fmt: skip
+        for index, annotation in enumerate(annotations, 1):
+            annotation["id"] = index
+        dataset.dataset = {"images": images, "categories": [{"id": 1}], "annotations": annotations}
+    with contextlib.redirect_stdout(io.StringIO()):  # it reports to the screen
+        truth.createIndex()
+        found.createIndex()
+        judge = COCOeval(truth, found, "segm")
+        judge.params.maxDets = [MOST]
+        judge.params.areaRng, judge.params.areaRngLbl = [[0, 1e10]], ["all"]
+        judge.evaluate()
+        judge.accumulate()
+    precision, recall = judge.eval["precision"][..., 0, 0, 0], judge.eval["recall"][:, 0, 0, 0]
+    means = {"ap": precision.mean(), "ap/50": precision[0].mean(), "recall": recall.mean()}
+    return {name: round(float(value), 9) for name, value in means.items()}  # COCOeval divides by a hair too much
+
+
+def _iou(first: Records, second: Records) -> np.ndarray:
+    """[first, second]."""
+    masks = [[record["segmentation"] for record in records] for records in (first, second)]
+    return np.asarray(coco.iou(*masks, [0] * len(second))).reshape(len(first), len(second))
+
+
+def _mean_length(lists: Sequence[Sequence[object]]) -> float:
+    return float(np.mean([len(one) for one in lists])) if lists else 0.0
