@@ -119,6 +119,7 @@ def _run(command: str, argv: list[str], conf_dir: Path) -> int:
     if not (args.help or args.hydra_help or args.cfg or args.info or args.shell_completion):
         told = {line.partition("=")[0] for line in mistakes}  # a key that can't be read is not missing as well
         mistakes += [line for job in jobs for line in check(job) if line.partition("=")[0] not in told]
+        mistakes = list(_of_another_command(jobs, command)) or mistakes
         mistakes += _forbidden_sweep(jobs, command, args.multirun)
         mistakes += [] if args.multirun else [line for job in jobs for line in misplaced(job)]
         mistakes += _homeless(argv)
@@ -154,6 +155,14 @@ def _forbidden_sweep(jobs: list[DictConfig], command: str, multirun: bool) -> It
                 f"trainer.devices={devices} in a multirun (-m): use trainer.devices=1, or run the jobs one by one"
                 f" without -m: {PROGRAM} {command} {own}"
             )
+
+
+def _of_another_command(jobs: list[DictConfig], command: str) -> Iterator[str]:
+    """An experiment names the command that it is a recipe for; with another one it makes no sense at all."""
+    for job in jobs:
+        other, experiment = job._target_.rpartition(".")[2], job.hydra.runtime.choices.get("experiment")
+        if experiment and other != command:
+            yield f"experiment={experiment} is for another command: {PROGRAM} {other} experiment={experiment}"
 
 
 def _homeless(argv: list[str]) -> Iterator[str]:

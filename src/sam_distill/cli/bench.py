@@ -15,7 +15,7 @@ from rich.console import Console
 from sam_distill.data.base import DataSource
 from sam_distill.engine.bench.data import bench_data, example_jpegs, temporary_cache
 from sam_distill.engine.bench.everything import bench_everything
-from sam_distill.engine.bench.models import bench_decoder, bench_encoder
+from sam_distill.engine.bench.models import bench_decoder, bench_encoder, bench_image, counted
 from sam_distill.engine.bench.steps import bench_step
 from sam_distill.engine.bench.tables import Finding, machine, show, write
 from sam_distill.engine.datamodule import Loaders
@@ -25,6 +25,7 @@ from sam_distill.engine.optim import AdamW
 from sam_distill.evaluate.agreement import Agreement
 from sam_distill.images import decode
 from sam_distill.models.checkpoints import Checkpoint, load_sam
+from sam_distill.models.encoders import ImageEncoder
 from sam_distill.models.sam import Sam
 from sam_distill.prompts.samplers import Points
 from sam_distill.strategies.decoupled import Decoupled
@@ -34,18 +35,21 @@ from sam_distill.types import UserError
 
 def bench(
     *,
-    suite: Literal["all", "data", "step", "encoder", "decoder", "everything"],
+    suite: Literal["all", "data", "step", "parameters", "encoder", "decoder", "image", "everything"],
     data: DataSource,
     checkpoint: Checkpoint,
+    encoder: ImageEncoder | None = None,
     trainer: Hardware,
     batch_size: Annotated[int, Field(gt=0)],
     points_per_side: Annotated[int, Field(ge=1)],
     seconds: Annotated[float, Field(gt=0)],
     compiled: bool,
     exported: str | None,
+    scale: Literal["paper", "small"],
     run_dir: Path,
 ) -> None:
     """Measure speed side by side with the peers' code; conf/bench.yaml says what each option means."""
+    del scale  # only experiments read it
     kind, folder = trainer.kind, None if exported is None else _folder(exported)
 
     def chosen(name: str) -> bool:
@@ -55,17 +59,22 @@ def bench(
     def jpegs() -> list[bytes]:
         return example_jpegs(data)
 
+    def photograph() -> np.ndarray:
+        return np.asarray(decode(jpegs()[0], full=True)[0])
+
     def findings() -> Iterator[Finding]:
         if chosen("data"):
             yield from bench_data(jpegs(), trainer.num_workers, seconds)
-        sam = load_sam(checkpoint)
+        sam = load_sam(checkpoint) if encoder is None else Sam(encoder)
+        yield counted(sam)
         if chosen("encoder"):
-            yield bench_encoder(sam, kind, compiled, folder, seconds)
+            yield bench_encoder(sam, kind, compiled, encoder is None, folder, seconds)
         if chosen("decoder"):
             yield from bench_decoder(sam, kind, seconds)
+        if chosen("image"):
+            yield bench_image(sam, photograph(), kind, seconds)
         if chosen("everything"):
-            picture, _ = decode(jpegs()[0], full=True)
-            yield bench_everything(sam, np.asarray(picture), points_per_side, kind)
+            yield bench_everything(sam, photograph(), points_per_side, kind)
         if chosen("step"):
             yield _step(load_sam(checkpoint), jpegs(), trainer, batch_size)
 

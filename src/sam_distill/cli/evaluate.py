@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field
@@ -32,9 +32,11 @@ def evaluate(
     protocol: Protocol | Everything,
     trainer: Hardware,
     batch_size: Annotated[int, Field(gt=0)],
+    scale: Literal["paper", "small"],
     run_dir: Path,
 ) -> None:
     """Judge `checkpoint` by `teacher`; conf/evaluate.yaml says what each option means."""
+    del scale  # only experiments read it
     trained_on = _data_path(Path(checkpoint).expanduser())
     if split == "all" and trained_on and trained_on == _data_path(run_dir):
         log.warning("split=all judges on images that %s was trained on, too; split=val does not", checkpoint)

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from sam_distill.cli.app import commands, default_conf_dir
+from sam_distill.cli.app import commands, default_conf_dir, main
 from sam_distill.cli.compose import compose_jobs
 from sam_distill.cli.config import check
+from sam_distill.report.experiments import known
 
 CONF = default_conf_dir()
 MANDATORY = {  # what a choice can't know by itself
@@ -37,8 +38,16 @@ def mistakes(command: str, *overrides: str) -> list[str]:
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_choice(choice: str) -> None:
-    command = "evaluate" if choice.startswith("protocol=") else "train"
+    group, _, name = choice.partition("=")
+    command = "evaluate" if group == "protocol" else "train"
+    if group == "experiment":
+        command = OmegaConf.load(CONF / group / f"{name}.yaml")._target_.rpartition(".")[2]
     assert mistakes(command, choice, *MANDATORY.get(choice, []), *MANDATORY.get(command, [])) == []
+
+
+def test_every_experiment_is_in_the_report_and_every_table_has_a_recipe() -> None:
+    recipes = {path.stem for path in (CONF / "experiment").glob("*.yaml")}
+    assert recipes == set(known()) - {"first_light"}, "first_light was one command without a recipe"
 
 
 @pytest.mark.parametrize("command", commands(CONF))
@@ -80,6 +89,15 @@ def test_an_experiment_has_two_scales(scale: str, steps: list[int], side: int) -
     jobs, _ = compose_jobs(CONF, "train", words, multirun=True)
     expected = [(batch, f"{budget} steps", side) for batch in (4, 8) for budget in steps]
     assert [(job.batch_size, job.budget, job.image_size) for job in jobs] == expected
+
+
+@pytest.mark.parametrize(("command", "experiment"), [("train", "table1_parameters"), ("evaluate", "table4_compute")])
+def test_a_recipe_for_another_command_is_told_in_one_line(
+    command: str, experiment: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([command, f"experiment={experiment}"]) == 2
+    (told,) = capsys.readouterr().err.splitlines()
+    assert told.startswith(f"error: experiment={experiment} is for another command: sam-distill ")
 
 
 def test_all_mistakes_are_told_at_once() -> None:

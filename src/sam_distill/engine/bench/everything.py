@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from pycocotools import mask as coco
 
+from sam_distill.engine.bench.models import FP32
 from sam_distill.engine.bench.peers import MISSING, mobile_sam, peer_of
 from sam_distill.engine.bench.tables import Finding
 from sam_distill.evaluate.speed import Contender, race
@@ -26,7 +28,7 @@ def bench_everything(sam: Sam, image: np.ndarray[Any, Any], points_per_side: int
         found[name] = generator.generate(image)
 
     ours = SamAutomaticMaskGenerator(sam.to(device), **options)
-    contenders = [Contender("sam-distill, fp32", lambda: keep("ours", ours))]
+    contenders = [Contender(FP32, lambda: keep("ours", ours))]
     note, package, peer = MISSING, mobile_sam(), peer_of(sam)
     if package is not None and peer is not None:
         theirs = package.SamAutomaticMaskGenerator(peer[1].to(device), **options)
@@ -36,7 +38,8 @@ def bench_everything(sam: Sam, image: np.ndarray[Any, Any], points_per_side: int
     timings = race(contenders, device, turns=1)
     if "theirs" in found:
         note = likeness(found["ours"], found["theirs"])
-    return Finding(what, "image", timings, note)
+    finding = Finding(what, "image", timings, note)
+    return replace(finding, metrics={"everything_ms": finding.milliseconds(FP32), "masks": len(found["ours"])})
 
 
 def likeness(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]) -> str:

@@ -4,32 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from sam_distill.engine.bench.peers import MISSING, peer_of
+from sam_distill.engine.bench.peers import MISSING, mobile_sam, peer_of
 from sam_distill.engine.bench.tables import Finding
 from sam_distill.evaluate.speed import Contender, race
 from sam_distill.models.sam import Sam
+from sam_distill.predict.predictor import SamPredictor
 from sam_distill.prompts.forms import point_prompts
 from sam_distill.types import FRAME, MULTI, Prompts
 
 SIZE = (683, FRAME)  # a 3:2 photograph in the frame
 PROMPTS = (1, 64)
+FP32, BF16 = "sam-distill, fp32", "sam-distill, bf16"
+PAPER_PARAMETERS = "paper, Table 1: ViT-H 632M, ViT-L 307M, ViT-B 86M, prompt encoder 0.006M"
 PAPER_ENCODER = "paper, Table 3, one GPU: ViT-H 632M parameters, 452 ms; MobileSAM 5.78M parameters, 8 ms"
 PAPER_DECODER = "paper, section 1, one GPU: 4 ms for one prompt"
+PAPER_IMAGE = "paper, Table 6, one GPU: MobileSAM 12 ms, FastSAM 64 ms"
 
 
 @torch.no_grad()
-def bench_encoder(sam: Sam, device: str, compiled: bool, exported: Path | None, seconds: float) -> Finding:
-    """One image of 1024 x 683, normalised and padded, in fp32 and in bf16.
+def bench_encoder(sam: Sam, device: str, compiled: bool, onnx: bool, exported: Path | None, seconds: float) -> Finding:
+    """One image of 1024 x 683, normalised and padded, in fp32 and in bf16; on a CPU in ONNX Runtime if `onnx`, too.
 
     exported: what `sam-distill export format=onnx` has written of this model; without it, that is done here.
     """
@@ -43,12 +49,12 @@ def bench_encoder(sam: Sam, device: str, compiled: bool, exported: Path | None, 
 
         return run
 
-    contenders = [Contender("sam-distill, fp32", encode(None)), Contender("sam-distill, bf16", encode(torch.bfloat16))]
+    contenders = [Contender(FP32, encode(None)), Contender(BF16, encode(torch.bfloat16))]
     if compiled:
         twin = deepcopy(sam)
         twin.image_encoder = torch.compile(twin.image_encoder)  # type: ignore[assignment]
         contenders.append(Contender("sam-distill, bf16, torch.compile", encode(torch.bfloat16, twin)))
-    if device == "cpu" and find_spec("onnx") and find_spec("onnxruntime") and find_spec("onnxscript"):
+    if onnx and device == "cpu" and find_spec("onnx") and find_spec("onnxruntime") and find_spec("onnxscript"):
         contenders += _onnx_encoders(sam, image, exported)
     peer = peer_of(sam)
     if peer is not None:
@@ -60,7 +66,8 @@ def bench_encoder(sam: Sam, device: str, compiled: bool, exported: Path | None, 
     facts = f"{_parameters(sam.image_encoder)} parameters, {counter.get_total_flops() / 2e9:.1f} GMACs"
     what = f"Image encoder at {sam.image_size} px, {device}: {facts}"
     note = PAPER_ENCODER if peer else f"{MISSING}\n{PAPER_ENCODER}"
-    return Finding(what, "image", race(contenders, device, seconds), note)
+    finding = Finding(what, "image", race(contenders, device, seconds), note)
+    return _with_times(finding, "encoder_ms")
 
 
 def _onnx_encoders(sam: Sam, image: Tensor, exported: Path | None) -> Iterator[Contender]:
@@ -91,8 +98,8 @@ def bench_decoder(sam: Sam, device: str, seconds: float) -> Iterator[Finding]:
         prompts = point_prompts(points[None], labels[None])
 
         contenders = [
-            Contender("sam-distill, fp32", _decoder(sam, embedding, prompts, None), count),
-            Contender("sam-distill, bf16", _decoder(sam, embedding, prompts, torch.bfloat16), count),
+            Contender(FP32, _decoder(sam, embedding, prompts, None), count),
+            Contender(BF16, _decoder(sam, embedding, prompts, torch.bfloat16), count),
         ]
         if peer is not None:
             name, model = peer[0], peer[1].to(device)
@@ -101,6 +108,38 @@ def bench_decoder(sam: Sam, device: str, seconds: float) -> Iterator[Finding]:
         what = f"Mask decoder, {count} point prompt{'s' * (count > 1)} on one image, {device}"
         what += f": {_parameters(sam.mask_decoder)} parameters"
         yield Finding(what, "prompt", race(contenders, device, seconds), PAPER_DECODER if peer else MISSING)
+
+
+def bench_image(sam: Sam, photograph: np.ndarray, device: str, seconds: float) -> Finding:
+    """From a photograph, [H, W, 3] uint8, to the mask for a point on it, resizing included."""
+    sam, middle = sam.to(device).to(memory_format=torch.channels_last), np.array([photograph.shape[1::-1]]) / 2
+
+    def ask(predictor: Any, dtype: torch.dtype | None = None) -> Callable[[], object]:
+        def run() -> object:
+            with torch.autocast(device, dtype=dtype, enabled=dtype is not None):
+                predictor.set_image(photograph)
+                return predictor.predict(middle, np.array([1]), multimask_output=False)
+
+        return run
+
+    ours = SamPredictor(sam)
+    contenders, peer = [Contender(FP32, ask(ours)), Contender(BF16, ask(ours, torch.bfloat16))], peer_of(sam)
+    if peer is not None:
+        theirs = mobile_sam().SamPredictor(peer[1].to(device))  # type: ignore[union-attr]
+        contenders.append(Contender(f"{peer[0]}, fp32", ask(theirs), ours=False))
+    what = f"From a {photograph.shape[1]} x {photograph.shape[0]} photograph to the mask for a point, {device}"
+    finding = Finding(what, "image", race(contenders, device, seconds), PAPER_IMAGE if peer else MISSING)
+    return _with_times(finding, "image_ms")
+
+
+def counted(sam: Sam) -> Finding:
+    """Parameters of the model and its parts."""
+    parts: dict[str, nn.Module] = {"parameters": sam.image_encoder, "parameters/prompt_encoder": sam.prompt_encoder}
+    parts |= {"parameters/mask_decoder": sam.mask_decoder, "parameters/model": sam}
+    metrics = {name: float(sum(p.numel() for p in part.parameters())) for name, part in parts.items()}
+    encoder, prompts, decoder, model = (f"{number / 1e6:,.3f}M" for number in metrics.values())
+    what = f"Parameters: image encoder {encoder}, prompt encoder {prompts}, mask decoder {decoder}, together {model}"
+    return Finding(what, note=PAPER_PARAMETERS, metrics=metrics)
 
 
 def _decoder(sam: Sam, embedding: Tensor, prompts: Prompts, dtype: torch.dtype | None) -> Callable[[], object]:
@@ -130,6 +169,10 @@ def _image(device: str) -> tuple[Tensor, Tensor]:
     frame = torch.zeros(1, 3, FRAME, FRAME, dtype=torch.uint8)
     frame[..., : SIZE[0], :] = torch.randint(0, 256, (3, *SIZE), generator=torch.Generator().manual_seed(0))
     return frame.to(device), torch.tensor([SIZE], device=device)
+
+
+def _with_times(finding: Finding, name: str) -> Finding:
+    return replace(finding, metrics={name: finding.milliseconds(FP32), f"{name}/bf16": finding.milliseconds(BF16)})
 
 
 def _parameters(module: nn.Module) -> str:

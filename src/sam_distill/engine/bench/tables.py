@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,20 @@ COLUMNS = ("", "time", "middle half", "per s", "vs peer", "memory")
 class Finding:
     """One comparison: of `what`, per `unit`. note: what a reader must know beside the numbers.
 
+    metrics: what of it goes into metrics.json, for the report.
+
     As a table: the median, the middle half of all turns, units per second, how often faster than the peer, peak memory.
     """
 
     what: str
-    unit: str
-    timings: Sequence[Timing]
+    unit: str = ""
+    timings: Sequence[Timing] = ()
     note: str = ""
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def milliseconds(self, name: str) -> float:
+        """The median of the contender `name`."""
+        return 1e3 * next(timing.median for timing in self.timings if timing.name == name)
 
     @property
     def peer(self) -> Timing | None:
@@ -46,10 +53,13 @@ class Finding:
 
     @property
     def title(self) -> str:
-        return f"{self.what}, per {self.unit}"
+        return f"{self.what}, per {self.unit}" if self.unit else self.what
 
 
 def show(finding: Finding) -> None:
+    if not finding.timings:
+        Console().print(f"{finding.title}\n({finding.note})", highlight=False)
+        return
     table = Table(*COLUMNS, title=finding.title, caption=finding.note or None)
     for row in finding.rows():
         table.add_row(*row)
@@ -57,11 +67,14 @@ def show(finding: Finding) -> None:
 
 
 def write(findings: Sequence[Finding], facts: dict[str, Any], folder: Path) -> None:
-    """bench.json and bench.md."""
+    """bench.json, bench.md and metrics.json."""
+    metrics = {name: value for finding in findings for name, value in finding.metrics.items()}
+    write_json(folder / "metrics.json", metrics | facts)
     write_json(folder / "bench.json", {"facts": facts, "findings": [asdict(finding) for finding in findings]})
     lines = [", ".join(f"{name}: {value}" for name, value in facts.items()), ""]
     for finding in findings:
-        lines += [f"**{finding.title}**", "", markdown_table([COLUMNS, ["---"] * len(COLUMNS), *finding.rows()])]
+        lines += [f"**{finding.title}**", ""]
+        lines += [markdown_table([COLUMNS, ["---"] * len(COLUMNS), *finding.rows()])] if finding.timings else []
         lines += [finding.note, ""] if finding.note else []
     write_text(folder / "bench.md", "\n".join(lines))
 
