@@ -7,6 +7,7 @@ Exit status: 0 the job was done, 1 it failed, 2 the command line or a file of co
 from __future__ import annotations
 
 import difflib
+import gc
 import logging
 import os
 import pkgutil
@@ -219,6 +220,8 @@ def _run_job(cfg: DictConfig, command: str, argv: list[str], failed: list[str]) 
         raise SystemExit(code) from stop
     else:
         status.end(None)
+    finally:
+        gc.collect()  # trainer and module refer to each other; the next job of a sweep needs their memory
 
 
 def _done_before(cfg: DictConfig, run_dir: Path) -> bool:

@@ -59,7 +59,7 @@ def against(table: Table, experiment: Experiment, x: str) -> str | None:
     """The first measure against a setting or another measure `x`, with error bars, ours and the paper's."""
     score = experiment.columns[0]
     rows = [row for row in table.rows if not row.baseline and (score.name in row.ours or score.name in row.paper)]
-    if not any(score.name in row.ours for row in rows):
+    if not any(score.name in row.ours for row in rows) or not any(x in row.settings or x in row.ours for row in rows):
         return None
     places = {end: [_place(row, x, paper=end == "paper") for row in rows] for end in ("ours", "paper")}
     numeric = all(p is not None for row, p in zip(rows, places["ours"], strict=True) if row.runs)

@@ -92,7 +92,10 @@ def find(root: Path) -> Found:
 
 def _folders(root: Path) -> Iterator[Path]:
     for path, below, _ in os.walk(root):
-        below[:] = sorted(n for n in below if n not in _NOT_ENTERED and not n.startswith("."))
+        entered = [name for name in below if name not in _NOT_ENTERED and not name.startswith(".")]
+        if (Path(path) / "status.json").is_file():
+            entered = [name for name in entered if name != "bench"]
+        below[:] = sorted(entered)
         yield Path(path)
 
 
@@ -109,7 +112,7 @@ def _run(folder: Path, name: str) -> Run | Unusable:
         return Unusable(name, "unfinished", "still running, or killed", experiment)
     if not (folder / "metrics.json").is_file():
         return Unusable(name, "unfinished", "it has ended without scores: no metrics.json", experiment)
-    metrics = {n: _value(v) for n, v in json.loads((folder / "metrics.json").read_text()).items() if v is not None}
+    metrics = _metrics(folder) | {n: v for n, v in _metrics(folder / "bench").items() if "_ms" in n}
     facts = {"date": str(status["started"])[:10], "version": status.get("version", "")}
     pictures = sorted((folder / "pictures").glob("masks*.png"))
     return Run(
@@ -122,6 +125,13 @@ def _run(folder: Path, name: str) -> Run | Unusable:
         masks=pictures[-1] if pictures else None,
         started=str(status["started"]),
     )
+
+
+def _metrics(folder: Path) -> dict[str, Value]:
+    """Of metrics.json; none if there is none. In RUN/bench lies what `sam-distill bench` has measured of that run."""
+    file = folder / "metrics.json"
+    content = json.loads(file.read_text()) if file.is_file() else {}
+    return {name: _value(value) for name, value in content.items() if value is not None}
 
 
 def _chooses(word: str, config: Mapping[str, Any]) -> bool:

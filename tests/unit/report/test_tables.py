@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,22 +29,22 @@ def test_table4_says_what_the_paper_says() -> None:
     table = tabulate(known()["table4_compute"], [])
     cells = [line.split("|")[1:5] for line in markdown(table).splitlines()[2:]]
     assert [[cell.strip() for cell in line] for line in cells] == [
-        ["4", "2 epochs", "0.7057", "not run"],
-        ["8", "4 epochs", "0.7286", "not run"],
-        ["8", "8 epochs", "0.7447", "not run"],
+        ["4", "50000 steps", "0.7057", "not run"],
+        ["8", "50000 steps", "0.7286", "not run"],
+        ["8", "100000 steps", "0.7447", "not run"],
     ]
 
 
 def test_our_runs_stand_beside_the_papers_rows(runs: Path, make_run: Callable[..., Path]) -> None:
     for seed, score in enumerate((0.6, 0.7)):
-        make_run(f"a{seed}", score=score, batch_size=8, budget="8 epochs", seed=seed)
-    make_run("own", score=0.4, batch_size=16, budget="8 epochs")
+        make_run(f"a{seed}", score=score, batch_size=8, budget="100000 steps", seed=seed)
+    make_run("own", score=0.4, batch_size=16, budget="100000 steps")
     table = tabulate(known()["table4_compute"], find(runs).runs)
     assert [dict(row.settings) for row in table.rows[:4]] == [
-        {"batch_size": "4", "budget": "2 epochs"},
-        {"batch_size": "8", "budget": "4 epochs"},
-        {"batch_size": "8", "budget": "8 epochs"},
-        {"batch_size": "16", "budget": "8 epochs"},
+        {"batch_size": "4", "budget": "50000 steps"},
+        {"batch_size": "8", "budget": "50000 steps"},
+        {"batch_size": "8", "budget": "100000 steps"},
+        {"batch_size": "16", "budget": "100000 steps"},
     ]
     both = table.rows[2]
     assert both.paper["miou/point"] == 0.7447
@@ -53,14 +54,26 @@ def test_our_runs_stand_beside_the_papers_rows(runs: Path, make_run: Callable[..
     assert table.rows[3].missing("miou/point") == ""
     assert table.rows[4].baseline
     assert table.rows[4].ours["miou/point"].mean == pytest.approx(0.2)
-    assert "| 8 | 8 epochs | 0.7447 | 0.650 (0.600 to 0.700) |" in markdown(table)
+    assert "| 8 | 100000 steps | 0.7447 | 0.650 (0.600 to 0.700) |" in markdown(table)
 
 
 def test_a_single_run_shows_its_bootstrap(runs: Path, make_run: Callable[..., Path]) -> None:
-    folder = make_run("a", score=0.5)
-    (folder / "prompts.csv").write_text("image,kind,iou\n1,point,0\n2,point,1\n")
-    ours = tabulate(known()["table4_compute"], find(runs).runs).rows[2].ours["miou/point"]
-    assert (ours.mean, ours.low, ours.high) == (0.5, 0.0, 1.0)
+    metrics = make_run("a", score=0.5) / "metrics.json"
+    metrics.write_text(json.dumps(json.loads(metrics.read_text()) | {"miou/point/low": 0.4, "miou/point/high": 0.6}))
+    row = next(row for row in tabulate(known()["table4_compute"], find(runs).runs).rows if row.runs)
+    ours = row.ours["miou/point"]
+    assert (ours.mean, ours.low, ours.high) == (0.5, 0.4, 0.6)
+
+
+def test_what_bench_measured_of_a_run_is_part_of_it(runs: Path, make_run: Callable[..., Path]) -> None:
+    bench = make_run("a", score=0.5) / "bench"
+    bench.mkdir()
+    (bench / "status.json").write_text("{}")
+    (bench / "metrics.json").write_text('{"encoder_ms": 12.5, "parameters": 1, "device": "another"}')
+    (run,) = find(runs).runs
+    assert run.measure("encoder_ms") == 12.5
+    assert "device" not in run.metrics
+    assert not find(runs).unusable
 
 
 def test_results_and_curves_can_be_read_back(runs: Path, make_run: Callable[..., Path], tmp_path: Path) -> None:
