@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import yaml
-from pydantic import Field
+from pydantic import Field, ValidatorFunctionWrapHandler, WrapValidator
 
 from sam_distill.cli.answers import answering
 from sam_distill.data.base import DataSource, Split
 from sam_distill.engine.evaluation import judge
 from sam_distill.engine.hardware import Hardware
+from sam_distill.evaluate.fastsam import FastSam, is_fastsam
 from sam_distill.evaluate.protocol import Protocol
 from sam_distill.models.checkpoints import Checkpoint, load_sam
 from sam_distill.teachers import LiveTeacher
@@ -21,13 +23,18 @@ from sam_distill.teachers import LiveTeacher
 log = logging.getLogger(__name__)
 
 
+def _or_fastsam(checkpoint: Any, as_sam: ValidatorFunctionWrapHandler) -> Any:
+    return checkpoint if isinstance(checkpoint, str) and is_fastsam(checkpoint) else as_sam(checkpoint)
+
+
 def evaluate(
     *,
-    checkpoint: Checkpoint,
+    checkpoint: Annotated[Checkpoint, WrapValidator(_or_fastsam)],
     teacher: LiveTeacher,
     data: DataSource,
     split: Split,
     protocol: Protocol,
+    fastsam: partial[FastSam],
     trainer: Hardware,
     batch_size: Annotated[int, Field(gt=0)],
     run_dir: Path,
@@ -39,7 +46,7 @@ def evaluate(
     if split == "val" and data.shortage:
         log.warning(data.shortage)
     judge(
-        student=load_sam(checkpoint),
+        student=fastsam(checkpoint) if is_fastsam(checkpoint) else load_sam(checkpoint),
         teacher=answering(teacher, data),
         source=data,
         split=split,
