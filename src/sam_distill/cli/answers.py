@@ -1,12 +1,24 @@
-"""Whose answers a student learns, or is judged by."""
+"""Whose answers a student learns, or is judged by; and who can be judged."""
 
 from __future__ import annotations
 
+from typing import Annotated, Any
+
+from pydantic import ValidatorFunctionWrapHandler, WrapValidator
+
 from sam_distill.data.base import DataSource
 from sam_distill.data.cache import Cache
-from sam_distill.models.checkpoints import fingerprint
+from sam_distill.evaluate.fastsam import is_fastsam
+from sam_distill.models.checkpoints import Checkpoint, fingerprint
 from sam_distill.teachers import CachedTeacher, LiveTeacher, Teacher
 from sam_distill.types import UserError
+
+
+def _or_fastsam(checkpoint: Any, as_sam: ValidatorFunctionWrapHandler) -> Any:
+    return checkpoint if isinstance(checkpoint, str) and is_fastsam(checkpoint) else as_sam(checkpoint)
+
+
+Judged = Annotated[Checkpoint, WrapValidator(_or_fastsam)]  # a SAM, or a FastSAM
 
 
 def answering(teacher: LiveTeacher, data: DataSource) -> Teacher:

@@ -12,10 +12,11 @@ import numpy as np
 from pydantic import Field
 from rich.console import Console
 
+from sam_distill.cli.answers import Judged
 from sam_distill.data.base import DataSource
 from sam_distill.engine.bench.data import bench_data, example_jpegs, temporary_cache
 from sam_distill.engine.bench.everything import bench_everything
-from sam_distill.engine.bench.models import bench_decoder, bench_encoder, bench_image, counted
+from sam_distill.engine.bench.models import bench_decoder, bench_encoder, bench_fastsam, bench_image, counted
 from sam_distill.engine.bench.steps import bench_step
 from sam_distill.engine.bench.tables import Finding, machine, show, write
 from sam_distill.engine.datamodule import Loaders
@@ -23,8 +24,9 @@ from sam_distill.engine.hardware import Hardware
 from sam_distill.engine.module import Distillation
 from sam_distill.engine.optim import AdamW
 from sam_distill.evaluate.agreement import Agreement
+from sam_distill.evaluate.fastsam import FastSam, is_fastsam
 from sam_distill.images import decode
-from sam_distill.models.checkpoints import Checkpoint, load_sam
+from sam_distill.models.checkpoints import load_sam
 from sam_distill.models.encoders import ImageEncoder
 from sam_distill.models.sam import Sam
 from sam_distill.prompts.samplers import Points
@@ -37,7 +39,7 @@ def bench(
     *,
     suite: Literal["all", "data", "step", "parameters", "encoder", "decoder", "image", "everything"],
     data: DataSource,
-    checkpoint: Checkpoint,
+    checkpoint: Judged,
     encoder: ImageEncoder | None = None,
     trainer: Hardware,
     batch_size: Annotated[int, Field(gt=0)],
@@ -65,6 +67,11 @@ def bench(
     def findings() -> Iterator[Finding]:
         if chosen("data"):
             yield from bench_data(jpegs(), trainer.num_workers, seconds)
+        if is_fastsam(checkpoint):
+            if suite != "image":
+                raise UserError(f"checkpoint={checkpoint}: of a FastSAM only suite=image can be measured")
+            yield bench_fastsam(FastSam(checkpoint), photograph(), kind, seconds)
+            return
         sam = load_sam(checkpoint) if encoder is None else Sam(encoder)
         yield counted(sam)
         if chosen("encoder"):

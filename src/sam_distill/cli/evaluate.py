@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import logging
 import os
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field
 
-from sam_distill.cli.answers import answering
+from sam_distill.cli.answers import Judged, answering
 from sam_distill.data.base import DataSource, Split
 from sam_distill.engine.evaluation import judge
 from sam_distill.engine.hardware import Hardware
 from sam_distill.engine.proposals import judge_everything
 from sam_distill.evaluate.everything import Everything
+from sam_distill.evaluate.fastsam import FastSam, is_fastsam
 from sam_distill.evaluate.protocol import Protocol
-from sam_distill.models.checkpoints import Checkpoint, load_sam
+from sam_distill.models.checkpoints import load_sam
 from sam_distill.teachers import LiveTeacher
 
 log = logging.getLogger(__name__)
@@ -25,11 +27,12 @@ log = logging.getLogger(__name__)
 
 def evaluate(
     *,
-    checkpoint: Checkpoint,
+    checkpoint: Judged,
     teacher: LiveTeacher,
     data: DataSource,
     split: Split,
     protocol: Protocol | Everything,
+    fastsam: partial[FastSam],
     trainer: Hardware,
     batch_size: Annotated[int, Field(gt=0)],
     scale: Literal["paper", "small"],
@@ -43,7 +46,7 @@ def evaluate(
     if split == "val" and data.shortage:
         log.warning(data.shortage)
     asked: dict[str, Any] = {"source": data, "split": split, "hardware": trainer, "batch_size": batch_size}
-    student = load_sam(checkpoint)
+    student = fastsam(checkpoint) if is_fastsam(checkpoint) else load_sam(checkpoint)
     if isinstance(protocol, Everything):
         judge_everything(student=student, teacher=teacher, protocol=protocol, run_dir=run_dir, **asked)
     else:

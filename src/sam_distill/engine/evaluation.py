@@ -17,12 +17,14 @@ from sam_distill.data.base import DataSource, EvalStream, Split, collate
 from sam_distill.engine.hardware import Hardware
 from sam_distill.engine.judge import BLIND, Answer, Judge, blind
 from sam_distill.engine.record import write_prompts
+from sam_distill.evaluate.fastsam import FastSam
 from sam_distill.evaluate.protocol import Protocol
+from sam_distill.evaluate.views import View
 from sam_distill.files import write_json
 from sam_distill.models.sam import Sam
 from sam_distill.predict.overlays import column
 from sam_distill.teachers import Teacher
-from sam_distill.types import Sample, UserError
+from sam_distill.types import Batch, Sample, UserError
 
 BLIND_IMAGES = 100  # the blind baseline is computed on so many images at most, which it holds in memory (9 MB each)
 
@@ -30,7 +32,7 @@ BLIND_IMAGES = 100  # the blind baseline is computed on so many images at most, 
 @torch.inference_mode()
 def judge(
     *,
-    student: Sam,
+    student: Sam | FastSam,
     teacher: Teacher,
     source: DataSource,
     split: Split,
@@ -42,8 +44,9 @@ def judge(
     """Compare `student` and `teacher` on the images of `source`; writes metrics.json, prompts.csv and pictures/."""
     started = time.perf_counter()
     total = source.num_eval_images(split)
-    for sam in (student, teacher.sam):
-        sam.to(hardware.kind).to(memory_format=torch.channels_last)
+    for model in (student, teacher.sam):
+        if isinstance(model, Sam):
+            model.to(hardware.kind).to(memory_format=torch.channels_last)
     result, of_teacher = Judge(protocol).to(hardware.kind), Judge(protocol).to(hardware.kind)
     annotated, images = protocol.right != "teacher", 0
     if annotated:
@@ -54,14 +57,13 @@ def judge(
         for batch in loader(source, split, hardware, batch_size, annotated):
             batch = batch.to(hardware.kind)
             with hardware.autocast():
-                theirs, ours = teacher.embed(batch), student.encode(batch.images, batch.sizes)
-            view = protocol.see(teacher.sam, theirs, batch)
-            targets = protocol.ask(view)
+                theirs, ours = protocol.see(teacher.sam, teacher.embed(batch), batch), _look(student, batch, protocol)
+            targets = protocol.ask(theirs)
             if annotated:
-                of_teacher.update(view, theirs, targets)
-            result.update(protocol.see(student, ours, batch), theirs, targets)
+                of_teacher.update(theirs, theirs.embedding, targets)
+            result.update(ours, theirs.embedding, targets)
             if images < BLIND_IMAGES:
-                answers.append((batch, theirs, targets))
+                answers.append((batch, theirs.embedding, targets))
             images += len(batch)
             bar.update(task, completed=images, refresh=True)
         bar.update(task, total=images)  # the rest is damaged
@@ -72,7 +74,7 @@ def judge(
     metrics: dict[str, Any] = result.compute() | result.intervals() | baseline
     if annotated:
         metrics |= {f"teacher/{n}": value for n, value in of_teacher.compute().items() if n.startswith("miou/")}
-    metrics |= facts(hardware, images, total, seconds)
+    metrics |= facts(student, hardware, images, total, seconds)
     write_json(run_dir / "metrics.json", metrics | protocol.description)
     write_prompts(run_dir / "prompts.csv", result.comparisons)
     (run_dir / "pictures").mkdir(exist_ok=True)
@@ -81,9 +83,10 @@ def judge(
     return metrics
 
 
-def facts(hardware: Hardware, images: int, total: int, seconds: float) -> dict[str, Any]:
+def facts(student: Sam | FastSam, hardware: Hardware, images: int, total: int, seconds: float) -> dict[str, Any]:
     """What an evaluation's metrics.json says beside the scores. total: images, damaged ones included."""
-    return {
+    about = student.sizes if isinstance(student, Sam) else student.description
+    return about | {
         "images": images,
         "images_skipped": total - images,
         "seconds": round(seconds, 1),
@@ -91,6 +94,12 @@ def facts(hardware: Hardware, images: int, total: int, seconds: float) -> dict[s
         "precision": hardware.num_format,
         "device": hardware.device_name,
     }
+
+
+def _look(student: Sam | FastSam, batch: Batch, protocol: Protocol) -> View:
+    if isinstance(student, FastSam):
+        return student.see(batch)
+    return protocol.see(student, student.encode(batch.images, batch.sizes), batch)
 
 
 def loader(
@@ -111,7 +120,7 @@ def _never_looking(judge: Judge, teacher: Sam, answers: list[Answer], bar: Progr
 def _tell(metrics: Mapping[str, Any], protocol: Protocol, run_dir: Path) -> None:
     others = [name for name in ("teacher", "blind") if any(key.startswith(f"{name}/miou") for key in metrics)]
     title = f"Agreement with the {protocol.right}'s masks on {metrics['images']} images"
-    table = Table("", "student", "95% interval", *others, "prompts", title=title)
+    table = Table("", "student", "95% interval", *others, "empty", "prompts", title=title)
     for kind in protocol.kinds:
         name = f"miou/{kind}"
         if name not in metrics:
@@ -119,9 +128,11 @@ def _tell(metrics: Mapping[str, Any], protocol: Protocol, run_dir: Path) -> None
             continue
         ours, low, high = (f"{metrics[name + end]:.4f}" for end in ("", "/low", "/high"))
         beside = [f"{metrics[f'{other}/{name}']:.4f}" for other in others]
-        table.add_row(name, ours, f"{low} to {high}", *beside, str(metrics[f"prompts/{kind}"]))
-    table.add_row("embedding MSE", f"{metrics['embedding_mse']:.5f}")
-    table.add_row("embedding cosine", f"{metrics['embedding_cosine']:.4f}")
+        empty = f"{metrics[f'empty/{kind}']:.1%}"
+        table.add_row(name, ours, f"{low} to {high}", *beside, empty, str(metrics[f"prompts/{kind}"]))
+    if "embedding_mse" in metrics:
+        table.add_row("embedding MSE", f"{metrics['embedding_mse']:.5f}")
+        table.add_row("embedding cosine", f"{metrics['embedding_cosine']:.4f}")
     skipped = metrics["prompts_skipped"]
     if skipped:
         table.add_row("left out", f"{skipped} prompts whose right mask is empty")

@@ -40,6 +40,7 @@ class Judge(nn.Module):
         super().__init__()
         self.protocol = protocol
         self.miou = nn.ModuleDict({kind: MeanIoU() for kind in protocol.kinds})
+        self.empty = nn.ModuleDict({kind: MeanMetric() for kind in protocol.kinds})
         self.errors = nn.ModuleDict({"embedding_mse": MeanMetric(), "embedding_cosine": MeanMetric()})
         self.reset()
 
@@ -47,7 +48,7 @@ class Judge(nn.Module):
         self.comparisons: list[Comparison] = []
         self.pictures: list[tuple[Comparison, Image.Image]] = []
         self._wanted: dict[str, str] = {}  # image -> the kind of prompt to draw
-        for metric in (*self.miou.values(), *self.errors.values()):
+        for metric in (*self.miou.values(), *self.empty.values(), *self.errors.values()):
             metric.reset()  # type: ignore[operator]
 
     @torch.no_grad()
@@ -63,14 +64,21 @@ class Judge(nn.Module):
                 told = outcome.comparison
                 self.comparisons.append(told)
                 self.miou[told.kind].update(torch.tensor(told.iou))  # type: ignore[operator]
+                if told.teacher_area:
+                    self.empty[told.kind].update(float(told.student_area == 0))  # type: ignore[operator]
                 self._draw(outcome, batch)
 
     def compute(self) -> dict[str, float]:
-        """Flat metrics by their names in metrics.json, over all ranks; `comparisons` then has all ranks' rows, too."""
+        """Flat metrics by their names in metrics.json, over all ranks; `comparisons` then has all ranks' rows, too.
+
+        empty/KIND: the share of the prompts/KIND to which the student's mask is empty.
+        """
         scores = {kind: metric.compute() for kind, metric in self.miou.items()}  # type: ignore[operator]
         asked = {kind: score for kind, score in scores.items() if score["prompts"] + score["skipped"] > 0}
         result = {f"miou/{kind}": float(score["miou"]) for kind, score in asked.items()}
         result |= {f"prompts/{kind}": int(score["prompts"]) for kind, score in asked.items()}
+        counted = [kind for kind, score in asked.items() if score["prompts"]]
+        result |= {f"empty/{kind}": float(self.empty[kind].compute()) for kind in counted}  # type: ignore[operator]
         seen = {name: metric for name, metric in self.errors.items() if metric.update_called}
         result |= {name: float(metric.compute()) for name, metric in seen.items()}  # type: ignore[operator]
         result["prompts"] = sum(int(score["prompts"]) for score in scores.values())

@@ -18,6 +18,7 @@ from sam_distill.engine.evaluation import facts, loader
 from sam_distill.engine.hardware import Hardware
 from sam_distill.engine.record import write_prompts
 from sam_distill.evaluate.everything import Detections, Everything, Records
+from sam_distill.evaluate.fastsam import FastSam
 from sam_distill.files import write_json
 from sam_distill.models.checkpoints import fingerprint
 from sam_distill.models.sam import Sam
@@ -30,13 +31,14 @@ PICTURES = 8  # images drawn
 
 @torch.inference_mode()
 def judge_everything(
-    *, student: Sam, teacher: LiveTeacher, source: DataSource, split: Split, protocol: Everything, hardware: Hardware,
-    batch_size: int, run_dir: Path,
+    *, student: Sam | FastSam, teacher: LiveTeacher, source: DataSource, split: Split, protocol: Everything,
+    hardware: Hardware, batch_size: int, run_dir: Path,
 ) -> dict[str, Any]:  # fmt: skip
     """Writes metrics.json, prompts.csv with a row for each of the teacher's masks, and pictures/."""
     started, total = time.perf_counter(), source.num_eval_images(split)
-    for sam in (student, teacher.sam):
-        sam.to(hardware.kind).to(memory_format=torch.channels_last)
+    for model in (student, teacher.sam):
+        if isinstance(model, Sam):
+            model.to(hardware.kind).to(memory_format=torch.channels_last)
     who, detections = f"{fingerprint(teacher.checkpoint)} {hardware.num_format}", Detections()
     rows: list[Image.Image] = []
     with Progress(auto_refresh=False) as bar, hardware.autocast():
@@ -53,7 +55,7 @@ def judge_everything(
     images = len(detections.images)
     if not images:
         raise UserError("not one image could be read: there is nothing to evaluate")
-    metrics = detections.compute() | facts(hardware, images, total, time.perf_counter() - started)
+    metrics = detections.compute() | facts(student, hardware, images, total, time.perf_counter() - started)
     write_json(run_dir / "metrics.json", metrics | protocol.description)
     write_prompts(run_dir / "prompts.csv", detections.rows)
     (run_dir / "pictures").mkdir(exist_ok=True)

@@ -15,10 +15,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from pycocotools import mask as coco
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from torch import Tensor
 
+from sam_distill.evaluate.fastsam import FastSam
 from sam_distill.evaluate.protocol import Comparison
 from sam_distill.files import write_text
 from sam_distill.metrics import bootstrap
@@ -45,9 +48,11 @@ class Everything:
     def _settings(self) -> str:
         return ", ".join(f"{name} {value}" for name, value in getattr(self.generator, "keywords", {}).items())
 
-    def masks(self, sam: Sam, frame: np.ndarray) -> Records:
+    def masks(self, model: Sam | FastSam, frame: np.ndarray) -> Records:
         """frame: [h, w, 3] uint8, an image at the frame's resolution, as the masks are, too."""
-        records: Records = self.generator(sam, output_mode="coco_rle").generate(frame)
+        if isinstance(model, FastSam):
+            return _records(model.everything(torch.from_numpy(frame).permute(2, 0, 1)))
+        records: Records = self.generator(model, output_mode="coco_rle").generate(frame)
         return [record for record in records if record["area"] > 0]
 
     def remembered(self, who: str, sam: Sam, frame: np.ndarray) -> Records:
@@ -140,6 +145,17 @@ def average_precision(teacher: Sequence[Records], student: Sequence[Records]) ->
     precision, recall = judge.eval["precision"][..., 0, 0, 0], judge.eval["recall"][:, 0, 0, 0]
     means = {"ap": precision.mean(), "ap/50": precision[0].mean(), "recall": recall.mean()}
     return {name: round(float(value), 9) for name, value in means.items()}  # COCOeval divides by a hair too much
+
+
+def _records(masks: Tensor) -> Records:
+    """masks: [N, h, w] bool, the surest first; nothing is known of how sure they are but their order."""
+    records = []
+    for number, mask in enumerate(masks.cpu().numpy()):
+        runs = coco.encode(np.asfortranarray(mask, np.uint8))
+        bbox, area = coco.toBbox(runs).tolist(), int(coco.area(runs))
+        record = {"segmentation": runs, "area": area, "bbox": [int(side) for side in bbox]}
+        records.append(record | {"predicted_iou": 1 - number / len(masks)})
+    return [record for record in records if record["area"] > 0]
 
 
 def _iou(first: Records, second: Records) -> np.ndarray:

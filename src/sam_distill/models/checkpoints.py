@@ -33,7 +33,7 @@ _TINY_VIT_SIZES = {320: "5m", 448: "11m", 576: "21m"}  # by width of the last st
 
 
 def _known(checkpoint: str) -> str:
-    if checkpoint not in weights.names():
+    if checkpoint not in weights.names("sam"):
         try:
             find_checkpoint(checkpoint)
         except UserError as error:
@@ -100,7 +100,7 @@ def official_state(sam: Sam) -> OrderedDict[str, Tensor]:
 
 def find_checkpoint(checkpoint: str | Path) -> Path:
     """The file that a name, a run folder or a path stands for; a name is downloaded if need be."""
-    if str(checkpoint) in weights.names():
+    if str(checkpoint) in weights.names("sam"):
         return weights.fetch(str(checkpoint))
     path = Path(checkpoint).expanduser()
     if path.is_dir():
@@ -110,6 +110,8 @@ def find_checkpoint(checkpoint: str | Path) -> Path:
             raise UserError(f"{path} is not a run folder: it has neither student.pt nor checkpoints/last.ckpt")
         return found
     if not path.is_file():
+        if str(checkpoint) in weights.names():
+            raise UserError(f"{checkpoint} is no SAM: only sam-distill evaluate takes it")
         nearest = difflib.get_close_matches(str(checkpoint), weights.names(), n=1)
         hint = f"did you mean {nearest[0]}?" if nearest else f"the names known are {', '.join(weights.names())}"
         raise UserError(f"no checkpoint {checkpoint}: it is neither a file, a run folder nor a name ({hint})")
@@ -118,7 +120,7 @@ def find_checkpoint(checkpoint: str | Path) -> Path:
 
 def fingerprint(checkpoint: str) -> str:
     """sha256 of the file that a checkpoint stands for; a name's is known without the file."""
-    if checkpoint in weights.names():
+    if checkpoint in weights.names("sam"):
         return weights.sha256(checkpoint)
     return weights.digest(find_checkpoint(checkpoint))
 

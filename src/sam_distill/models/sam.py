@@ -34,6 +34,13 @@ class Sam(nn.Module):
     def device(self) -> torch.device:
         return self.prompt_encoder.no_mask_embed.weight.device
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Parameters, by their names in metrics.json: `parameters` are the image encoder's, as in the paper."""
+        parts = {"": self.image_encoder, "/prompt_encoder": self.prompt_encoder, "/mask_decoder": self.mask_decoder}
+        counts = {name: sum(p.numel() for p in part.parameters()) for name, part in (parts | {"/model": self}).items()}
+        return {f"parameters{name}": count for name, count in counts.items()}
+
     def encode(self, images: Tensor, sizes: Tensor) -> Tensor:
         """images [B, 3, 1024, 1024] uint8 in the frame, sizes [B, 2] (h, w) -> embeddings [B, 256, 64, 64] float32."""
         if len(images) > 1 and _better_one_by_one(images):

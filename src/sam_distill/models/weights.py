@@ -23,6 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from typing import Literal
 from urllib.parse import urlsplit
 
 import yaml
@@ -43,21 +44,27 @@ Source = str | dict[str, dict[str, str]]  # an address, or {"pypi": {"package": 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A row of the table. size: bytes."""
+    """A row of the table. size: bytes. kind: of model that the file holds."""
 
     file: str
     size: int
     sha256: str
     sources: list[Source]
+    kind: Literal["sam", "fastsam"] = "sam"
 
 
 class _SourceError(Exception):
     """Why one source did not deliver, in a few words."""
 
 
-def names() -> list[str]:
-    """The names that `fetch` knows."""
-    return list(_table())
+def names(kind: str | None = None) -> list[str]:
+    """The names that `fetch` knows, all or those of one kind of model."""
+    return [name for name, checkpoint in _table().items() if kind in (None, checkpoint.kind)]
+
+
+def named(file: str) -> str | None:
+    """The name of the checkpoint that is published as `file`."""
+    return next((name for name, checkpoint in _table().items() if checkpoint.file == file), None)
 
 
 def sha256(name: str) -> str:
@@ -153,7 +160,9 @@ def _obtain(name: str, checkpoint: Checkpoint, path: Path) -> None:
             return
     address = next(source for source in checkpoint.sources if isinstance(source, str))
     tried = "; ".join(failures)
-    raise UserError(f"{name} cannot be fetched ({tried}). Put {address} at {path}, or give teacher.checkpoint=PATH")
+    raise UserError(
+        f"{name} cannot be fetched ({tried}). Put {address} at {path}, or give a copy's path instead of the name"
+    )
 
 
 def _step(source: Source, checkpoint: Checkpoint, arriving: Path) -> tuple[str, Callable[[], object]]:

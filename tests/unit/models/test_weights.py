@@ -74,7 +74,9 @@ def files(folder: Path) -> set[str]:
 
 
 def test_the_table_is_complete() -> None:
-    assert names() == ["mobile_sam", "sam_vit_h", "sam_vit_l", "sam_vit_b"]
+    assert names("sam") == ["mobile_sam", "sam_vit_h", "sam_vit_l", "sam_vit_b"]
+    assert names("fastsam") == ["fastsam_s", "fastsam_x"]
+    assert len(names()) == 6
     for checkpoint in weights._table().values():
         assert re.fullmatch("[0-9a-f]{64}", checkpoint.sha256)
         assert str(checkpoint.sources[0]).endswith(checkpoint.file)

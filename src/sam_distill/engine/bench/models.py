@@ -13,16 +13,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from sam_distill.data.base import collate
 from sam_distill.engine.bench.peers import MISSING, mobile_sam, peer_of
 from sam_distill.engine.bench.tables import Finding
+from sam_distill.evaluate.fastsam import FastSam
 from sam_distill.evaluate.speed import Contender, race
+from sam_distill.images import frame_size, to_frame
 from sam_distill.models.sam import Sam
 from sam_distill.predict.predictor import SamPredictor
 from sam_distill.prompts.forms import point_prompts
-from sam_distill.types import FRAME, MULTI, Prompts
+from sam_distill.types import FOREGROUND, FRAME, MULTI, Prompts, Sample
 
 SIZE = (683, FRAME)  # a 3:2 photograph in the frame
 PROMPTS = (1, 64)
@@ -132,14 +136,28 @@ def bench_image(sam: Sam, photograph: np.ndarray, device: str, seconds: float) -
     return _with_times(finding, "image_ms")
 
 
+def bench_fastsam(model: FastSam, photograph: np.ndarray, device: str, seconds: float) -> Finding:
+    """The same of a FastSAM, which takes no less for a prompt than for everything."""
+    height, width = frame_size(photograph.shape[:2])
+    middle = torch.tensor([[[[width / 2, height / 2]]]])
+    click = point_prompts(middle, torch.full((1, 1, 1), FOREGROUND)).to(device)
+    name = "FastSAM, ultralytics, fp32"
+
+    def run() -> Tensor:
+        picture = Image.fromarray(photograph)
+        sample = Sample("photograph", to_frame(picture), (picture.height, picture.width))
+        return model.see(collate([sample]).to(device)).masks(click)(0, 0)
+
+    what = f"From a {photograph.shape[1]} x {photograph.shape[0]} photograph to the mask for a point, {device}"
+    finding = Finding(what, "image", race([Contender(name, run, ours=False)], device, seconds), PAPER_IMAGE)
+    return replace(finding, metrics={"image_ms": finding.milliseconds(name), "parameters/model": model.parameters})
+
+
 def counted(sam: Sam) -> Finding:
     """Parameters of the model and its parts."""
-    parts: dict[str, nn.Module] = {"parameters": sam.image_encoder, "parameters/prompt_encoder": sam.prompt_encoder}
-    parts |= {"parameters/mask_decoder": sam.mask_decoder, "parameters/model": sam}
-    metrics = {name: float(sum(p.numel() for p in part.parameters())) for name, part in parts.items()}
-    encoder, prompts, decoder, model = (f"{number / 1e6:,.3f}M" for number in metrics.values())
+    encoder, prompts, decoder, model = (f"{number / 1e6:,.3f}M" for number in sam.sizes.values())
     what = f"Parameters: image encoder {encoder}, prompt encoder {prompts}, mask decoder {decoder}, together {model}"
-    return Finding(what, note=PAPER_PARAMETERS, metrics=metrics)
+    return Finding(what, note=PAPER_PARAMETERS, metrics=dict(sam.sizes))
 
 
 def _decoder(sam: Sam, embedding: Tensor, prompts: Prompts, dtype: torch.dtype | None) -> Callable[[], object]:
