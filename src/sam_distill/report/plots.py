@@ -114,7 +114,9 @@ def _scatter(axis: Any, table: Table, rows: Sequence[Row], places: Mapping[str, 
                           label=end if number == 0 else None, **style)  # fmt: skip
             if len(rows) <= 24 and (end == "ours" or not row.runs):
                 spot = (place, value.mean * score.scale)
-                axis.annotate(_plain(_others(table, row, x)), spot, xytext=(6, 4), textcoords="offset points", size=8)
+                axis.annotate(
+                    _plain(table.name(row, besides=x)), spot, xytext=(6, 4), textcoords="offset points", size=8
+                )
     axis.margins(x=0.12)
     drawn = [place for end in places.values() for place in end if place]
     if min(drawn, default=0) > 0 and max(drawn) / min(drawn) >= 8:
@@ -123,12 +125,6 @@ def _scatter(axis: Any, table: Table, rows: Sequence[Row], places: Mapping[str, 
         axis.xaxis.set_major_formatter(FuncFormatter(lambda place, _: f"{place:g}"))
         axis.xaxis.set_minor_locator(NullLocator())
     axis.set(title=_with_unit(score), xlabel=_axis_label(rows, x))
-
-
-def _others(table: Table, row: Row, x: str) -> str:
-    """What a point stands for beside its place on the axis: `8 epochs`, `batch size 4`."""
-    known = {key: row.settings[key] for key in table.keys if key != x and row.settings.get(key)}
-    return ", ".join(f"{label(key)} {value}" if value.isdecimal() else value for key, value in known.items())
 
 
 def _dots(axis: Any, table: Table, rows: Sequence[Row], score: Measure) -> None:

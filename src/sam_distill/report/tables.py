@@ -57,9 +57,10 @@ class Table:
     def has_paper(self) -> bool:
         return bool(self.cited)
 
-    def name(self, row: Row) -> str:
-        """What tells a row from the others, in a line."""
-        return ", ".join(row.settings[key] for key in self.keys if row.settings.get(key))
+    def name(self, row: Row, besides: str = "") -> str:
+        """What tells a row from the others, in a line: `8 epochs, batch size 4`. besides: a setting told elsewhere."""
+        told = {key: row.settings[key] for key in self.keys if key != besides and row.settings.get(key)}
+        return ", ".join(f"{label(key)} {value}" if _is_bare(value) else value for key, value in told.items())
 
 
 def tabulate(experiment: Experiment, runs: Sequence[Run]) -> Table:
@@ -167,6 +168,11 @@ def _setting(run: Run, key: str) -> str:
 
 def _text(value: object) -> str:
     return shortest(float(value)) if isinstance(value, (int, float)) else str(value)
+
+
+def _is_bare(text: str) -> bool:
+    """A value that says nothing without its name."""
+    return text in ("true", "false") or (_number(text) != float("inf") and " " not in text)
 
 
 def _number(text: str) -> float:
