@@ -137,10 +137,10 @@ class RunFolder(pl.Callback):
         if step:  # what has not trained is no student
             save_sam(module.student, self.run_dir / "student.pt")
         self._draw(trainer, module, step)
+        scores = "  ".join(f"{kind} {module.metrics[f'miou/{kind}']:.3f}" for kind in module.judge.protocol.kinds)
         log.info(
-            "step %d/%d  val mIoU point %.3f  box %.3f  embedding MSE %.5f  cosine %.3f",
-            step, trainer.max_steps, module.metrics["miou/point"], module.metrics["miou/box"],
-            module.metrics["embedding_mse"], module.metrics["embedding_cosine"],
+            "step %d/%d  val mIoU %s  embedding MSE %.5f  cosine %.3f",
+            step, trainer.max_steps, scores, module.metrics["embedding_mse"], module.metrics["embedding_cosine"],
         )  # fmt: skip
 
     def _draw(self, trainer: pl.Trainer, module: Distillation, step: int) -> None:

@@ -191,7 +191,7 @@ def _tell(folder: RunFolder, module: Distillation, run_dir: Path) -> None:
     """The table a run ends with."""
     skipped = folder.source.skipped
     table = Table("", "before", "blind", "after", title="Agreement with the teacher on images the student never saw")
-    for kind in Agreement.kinds:
+    for kind in module.judge.protocol.kinds:
         scores = [folder.before.get(f"{when}/miou/{kind}", float("nan")) for when in ("before", "blind")]
         scores.append(module.metrics[f"miou/{kind}"])
         table.add_row(f"mIoU, one {kind}", *(f"{score:.3f}".replace("nan", "") for score in scores))

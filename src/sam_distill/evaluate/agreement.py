@@ -6,7 +6,8 @@ prompt point".
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Sequence
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -22,13 +23,18 @@ class Agreement(Protocol):
     """Points are uniform over the image; boxes are the tight boxes of the teacher's masks at those points.
 
     points: prompts of each kind per image.
+    kinds: point, box, or both.
     """
 
-    kinds = ("point", "box")
-
-    def __init__(self, points: Annotated[int, Field(gt=0)] = 4, token: Token = "single", seed: int = 0) -> None:
+    def __init__(
+        self,
+        points: Annotated[int, Field(gt=0)] = 4,
+        kinds: Annotated[Sequence[Literal["point", "box"]], Field(min_length=1)] = ("point", "box"),
+        token: Token = "single",
+        seed: int = 0,
+    ) -> None:
         super().__init__(token, seed)
-        self.points = points
+        self.points, self.kinds = points, tuple(kinds)
 
     @property
     def description(self) -> dict[str, str | int]:
@@ -41,7 +47,9 @@ class Agreement(Protocol):
         at_points = point_prompts(points, torch.full(points.shape[:3], FOREGROUND, device=points.device))
         answer = teacher.low_res(at_points)
         in_boxes = box_prompts(boxes_of(answer > 0, valid_area(batch.sizes, LOW_RES)))
-        return [
-            Target("point", at_points, teacher.upscaled(answer)),
-            Target("box", in_boxes, teacher.masks(in_boxes)),
-        ]
+        targets = []
+        if "point" in self.kinds:
+            targets.append(Target("point", at_points, teacher.upscaled(answer)))
+        if "box" in self.kinds:
+            targets.append(Target("box", in_boxes, teacher.masks(in_boxes)))
+        return targets
