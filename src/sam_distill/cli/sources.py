@@ -45,6 +45,7 @@ class Sources:
     def __init__(self, cfg: DictConfig) -> None:
         hydra = cfg.hydra
         self.choices: dict[str, Any] = dict(hydra.runtime.choices)
+        self._target = cfg.get("_target_")
         self.overrides = [text.lstrip("+~").partition("=")[0] for text in task_overrides(hydra)]
         self.roots = [Path(s.path) for s in hydra.runtime.config_sources if s.schema == "file"]
         chosen = {hydra.job.config_name: ""} | {
@@ -76,8 +77,11 @@ class Sources:
         return ""
 
     def options(self, group: str) -> list[str]:
-        """The choices there are."""
-        return sorted({path.stem for root in self.roots for path in (root / group).glob("*.yaml")})
+        """The choices there are, without recipes for other commands."""
+        files = [path for root in self.roots for path in (root / group).glob("*.yaml")]
+        if group == "experiment":
+            files = [path for path in files if OmegaConf.load(path).get("_target_") in (None, self._target)]
+        return sorted({path.stem for path in files})
 
     def _defining(self, key: str) -> list[_Source]:
         return [file for file in self.files if file.defines(key)]

@@ -20,3 +20,14 @@ def test_help_lists_the_commands_own_choices_and_explains_keys(
     assert any(line.startswith("encoder=timm the student's image encoder: efficientvit, ") for line in lines)
     assert "encoder.name=??? e.g. encoder.name=resnet18" in lines
     assert any(line.startswith("optim.lr=0.003 ") for line in lines)
+
+
+def test_help_lists_the_commands_own_recipes(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    for command, own, other in (("bench", "table1_parameters", "loss"), ("train", "loss", "table1_parameters")):
+        assert app.main([command, "--help"]) == 0
+        (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("  experiment="))
+        assert own in line
+        assert other not in line
