@@ -18,7 +18,6 @@ from datetime import datetime
 from itertools import chain
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
 
 import hydra
 from hydra import initialize_config_dir
@@ -30,6 +29,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
+from sam_distill.cli import pool
 from sam_distill.cli.compose import compose_jobs
 from sam_distill.cli.config import check
 from sam_distill.cli.jobs import Task, describe, name_folders, say
@@ -178,10 +178,20 @@ def _homeless(argv: list[str]) -> Iterator[str]:
 
 @contextmanager
 def _signals_end_it() -> Iterator[None]:
-    """SIGTERM, like Ctrl-C, unwinds the stack, so that whatever it ends is recorded; the engine refines this."""
+    """SIGTERM, like Ctrl-C, unwinds the stack, so that whatever it ends is recorded; the engine refines this.
 
-    def end(number: int, frame: FrameType | None) -> NoReturn:
-        raise SystemExit(128 + number)
+    The workers of a pool unwind theirs, and this process waits for them; a second signal does not wait.
+    """
+
+    heard: list[int] = []
+
+    def end(number: int, frame: FrameType | None) -> None:
+        workers = [] if heard else pool.workers()
+        if not workers:
+            raise SystemExit(128 + number)
+        heard.append(number)
+        for worker in workers:
+            os.kill(worker, number)
 
     here = threading.current_thread() is threading.main_thread()  # only there Python allows it
     before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM) if here}
@@ -190,6 +200,8 @@ def _signals_end_it() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    if heard:
+        raise SystemExit(128 + heard[0])
 
 
 @contextmanager

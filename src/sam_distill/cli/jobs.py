@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import multiprocessing
-import os
 import pkgutil
 import random
 import sys
@@ -20,6 +18,7 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from sam_distill.cli import pool
 from sam_distill.cli.config import parameters
 from sam_distill.cli.sources import task_overrides
 from sam_distill.engine import processes
@@ -47,9 +46,13 @@ class Task:
         """In a worker process, before Hydra composes the job there."""
         self.__dict__.update(state)
         name_folders(*self.folders)
-        _take_a_gpu()
+        if pool.is_worker():
+            pool.settle()
 
     def __call__(self, cfg: DictConfig) -> bool:
+        return pool.unless_stopped(lambda: self._run(cfg)) if pool.is_worker() else self._run(cfg)
+
+    def _run(self, cfg: DictConfig) -> bool:
         """Failures are told and recorded; a multirun goes on."""
         settings = HydraConfig.get()
         run_dir = Path(settings.runtime.output_dir)
@@ -99,19 +102,6 @@ class Task:
             return True
         finally:
             gc.collect()  # trainer and module refer to each other; the next job of a sweep needs their memory
-
-
-def _take_a_gpu() -> None:
-    """The workers of a local pool, joblib's LokyProcess-1, -2, ..., share out the GPUs: each sees but one."""
-    kind, _, number = multiprocessing.current_process().name.partition("-")
-    if kind != "LokyProcess":
-        return
-    import torch
-
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    devices = visible.split(",") if visible else [str(device) for device in range(torch.cuda.device_count())]
-    if len(devices) > 1:
-        os.environ["CUDA_VISIBLE_DEVICES"] = devices[(int(number) - 1) % len(devices)]
 
 
 def _done_before(cfg: DictConfig, run_dir: Path) -> bool:
