@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Collection
@@ -15,7 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from sam_distill.files import whole
-from sam_distill.models.checkpoints import Checkpoint, load_sam
+from sam_distill.models.checkpoints import Checkpoint, fingerprint, load_sam
 from sam_distill.models.encoders import Neck
 from sam_distill.models.sam import Sam
 from sam_distill.types import ALL, EMBED_DIM, GRID, Batch, Masks, Prompts, UserError
@@ -48,6 +49,11 @@ class Teacher(ABC):
     def recall(self, batch: Batch) -> Tensor:
         """Its embeddings, perhaps from a memory of lower precision."""
         return self.embed(batch)
+
+    @property
+    @abstractmethod
+    def sha256(self) -> str:
+        """Of the checkpoint that its answers come from."""
 
     def __deepcopy__(self, _: object) -> Teacher:
         return self  # weight averaging copies the module that holds us
@@ -83,6 +89,10 @@ class LiveTeacher(Teacher):
     def sam(self) -> Sam:
         log.info("Loading the teacher %s", self.checkpoint)
         return load_sam(self.checkpoint).requires_grad_(False).to(memory_format=torch.channels_last)
+
+    @property
+    def sha256(self) -> str:
+        return fingerprint(self.checkpoint)
 
     def embed(self, batch: Batch) -> Tensor:
         return self.sam.encode(batch.images, batch.sizes)
@@ -129,6 +139,11 @@ class CachedTeacher(Teacher):
         sam = Sam(_NoEncoder())
         sam.load_state_dict(torch.load(self.checkpoint, map_location="cpu", weights_only=True))
         return sam.requires_grad_(False).eval()
+
+    @property
+    def sha256(self) -> str:
+        manifest = Path(self.checkpoint).with_name("manifest.json").read_text()
+        return str(json.loads(manifest)["teacher_sha256"])
 
     def embed(self, batch: Batch) -> Tensor:
         if batch.teacher_embedding is None:

@@ -214,8 +214,6 @@ def test_truncated_tar_and_wandb_offline(
     assert "1 damaged images or tars skipped" in said.out
     (offline,) = run_dir.glob("wandb/offline-run-*")
     assert list(offline.glob("*.wandb"))
-    assert len(list(offline.glob("files/media/images/val/*.png"))) == 3  # before, in the middle and after
-    assert list(offline.glob("files/media/table/val/*.json"))
 
 
 def test_a_run_is_not_overwritten(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

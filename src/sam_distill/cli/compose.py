@@ -131,7 +131,8 @@ class _Composer:
         wrong = [str(v) for v in (value if isinstance(value, list) else [value]) if v not in choices]
         if choices and wrong:
             guess = nearest(wrong[0], choices)
-            return f"no such choice;{guess and f' did you mean {guess}?'} choices: {', '.join(choices)}"
+            more = "; pip install 'sam-distill[sweeps]' brings joblib and submitit_*" if key == "hydra/launcher" else ""
+            return f"no such choice;{guess and f' did you mean {guess}?'} choices: {', '.join(choices)}{more}"
         known = set(_dotted_names(cfg))
         if choices or key in known or key.startswith("hydra.") or override.is_add():
             return _why(error)

@@ -128,6 +128,11 @@ class DataSource(ABC):
     def val_keys(self) -> list[str]:
         """Keys of the images held out."""
 
+    @property
+    @abstractmethod
+    def train_keys(self) -> list[str]:
+        """Keys of the images to train on."""
+
     @cached_property
     def damage(self) -> Damage:
         """What had to be skipped so far."""
@@ -184,6 +189,10 @@ class IndexedSource(DataSource, Generic[Item]):
     @property
     def val_keys(self) -> list[str]:
         return [self.key(item) for item in self.val]
+
+    @property
+    def train_keys(self) -> list[str]:
+        return [self.key(item) for item in self.train]
 
     def _loads(self, items: Sequence[Item]) -> Iterator[Callable[[], Sample]]:
         return (partial(self.load, item) for item in items)

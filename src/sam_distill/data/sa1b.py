@@ -160,6 +160,10 @@ class Sa1b(DataSource):
         return [key for shard in self.val for key in shard.keys.values()]
 
     @property
+    def train_keys(self) -> list[str]:
+        return [key for shard in self.train for key in shard.keys.values()]
+
+    @property
     def damage_by_tar(self) -> dict[str, int]:
         flags = self.damage.unreadable.split([len(shard.keys) for shard in self.train])
         return {str(s.tar): int(own.sum()) for s, own in zip(self.train, flags, strict=True) if own.any()}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,11 @@ from pytorch_lightning.callbacks import EMAWeightAveraging
 from pytorch_lightning.loggers import WandbLogger
 
 from sam_distill.data.base import Damage, DataSource
+from sam_distill.engine.loggers import shown
 from sam_distill.engine.module import Distillation
 from sam_distill.engine.record import History, write_curves
 from sam_distill.files import write_json
 from sam_distill.models.checkpoints import save_sam
-from sam_distill.predict.overlays import column
 from sam_distill.types import Batch
 
 log = logging.getLogger(__name__)
@@ -146,14 +145,9 @@ class RunFolder(pl.Callback):
     def _draw(self, trainer: pl.Trainer, module: Distillation, step: int) -> None:
         pictures = self.run_dir / "pictures"
         pictures.mkdir(parents=True, exist_ok=True)
-        sheet = column([row for _, row in module.judge.pictures])
-        sheet.save(pictures / f"masks_{step:07d}.png")
+        module.judge.sheet().save(pictures / f"masks_{step:07d}.png")
         write_curves(self.history.rows, pictures / "curves.png")
         for logger in trainer.loggers:
             logger.log_metrics({"images_skipped": self.source.skipped}, step)
             if isinstance(logger, WandbLogger):
-                if damaged := self.source.damage_by_tar:
-                    logger.log_table("images_skipped_by_tar", ["tar", "images"], [list(row) for row in damaged.items()])
-                logger.log_image("val/masks", [sheet])
-                told = [asdict(comparison) for comparison in module.judge.comparisons]
-                logger.log_table("val/prompts", list(told[0]), [[str(v) for v in row.values()] for row in told])
+                logger.log_metrics(shown(module.judge, self.source.damage_by_tar), step)

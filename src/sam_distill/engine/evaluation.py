@@ -22,7 +22,6 @@ from sam_distill.evaluate.protocol import Protocol
 from sam_distill.evaluate.views import View
 from sam_distill.files import write_json
 from sam_distill.models.sam import Sam
-from sam_distill.predict.overlays import column
 from sam_distill.teachers import Teacher
 from sam_distill.types import Batch, Sample, UserError
 
@@ -78,7 +77,7 @@ def judge(
     write_json(run_dir / "metrics.json", metrics | protocol.description)
     write_prompts(run_dir / "prompts.csv", result.comparisons)
     (run_dir / "pictures").mkdir(exist_ok=True)
-    column([row for _, row in result.pictures]).save(run_dir / "pictures" / "masks.png")
+    result.sheet().save(run_dir / "pictures" / "masks.png")
     _tell(metrics, protocol, run_dir)
     return metrics
 

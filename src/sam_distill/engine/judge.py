@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from itertools import chain
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -15,11 +17,21 @@ from sam_distill.evaluate.views import View
 from sam_distill.losses import embedding_cosine, embedding_mse
 from sam_distill.metrics import MeanIoU, bootstrap
 from sam_distill.models.sam import Sam
-from sam_distill.predict.overlays import comparison
+from sam_distill.predict.overlays import column, comparison
 from sam_distill.types import GRID, Batch, valid_area
 
 BLIND = "an encoder that answers every image with the teacher's mean embedding of the others"
 PICTURES = 8  # rows drawn per judgement: one prompt per image, of one kind and another in turn
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An outcome that is drawn. image: of the original size, and so are the masks, [H, W] bool."""
+
+    image: Image.Image
+    told: Comparison
+    right: np.ndarray
+    student: np.ndarray
 
 
 Answer = tuple[Batch, Tensor, list[Target]]  # the teacher's embedding and the right masks
@@ -46,7 +58,7 @@ class Judge(nn.Module):
 
     def reset(self) -> None:
         self.comparisons: list[Comparison] = []
-        self.pictures: list[tuple[Comparison, Image.Image]] = []
+        self.pictures: list[Picture] = []
         self._wanted: dict[str, str] = {}  # image -> the kind of prompt to draw
         for metric in (*self.miou.values(), *self.empty.values(), *self.errors.values()):
             metric.reset()  # type: ignore[operator]
@@ -107,9 +119,17 @@ class Judge(nn.Module):
         height, width = batch.sizes[i].tolist()
         frame = batch.images[i, :, :height, :width].permute(1, 2, 0).cpu().numpy()
         original = Image.fromarray(frame).resize((outcome.teacher.shape[1], outcome.teacher.shape[0]))
-        teacher, student = outcome.teacher.cpu().numpy(), outcome.student.cpu().numpy()
-        captions = f"image and {told.kind}", self.protocol.right, f"student   IoU {told.iou:.2f}"
-        self.pictures.append((told, comparison(original, teacher, student, told.prompt, told.labels, captions)))
+        self.pictures.append(Picture(original, told, outcome.teacher.cpu().numpy(), outcome.student.cpu().numpy()))
+
+    def sheet(self) -> Image.Image:
+        """Each of the pictures as a row: the image with its prompt, the right mask, the student's."""
+        rows = []
+        for picture in self.pictures:
+            told = picture.told
+            captions = f"image and {told.kind}", self.protocol.right, f"student   IoU {told.iou:.2f}"
+            masks = picture.right, picture.student
+            rows.append(comparison(picture.image, *masks, told.prompt, told.labels, captions))
+        return column(rows)
 
 
 def blind(judge: Judge, teacher: Sam, answers: Iterable[Answer], total: Tensor, images: int) -> dict[str, float]:

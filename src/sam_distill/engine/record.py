@@ -14,6 +14,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from sam_distill.evaluate.protocol import Comparison
 from sam_distill.files import whole
 
+COLUMNS = list(Comparison.__dataclass_fields__)  # of prompts.csv
 Rows = Mapping[int, Mapping[str, float]]  # by step
 
 
@@ -64,10 +65,15 @@ def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, An
 
 def write_prompts(path: Path, comparisons: Sequence[Comparison]) -> None:
     """A row per prompt: image, kind, prompt (original pixels), SAM's labels, IoU, areas (original pixels)."""
+    write_csv(path, COLUMNS, prompt_rows(comparisons))
+
+
+def prompt_rows(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
+    """By COLUMNS; prompt and labels as text."""
     rows = [asdict(comparison) for comparison in comparisons]
     for row in rows:
         row |= {key: " ".join(f"{value:g}" for value in row[key]) for key in ("prompt", "labels")}
-    write_csv(path, list(Comparison.__dataclass_fields__), rows)
+    return rows
 
 
 def write_curves(rows: Rows, path: Path) -> None:

@@ -43,7 +43,7 @@ class Status:
             return self.first
         if not self.first:
             return why is not None and fail(self.run_dir, why)
-        news = why is None or _read(self.run_dir).get("status") != "failed"
+        news = why is None or read(self.run_dir).get("status") != "failed"
         if why is not None and self._before and _modified(self.run_dir) == self._history:
             for file, content in self._before.items():  # resumed, but no step further: the old record is the true one
                 write_text(file, content)
@@ -62,12 +62,12 @@ def earlier(run_dir: Path, config: str) -> str | None:
     if not file.is_file():
         return None
     now, then = (yaml.safe_load(text) | {"resume": None} for text in (config, file.read_text()))
-    return _read(run_dir).get("status") if now == then else None
+    return read(run_dir).get("status") if now == then else None
 
 
 def fail(run_dir: Path, why: str) -> bool:
     """Record that a running run has failed. False if it was not running."""
-    content = _read(run_dir)
+    content = read(run_dir)
     if content.get("status") != "running":
         return False
     content |= {"status": "failed", "why": why, "ended": now()}
@@ -92,7 +92,8 @@ def now() -> str:
     return datetime.now().astimezone().isoformat(timespec="seconds")
 
 
-def _read(run_dir: Path) -> dict[str, Any]:
+def read(run_dir: Path) -> dict[str, Any]:
+    """status.json, empty if there is none."""
     try:
         content: dict[str, Any] = json.loads((run_dir / "status.json").read_text())
     except (OSError, ValueError):

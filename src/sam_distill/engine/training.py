@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import logging
 from datetime import timedelta
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-import yaml
 from pytorch_lightning.callbacks import ModelCheckpoint
 from rich.console import Console
 from rich.table import Table
@@ -111,16 +111,17 @@ def fit(
         "parameters": sum(p.numel() for p in student.image_encoder.parameters()),
         "precision": hardware.num_format,
         "device": hardware.device_name,
+        "teacher_sha256": teacher.sha256,
+        "data_keys": sha256("\n".join(sorted(source.train_keys)).encode()).hexdigest(),
         **protocol.description,
     }
     folder = RunFolder(run_dir, history, source, facts)
-    name = "-".join([strategy.name, *_words(student), f"seed{seed}"])
     callbacks: list[pl.Callback] = [Throughput(), folder]  # the run folder first: it saves the average
     callbacks += [Averaged(decay=ema)] if ema else []
     callbacks += [StepTimes()] if step_times else []
     log.info(
-        "%s, %.1fM parameters at %d px: %d steps of %d images (%.1f epochs of %d), %s on %s",
-        name, facts["parameters"] / 1e6, student.image_size, steps, images_per_step,
+        "%s, %s, %.1fM parameters at %d px: %d steps of %d images (%.1f epochs of %d), %s on %s", strategy.name,
+        type(student.image_encoder).__name__, facts["parameters"] / 1e6, student.image_size, steps, images_per_step,
         steps * images_per_step / source.num_train_images, source.num_train_images, hardware.num_format, hardware.kind,
     )  # fmt: skip
     if module.requires & teacher.provides and teacher.capacity >= source.num_train_images:
@@ -134,7 +135,7 @@ def fit(
             raise UserError(told)
         trainer = _trainer(hardware, optim, run_dir, steps, interval, accumulate, callbacks)
         first = trainer.is_global_zero
-        trainer.loggers = [history, *(logger.build(run_dir, name, _config(run_dir)) if first else [])]
+        trainer.loggers = [history, *(logger.build(run_dir, facts) if first else [])]
         try:
             if checkpoint is None:
                 log.info("Validating before the first step (the teacher answers %d images)", source.val_images)
@@ -211,14 +212,3 @@ def _last_checkpoint(run_dir: Path) -> Path:
     if not path.is_file():
         raise UserError(f"resume={run_dir}: there is no {path}; the run may have stopped before its first checkpoint")
     return path
-
-
-def _config(run_dir: Path) -> dict[str, Any]:
-    """The resolved configuration that cli/ has left in the run folder, for W&B."""
-    path = run_dir / "config.yaml"
-    return yaml.safe_load(path.read_text()) if path.is_file() else {}
-
-
-def _words(student: Sam) -> list[str]:
-    spec = getattr(student.image_encoder, "spec", {})
-    return [str(v) for v in spec.values() if isinstance(v, str)] + [f"{student.image_size}px"]

@@ -72,17 +72,27 @@ def comparison(
 
     prompt, labels: see `Comparison`, in pixels of `image`; the masks have its size.
     """
-    points = zip(zip(prompt[::2], prompt[1::2], strict=True), labels, strict=True)
-    clicks = [(point, label) for point, label in points if label <= FOREGROUND]
-    drawn: dict[str, Any] = {"points": [point for point, _ in clicks], "labels": [label for _, label in clicks]}
-    if not clicks:
-        drawn = {"box": prompt}
     panels = [
-        overlay(image, **drawn),
-        overlay(image, teacher, TEACHER, **drawn),
-        overlay(image, student, STUDENT, **drawn),
+        prompted(image, prompt, labels),
+        prompted(image, prompt, labels, teacher, TEACHER),
+        prompted(image, prompt, labels, student, STUDENT),
     ]
     return side_by_side(panels, captions)
+
+
+def prompted(
+    image: Image.Image,
+    prompt: Sequence[float],
+    labels: Sequence[int],
+    mask: np.ndarray | None = None,
+    colour: tuple[int, int, int] = TEACHER,
+) -> Image.Image:
+    """`overlay` with the prompt of a `Comparison`, in pixels of `image`."""
+    points = zip(zip(prompt[::2], prompt[1::2], strict=True), labels, strict=True)
+    clicks = [(point, label) for point, label in points if label <= FOREGROUND]
+    if not clicks:
+        return overlay(image, mask, colour, box=prompt)
+    return overlay(image, mask, colour, [point for point, _ in clicks], [label for _, label in clicks])
 
 
 def side_by_side(panels: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image:

@@ -1,0 +1,113 @@
+"""Jobs of a multirun in other processes than the one that was started. Toy jobs."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import joblib
+import pytest
+import torch
+from joblib.externals.loky import get_reusable_executor
+
+from sam_distill.cli import app
+from sam_distill.types import UserError
+
+POOL = ["-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "hydra.sweep.dir=sweep"]
+CONF = """# A toy job.
+defaults: [hydra/common, _self_]
+_target_: HERE.job
+how: well
+"""
+
+
+def job(*, how: str, run_dir: Path) -> None:
+    seen = {"process": os.getpid(), "threads": torch.get_num_threads(), "gpu": os.environ.get("CUDA_VISIBLE_DEVICES")}
+    (run_dir / "seen.json").write_text(json.dumps(seen))
+    if how in ("mistake", "meet"):  # both are there at once
+        deadline = time.monotonic() + 60
+        while len(list(run_dir.parent.glob("*/seen.json"))) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    if how == "mistake":
+        raise UserError("mend me")
+    if how.startswith("long"):
+        time.sleep(60)
+
+
+@pytest.fixture
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
+    conf = tmp_path / "conf"
+    (conf / "hydra").mkdir(parents=True)
+    (conf / "hydra/common.yaml").write_text((app.default_conf_dir() / "hydra/common.yaml").read_text())
+    (conf / "toy.yaml").write_text(CONF.replace("HERE", __name__))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield lambda *argv: app.run("toy", argv, conf)
+    get_reusable_executor().shutdown(kill_workers=True)
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
+def status(number: int) -> tuple[str, str | None]:
+    record = json.loads(Path(f"sweep/{number}/status.json").read_text())
+    return record["status"], record["why"]
+
+
+def test_a_pool(toy: Callable[..., int], capfd: pytest.CaptureFixture[str]) -> None:
+    """A failure does not stop the others, and is in the exit status; again, only what failed is done."""
+    assert toy(*POOL, "how=mistake,meet,well") == 1
+    told = capfd.readouterr()
+    assert told.err == "error: job 0 (how=mistake): mend me\nerror: 1 of 3 jobs failed: 0\n"
+    assert [status(number) for number in range(3)] == [("failed", "mend me"), ("finished", None), ("finished", None)]
+    failed, met = (json.loads(Path(f"sweep/{number}/seen.json").read_text()) for number in (0, 1))
+    assert len({failed["process"], met["process"], os.getpid()}) == 3
+    assert {failed["gpu"], met["gpu"]} == {"4", "5"}
+    assert failed["threads"] == max(1, joblib.cpu_count() // 2)
+
+    assert toy(*POOL, "how=mistake,meet,well") == 1
+    told = capfd.readouterr()
+    assert told.out.count("has finished before") == 2
+    assert told.err.count("mend me") == 1
+
+
+def test_folders_of_a_pool_have_one_name(toy: Callable[..., int]) -> None:
+    assert toy(*POOL[:-1], "how=well,fine") == 0
+    (sweep,) = Path("outputs/multirun").iterdir()
+    assert {path.name for path in sweep.iterdir()} == {"multirun.yaml", "0", "1"}
+
+
+def test_a_pool_is_interrupted(toy: Callable[..., int], capfd: pytest.CaptureFixture[str]) -> None:
+    """Each job in hand is recorded as such, and none begun."""
+
+    def stop() -> None:
+        while len(list(Path("sweep").glob("*/seen.json"))) < 2:
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop, daemon=True).start()
+    assert toy(*POOL, "how=long,longer,well") == 143
+    assert [status(number) for number in (0, 1)] == [("failed", "interrupted by SIGTERM")] * 2
+    assert not Path("sweep/2/status.json").exists()
+
+
+def test_submitit(toy: Callable[..., int]) -> None:
+    """Its local executor runs a job as it does under SLURM: all it has is what was pickled."""
+    assert toy("-m", "hydra/launcher=submitit_local", "hydra.sweep.dir=sweep", "how=mistake,meet") == 1
+    assert [status(number) for number in (0, 1)] == [("failed", "mend me"), ("finished", None)]
+
+
+def test_a_launcher_that_is_not_there(toy: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    assert toy("-m", "hydra/launcher=slurm", "how=well,fine") == 2
+    assert "no such choice; " in (told := capsys.readouterr().err)
+    assert told.endswith("; pip install 'sam-distill[sweeps]' brings joblib and submitit_*\n")
