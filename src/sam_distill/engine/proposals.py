@@ -66,8 +66,8 @@ def judge_everything(
 
 def _row(frame: np.ndarray, ours: Records, theirs: Records) -> Image.Image:
     image = Image.fromarray(frame)
-    captions = ["image", f"student   {len(ours)} masks", f"teacher   {len(theirs)} masks"]
-    return side_by_side([image, coloured(image, ours), coloured(image, theirs)], captions)
+    captions = ["image", f"teacher   {len(theirs)} masks", f"student   {len(ours)} masks"]
+    return side_by_side([image, coloured(image, theirs), coloured(image, ours)], captions)
 
 
 def _tell(metrics: dict[str, Any], run_dir: Path) -> None:
