@@ -80,7 +80,8 @@ class Sources:
         """The choices there are, without recipes for other commands."""
         files = [path for root in self.roots for path in (root / group).glob("*.yaml")]
         if group == "experiment":
-            files = [path for path in files if OmegaConf.select(OmegaConf.load(path), "_target_") in (None, self._target)]
+            targets = {path: OmegaConf.select(OmegaConf.load(path), "_target_") for path in files}
+            files = [path for path in files if targets[path] in (None, self._target)]
         return sorted({path.stem for path in files})
 
     def _defining(self, key: str) -> list[_Source]:
