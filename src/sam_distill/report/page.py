@@ -111,6 +111,7 @@ def _markdown(report: Report) -> Iterator[str]:
         yield f"## {about.title}\n"
         place = f" (paper, {about.place[0].lower()}{about.place[1:]})" if about.place else ""
         yield from (f"{about.claim}{place}\n",) if about.claim else ()
+        yield from (f"{section.finding}\n",) if section.finding else ()
         yield markdown(section.table)
         yield from (f"{note}\n" for note in section.notes)
         for picture in (*section.curves, *section.plots, *section.photos):

@@ -18,6 +18,7 @@ from sam_distill.report.tables import Table, tabulate
 _FACTS = ["date", "device", "precision", "encoder", "image_size", "teacher", "data", "batch_size", "steps", "images",
           "seconds", "version"]  # fmt: skip
 _WIDTH = 1400  # of a picture, pixels
+_FINDING = re.compile(r"\*\*[^*]+[.?]\*\*")  # a paragraph that begins with a sentence in bold
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,10 @@ class Picture:
 
 @dataclass(frozen=True)
 class Section:
-    """facts: header and rows of what was run on what. notes: what a reader must know beside the numbers."""
+    """facts: header and rows of what was run on what. notes: what a reader must know beside the numbers.
+
+    finding: what an experiment's README concludes, with its **bold** words.
+    """
 
     experiment: Experiment
     table: Table
@@ -41,6 +45,7 @@ class Section:
     photos: Sequence[Picture]
     facts: Sequence[Sequence[str]]
     notes: Sequence[str]
+    finding: str = ""
 
     @property
     def coverage(self) -> tuple[int, int]:
@@ -70,8 +75,11 @@ def sections(found: Found, names: Sequence[str]) -> list[Section]:
         chosen = runs or (list(folder.runs) if folder else [])
         about = experiments.get(name) or told_apart(name, name.replace("_", " "), chosen)
         if folder and name not in experiments:
-            about = replace(about, claim=_first_paragraph(folder))
-        result.append(_section(about, chosen, folder, notes))
+            about = replace(about, claim=next(_paragraphs(folder), "").replace("**", ""))
+        section = _section(about, chosen, folder, notes)
+        if folder and not runs:
+            section = replace(section, finding=next((p for p in _paragraphs(folder) if _FINDING.match(p)), ""))
+        result.append(section)
     return result
 
 
@@ -119,12 +127,12 @@ def _masks(about: Experiment, runs: Sequence[Run]) -> Iterator[Picture]:
         yield from _photo(f"{about.id}_best.jpg", best.masks, said)
 
 
-def _first_paragraph(committed: Committed) -> str:
-    """Of the README, below its heading, as plain text."""
+def _paragraphs(committed: Committed) -> Iterator[str]:
+    """Of the README, without headings, in a line each; what is bold stays marked."""
     readme = committed.folder / "README.md"
-    paragraphs = readme.read_text().split("\n\n") if readme.is_file() else []
-    first = next((text for text in paragraphs if text.strip() and not text.startswith("#")), "")
-    return re.sub(r"\*\*|`|\[(.*?)\]\(.*?\)", r"\1", " ".join(first.split()))
+    for text in readme.read_text().split("\n\n") if readme.is_file() else []:
+        if text.strip() and not text.startswith("#"):
+            yield re.sub(r"`|\[([^\]]*)\]\([^)]*\)", r"\1", " ".join(text.split()))
 
 
 def _illustrations(name: str, committed: Committed) -> Iterator[Picture]:

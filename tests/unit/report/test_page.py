@@ -142,8 +142,10 @@ def test_an_experiment_that_no_file_describes(tmp_path: Path) -> None:
     folder = tmp_path / "experiments" / "my_own"
     folder.mkdir(parents=True)
     (folder / "results.csv").write_text("run,prompts.kind,miou/point\na,$x$,0.5\nb,$\\frac,nan\n")
-    (folder / "README.md").write_text("# Mine\n\n**Claim**: see [this](that.md)\nalone.\n\nMore.\n")
+    said = "# Mine\n\n**Claim**: see [this](that.md)\nalone.\n\n**It does.** By [much](m.md).\n"
+    (folder / "README.md").write_text(said)
     assert report(str(tmp_path / "experiments"), f"path={tmp_path / 'out'}") == 0
     html = (tmp_path / "out" / "report.html").read_text()
     assert "<p>Claim: see this alone.</p>" in html
+    assert "<p><b>It does.</b> By much.</p>" in html
     assert "nan" not in html.partition("<tbody>")[2].partition("</tbody>")[0]
