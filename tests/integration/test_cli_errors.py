@@ -7,7 +7,7 @@ import logging
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -52,19 +52,10 @@ how: well
 
 
 @pytest.fixture
-def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
-    conf = tmp_path / "conf"
-    (conf / "hydra").mkdir(parents=True)
-    (conf / "hydra/common.yaml").write_text((app.default_conf_dir() / "hydra/common.yaml").read_text())
-    (conf / "toy.yaml").write_text(CONF.replace("HERE", __name__))
-    monkeypatch.chdir(tmp_path)
+def toy(command: Callable[[str], Callable[..., int]]) -> Callable[..., int]:
     drawn.clear()
     arguments.clear()
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    yield lambda *argv: app.run("toy", argv, conf)
-    root.handlers[:] = handlers
-    root.setLevel(level)
+    return command(CONF.replace("HERE", __name__))
 
 
 def status(folder: str = "run") -> dict[str, object]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import signal
 import threading
@@ -16,7 +15,6 @@ import pytest
 import torch
 from joblib.externals.loky import get_reusable_executor
 
-from sam_distill.cli import app
 from sam_distill.types import UserError
 
 POOL = ["-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "hydra.sweep.dir=sweep"]
@@ -42,21 +40,12 @@ def job(*, how: str, run_dir: Path) -> None:
 
 
 @pytest.fixture
-def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
-    conf = tmp_path / "conf"
-    (conf / "hydra").mkdir(parents=True)
-    (conf / "hydra/common.yaml").write_text((app.default_conf_dir() / "hydra/common.yaml").read_text())
-    (conf / "toy.yaml").write_text(CONF.replace("HERE", __name__))
-    monkeypatch.chdir(tmp_path)
+def toy(command: Callable[[str], Callable[..., int]], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    yield lambda *argv: app.run("toy", argv, conf)
+    yield command(CONF.replace("HERE", __name__))
     get_reusable_executor().shutdown(kill_workers=True)
-    root.handlers[:] = handlers
-    root.setLevel(level)
 
 
 def status(number: int) -> tuple[str, str | None]:

@@ -9,7 +9,7 @@ from pydantic import ValidatorFunctionWrapHandler, WrapValidator
 from sam_distill.data.base import DataSource
 from sam_distill.data.cache import Cache
 from sam_distill.evaluate.fastsam import is_fastsam
-from sam_distill.models.checkpoints import Checkpoint, fingerprint
+from sam_distill.models.checkpoints import Checkpoint
 from sam_distill.teachers import CachedTeacher, LiveTeacher, Teacher
 from sam_distill.types import UserError
 
@@ -26,7 +26,7 @@ def answering(teacher: LiveTeacher, data: DataSource) -> Teacher:
     if not isinstance(data, Cache):
         return teacher
     made_by = data.manifest["teacher"]
-    if fingerprint(teacher.checkpoint) != data.manifest["teacher_sha256"]:
+    if teacher.sha256 != data.manifest["teacher_sha256"]:
         raise UserError(
             f"data.path={data.path} holds the answers of {made_by}, not of {teacher.checkpoint}: say teacher={made_by}"
             f" or teacher.checkpoint={made_by}"

@@ -53,6 +53,9 @@ def bench(
     """Measure speed side by side with the peers' code; conf/bench.yaml says what each option means."""
     del scale  # only experiments read it
     kind, folder = trainer.kind, None if exported is None else _folder(exported)
+    fastsam = is_fastsam(checkpoint)
+    if fastsam and suite != "image":
+        raise UserError(f"checkpoint={checkpoint}: of a FastSAM only suite=image can be measured")
 
     def chosen(name: str) -> bool:
         return suite in (name, "all")
@@ -61,15 +64,14 @@ def bench(
     def jpegs() -> list[bytes]:
         return example_jpegs(data)
 
+    @cache
     def photograph() -> np.ndarray:
         return np.asarray(decode(jpegs()[0], full=True)[0])
 
     def findings() -> Iterator[Finding]:
         if chosen("data"):
             yield from bench_data(jpegs(), trainer.num_workers, seconds)
-        if is_fastsam(checkpoint):
-            if suite != "image":
-                raise UserError(f"checkpoint={checkpoint}: of a FastSAM only suite=image can be measured")
+        if fastsam:
             yield bench_fastsam(FastSam(checkpoint), photograph(), kind, seconds)
             return
         sam = load_sam(checkpoint) if encoder is None else Sam(encoder)

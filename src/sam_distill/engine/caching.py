@@ -31,7 +31,6 @@ from sam_distill.engine import processes
 from sam_distill.engine.hardware import Hardware
 from sam_distill.engine.progress import Tally
 from sam_distill.images import decode, to_frame
-from sam_distill.models.checkpoints import fingerprint
 from sam_distill.models.weights import digest
 from sam_distill.teachers import LiveTeacher, save_parts
 from sam_distill.types import FRAME, Sample, UserError
@@ -245,7 +244,7 @@ def _facts(job: CacheJob) -> dict[str, Any]:
     return {
         "format": 1,
         "teacher": job.teacher.checkpoint,
-        "teacher_sha256": fingerprint(job.teacher.checkpoint),
+        "teacher_sha256": job.teacher.sha256,
         "precision": job.hardware.num_format,
         "frame": FRAME,
         "resize": "Pillow, bilinear, antialiased; sides int(x + 0.5)",

@@ -20,7 +20,6 @@ from sam_distill.engine.record import write_prompts
 from sam_distill.evaluate.everything import Detections, Everything, Records
 from sam_distill.evaluate.fastsam import FastSam
 from sam_distill.files import write_json
-from sam_distill.models.checkpoints import fingerprint
 from sam_distill.models.sam import Sam
 from sam_distill.predict.overlays import coloured, column, side_by_side
 from sam_distill.teachers import LiveTeacher
@@ -39,7 +38,7 @@ def judge_everything(
     for model in (student, teacher.sam):
         if isinstance(model, Sam):
             model.to(hardware.kind).to(memory_format=torch.channels_last)
-    who, detections = f"{fingerprint(teacher.checkpoint)} {hardware.num_format}", Detections()
+    who, detections = f"{teacher.sha256} {hardware.num_format}", Detections()
     rows: list[Image.Image] = []
     with Progress(auto_refresh=False) as bar, hardware.autocast():
         task = bar.add_task("Segmenting everything", total=total)

@@ -108,7 +108,7 @@ def fit(
     history = History(run_dir / "history.csv", resume=checkpoint is not None)
     facts: dict[str, Any] = {
         "images_per_step": images_per_step,
-        "parameters": sum(p.numel() for p in student.image_encoder.parameters()),
+        "parameters": student.sizes["parameters"],
         "precision": hardware.num_format,
         "device": hardware.device_name,
         "teacher_sha256": teacher.sha256,

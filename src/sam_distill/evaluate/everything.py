@@ -51,8 +51,9 @@ class Everything:
     def masks(self, model: Sam | FastSam, frame: np.ndarray) -> Records:
         """frame: [h, w, 3] uint8, an image at the frame's resolution, as the masks are, too."""
         if isinstance(model, FastSam):
-            return _records(model.everything(torch.from_numpy(frame).permute(2, 0, 1)))
-        records: Records = self.generator(model, output_mode="coco_rle").generate(frame)
+            records = _records(model.everything(torch.from_numpy(frame).permute(2, 0, 1)))
+        else:
+            records = self.generator(model, output_mode="coco_rle").generate(frame)
         return [record for record in records if record["area"] > 0]
 
     def remembered(self, who: str, sam: Sam, frame: np.ndarray) -> Records:
@@ -155,7 +156,7 @@ def _records(masks: Tensor) -> Records:
         bbox, area = coco.toBbox(runs).tolist(), int(coco.area(runs))
         record = {"segmentation": runs, "area": area, "bbox": [int(side) for side in bbox]}
         records.append(record | {"predicted_iou": 1 - number / len(masks)})
-    return [record for record in records if record["area"] > 0]
+    return records
 
 
 def _iou(first: Records, second: Records) -> np.ndarray:

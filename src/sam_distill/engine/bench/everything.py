@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from pycocotools import mask as coco
 
 from sam_distill.engine.bench.models import FP32
 from sam_distill.engine.bench.peers import MISSING, mobile_sam, peer_of
 from sam_distill.engine.bench.tables import Finding
+from sam_distill.evaluate.everything import Records, nearest
 from sam_distill.evaluate.speed import Contender, race
 from sam_distill.models.sam import Sam
 from sam_distill.predict.mask_generator import SamAutomaticMaskGenerator
-
-Records = list[dict[str, Any]]
 
 
 def bench_everything(sam: Sam, image: np.ndarray[Any, Any], points_per_side: int, device: str) -> Finding:
@@ -42,10 +39,10 @@ def bench_everything(sam: Sam, image: np.ndarray[Any, Any], points_per_side: int
     return replace(finding, metrics={"everything_ms": finding.milliseconds(FP32), "masks": len(found["ours"])})
 
 
-def likeness(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]) -> str:
+def likeness(ours: Records, theirs: Records) -> str:
     """How far two sets of masks (coco_rle) are the same: how many there are, and how well each of theirs is met."""
     told = f"{len(ours)} masks, theirs {len(theirs)}"
     if not ours or not theirs:
         return told
-    iou = coco.iou([r["segmentation"] for r in ours], [r["segmentation"] for r in theirs], [0] * len(theirs))
-    return f"{told}; mean IoU of theirs with our nearest: {np.asarray(iou).max(0).mean():.4f}"
+    iou = np.mean([row.iou for row in nearest("", theirs, ours)])
+    return f"{told}; mean IoU of theirs with our nearest: {iou:.4f}"

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from sam_distill.data.base import collate
@@ -67,7 +67,7 @@ def bench_encoder(sam: Sam, device: str, compiled: bool, onnx: bool, exported: P
         contenders.append(Contender(f"{name}, fp32", lambda: model.image_encoder(model.preprocess(pixels)), ours=False))
     with FlopCounterMode(display=False) as counter:
         encode(None)()
-    facts = f"{_parameters(sam.image_encoder)} parameters, {counter.get_total_flops() / 2e9:.1f} GMACs"
+    facts = f"{sam.sizes['parameters'] / 1e6:.2f}M parameters, {counter.get_total_flops() / 2e9:.1f} GMACs"
     what = f"Image encoder at {sam.image_size} px, {device}: {facts}"
     note = PAPER_ENCODER if peer else f"{MISSING}\n{PAPER_ENCODER}"
     finding = Finding(what, "image", race(contenders, device, seconds), note)
@@ -110,7 +110,7 @@ def bench_decoder(sam: Sam, device: str, seconds: float) -> Iterator[Finding]:
             run = _peer_decoder(model, embedding, points, labels)
             contenders.append(Contender(f"{name}, fp32", run, count, ours=False))
         what = f"Mask decoder, {count} point prompt{'s' * (count > 1)} on one image, {device}"
-        what += f": {_parameters(sam.mask_decoder)} parameters"
+        what += f": {sam.sizes['parameters/mask_decoder'] / 1e6:.2f}M parameters"
         yield Finding(what, "prompt", race(contenders, device, seconds), PAPER_DECODER if peer else MISSING)
 
 
@@ -131,8 +131,9 @@ def bench_image(sam: Sam, photograph: np.ndarray, device: str, seconds: float) -
     if peer is not None:
         theirs = mobile_sam().SamPredictor(peer[1].to(device))  # type: ignore[union-attr]
         contenders.append(Contender(f"{peer[0]}, fp32", ask(theirs), ours=False))
-    what = f"From a {photograph.shape[1]} x {photograph.shape[0]} photograph to the mask for a point, {device}"
-    finding = Finding(what, "image", race(contenders, device, seconds), PAPER_IMAGE if peer else MISSING)
+    finding = Finding(
+        _to_a_mask(photograph, device), "image", race(contenders, device, seconds), PAPER_IMAGE if peer else MISSING
+    )
     return _with_times(finding, "image_ms")
 
 
@@ -148,8 +149,9 @@ def bench_fastsam(model: FastSam, photograph: np.ndarray, device: str, seconds: 
         sample = Sample("photograph", to_frame(picture), (picture.height, picture.width))
         return model.see(collate([sample]).to(device)).masks(click)(0, 0)
 
-    what = f"From a {photograph.shape[1]} x {photograph.shape[0]} photograph to the mask for a point, {device}"
-    finding = Finding(what, "image", race([Contender(name, run, ours=False)], device, seconds), PAPER_IMAGE)
+    finding = Finding(
+        _to_a_mask(photograph, device), "image", race([Contender(name, run, ours=False)], device, seconds), PAPER_IMAGE
+    )
     return replace(finding, metrics={"image_ms": finding.milliseconds(name), "parameters/model": model.parameters})
 
 
@@ -193,5 +195,5 @@ def _with_times(finding: Finding, name: str) -> Finding:
     return replace(finding, metrics={name: finding.milliseconds(FP32), f"{name}/bf16": finding.milliseconds(BF16)})
 
 
-def _parameters(module: nn.Module) -> str:
-    return f"{sum(p.numel() for p in module.parameters()) / 1e6:.2f}M"
+def _to_a_mask(photograph: np.ndarray, device: str) -> str:
+    return f"From a {photograph.shape[1]} x {photograph.shape[0]} photograph to the mask for a point, {device}"
