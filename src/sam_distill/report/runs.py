@@ -113,7 +113,7 @@ def _run(folder: Path, name: str) -> Run | Unusable:
     if not (folder / "metrics.json").is_file():
         return Unusable(name, "unfinished", "it has ended without scores: no metrics.json", experiment)
     metrics = _metrics(folder) | {n: v for n, v in _metrics(folder / "bench").items() if "_ms" in n}
-    facts = {"date": str(status["started"])[:10], "version": status.get("version", "")}
+    facts = {"change": _change(status["command"][1:]), "date": str(status["started"])[:10], "version": status.get("version", "")}
     pictures = [path for name in ("everything.png", "masks*.png") for path in sorted((folder / "pictures").glob(name))]
     return Run(
         name=name,
