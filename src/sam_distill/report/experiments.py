@@ -98,7 +98,7 @@ def _differing(runs: Sequence[Run]) -> list[str]:
             alike.setdefault(run.setting(node) if key != node and node in nodes else "", set()).add(run.setting(key))
         return any(len(values) > 1 for values in alike.values())
 
-    known_otherwise = {"seed", "date", "version"} | {name for run in runs for name in run.metrics}
+    known_otherwise = {"seed", "change", "date", "version"} | {name for run in runs for name in run.metrics}
     return [key for key in keys if key not in known_otherwise and differ(key)]
 
 

@@ -20,6 +20,8 @@ _NOT_ENTERED = ("checkpoints", "wandb", "pictures")
 _MACHINERY = ("run_dir", "resume", "plan", "step_times", "validate_every", "logger", "trainer", "teacher.memory_gb",
               "data.shuffle_buffer")  # fmt: skip
 
+_SETTING_OUT = ("data", "data.path", "experiment", "init", "scale", "seed", "teacher")
+
 
 @dataclass(frozen=True)
 class Run:
@@ -113,7 +115,11 @@ def _run(folder: Path, name: str) -> Run | Unusable:
     if not (folder / "metrics.json").is_file():
         return Unusable(name, "unfinished", "it has ended without scores: no metrics.json", experiment)
     metrics = _metrics(folder) | {n: v for n, v in _metrics(folder / "bench").items() if "_ms" in n}
-    facts = {"change": _change(status["command"][1:]), "date": str(status["started"])[:10], "version": status.get("version", "")}
+    facts = {
+        "change": _change(status["command"][1:]),
+        "date": str(status["started"])[:10],
+        "version": status.get("version", ""),
+    }
     pictures = [path for name in ("everything.png", "masks*.png") for path in sorted((folder / "pictures").glob(name))]
     return Run(
         name=name,
@@ -138,6 +144,12 @@ def _chooses(word: str, config: Mapping[str, Any]) -> bool:
     """Whether an override chooses from a group: earlier versions kept no other record of the choices."""
     key = word.partition("=")[0]
     return key == "experiment" or ("=" in word and isinstance(config.get(key), dict))
+
+
+def _change(words: Sequence[str]) -> str:
+    """What was asked for beside the experiment itself: what a row has to say where each is one change to a recipe."""
+    asked = [word for word in words if word.partition("=")[0] not in (*_SETTING_OUT, *_MACHINERY)]
+    return " ".join(sorted(asked)) or "plain"
 
 
 def _settings(config: Mapping[str, Any], choices: Mapping[str, str]) -> dict[str, Value]:

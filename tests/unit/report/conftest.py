@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,14 @@ def make_run(runs: Path) -> Callable[..., Path]:
         status: str = "finished",
         why: str | None = None,
         encoder: dict[str, Any] | None = None,
+        words: Sequence[str] = (),
         **config: Any,
     ) -> Path:
         folder = runs / name
         (folder / "pictures").mkdir(parents=True)
         choices = {"strategy": "decoupled", "encoder": "tinyvit"} | ({"experiment": experiment} if experiment else {})
         choices |= {key: config.pop(key) for key in ("strategy", "teacher") if key in config}
-        record = {"status": status, "why": why, "command": ["train"], "choices": choices, "version": "0.1.0+abc"}
+        record = {"status": status, "why": why, "command": ["train", *words], "choices": choices, "version": "0.1.0+abc"}
         record["started"] = f"2026-11-20T10:00:{len(list(runs.iterdir())):02d}+00:00"
         (folder / "status.json").write_text(json.dumps(record))
         node = {"_target_": "sam_distill.strategies.decoupled.Decoupled", "loss": "mse"}

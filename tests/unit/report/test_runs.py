@@ -27,6 +27,13 @@ def test_an_encoder_is_called_by_its_variant(runs: Path, make_run: Callable[...,
     assert find(runs).runs[0].setting("encoder") == "tinyvit resnet18"
 
 
+def test_a_run_is_told_by_what_was_changed(runs: Path, make_run: Callable[..., Path]) -> None:
+    common = ["experiment=recipe", "scale=small", "data=cache", "data.path=/x/cache", "logger=csv"]
+    make_run("a", words=[*common, "seed=0"])
+    make_run("b", words=["seed=1", "strategy.loss=norm", *common, "optim.lr=0.002", "init=/x/a"])
+    assert [run.setting("change") for run in find(runs).runs] == ["plain", "optim.lr=0.002 strategy.loss=norm"]
+
+
 def test_runs_come_in_the_order_in_which_they_began(runs: Path, make_run: Callable[..., Path]) -> None:
     for name in ("z", "a", "m"):
         make_run(name)
