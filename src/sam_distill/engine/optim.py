@@ -22,6 +22,7 @@ class AdamW:
     """lr: peak learning rate. weight_decay: on matrices and filters only.
     warmup: share of the steps over which the rate climbs linearly. final: rate at the end, as a share of lr.
     clip: largest norm of the gradient; 0 for none.
+    eps: added to the root of the mean squared gradient. The embeddings' mean squared error has gradients around 1e-7.
     scale: factors on lr for parts of the student, such as {mask_decoder: 0.1}; 1 for those not named.
     """
 
@@ -33,6 +34,7 @@ class AdamW:
         warmup: Fraction = 0.05,
         final: Fraction = 0.01,
         clip: Annotated[float, Field(ge=0)] = 1.0,
+        eps: Annotated[float, Field(gt=0)] = 1e-8,
         scale: Mapping[str, Annotated[float, Field(gt=0)]] | None = None,
     ) -> None:
         self.lr = lr
@@ -41,6 +43,7 @@ class AdamW:
         self.warmup = warmup
         self.final = final
         self.clip = clip
+        self.eps = eps
         self.scale = dict(scale or {})
 
     def check(self, parts: Collection[str]) -> None:
@@ -52,7 +55,7 @@ class AdamW:
     def build(self, parts: Mapping[str, nn.Module], total_steps: int) -> tuple[torch.optim.AdamW, LambdaLR]:
         """Optimizer over the trainable parts, and its per-step schedule."""
         groups = [group for name, part in parts.items() for group in self._groups(name, part)]
-        optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=self.betas)
+        optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps)
         return optimizer, LambdaLR(optimizer, lambda step: self._factor(step, total_steps))
 
     def _groups(self, name: str, part: nn.Module) -> Iterator[dict[str, Any]]:
