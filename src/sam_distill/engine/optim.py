@@ -1,4 +1,4 @@
-"""AdamW with a warm-up and a cosine, and the parameters that take no weight decay."""
+"""The optimizers, with a warm-up and a cosine, and the parameters that take no weight decay."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field
 from torch import nn
+from timm.optim import Muon as TimmMuon
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from sam_distill.types import UserError
 
 _NO_DECAY = ("bias", "attention_biases", "pos_embed", "rel_pos_h", "rel_pos_w")
+_FREE = ", no decay"  # ends the name of their group
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -52,11 +55,13 @@ class AdamW:
         if idle:
             raise UserError(f"optim.scale names {', '.join(sorted(idle))}; what trains is {', '.join(parts)}")
 
-    def build(self, parts: Mapping[str, nn.Module], total_steps: int) -> tuple[torch.optim.AdamW, LambdaLR]:
+    def build(self, parts: Mapping[str, nn.Module], total_steps: int) -> tuple[Optimizer, LambdaLR]:
         """Optimizer over the trainable parts, and its per-step schedule."""
-        groups = [group for name, part in parts.items() for group in self._groups(name, part)]
-        optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps)
+        optimizer = self._optimizer([group for name, part in parts.items() for group in self._groups(name, part)])
         return optimizer, LambdaLR(optimizer, lambda step: self._factor(step, total_steps))
+
+    def _optimizer(self, groups: list[dict[str, Any]]) -> Optimizer:
+        return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps)
 
     def _groups(self, name: str, part: nn.Module) -> Iterator[dict[str, Any]]:
         decayed: list[nn.Parameter] = []
@@ -66,7 +71,7 @@ class AdamW:
             (free if is_free else decayed).append(parameter)
         lr = self.lr * self.scale.get(name, 1.0)
         yield {"name": name, "params": decayed, "weight_decay": self.weight_decay, "lr": lr}
-        yield {"name": f"{name}, no decay", "params": free, "weight_decay": 0.0, "lr": lr}
+        yield {"name": name + _FREE, "params": free, "weight_decay": 0.0, "lr": lr}
 
     def _factor(self, step: int, total_steps: int) -> float:
         warmup_steps = round(self.warmup * total_steps)
@@ -74,3 +79,15 @@ class AdamW:
             return (step + 1) / warmup_steps
         progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
         return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class Muon(AdamW):
+    """Muon (Jordan et al. 2024): the momentum of each matrix or filter, made orthogonal, is its step.
+
+    Steps are scaled as long as AdamW's (Liu et al. 2025), so that rates mean the same; biases, norms and tables are
+    AdamW's, at the same rate. Arguments as there.
+    """
+
+    def _optimizer(self, groups: list[dict[str, Any]]) -> Optimizer:
+        routed = [group | {"use_fallback": group["name"].endswith(_FREE)} for group in groups]
+        return TimmMuon(routed, lr=self.lr, betas=self.betas, eps=self.eps, nesterov=True)
