@@ -84,8 +84,8 @@ class AdamW:
 class Muon(AdamW):
     """Muon (Jordan et al. 2024): the momentum of each matrix or filter, made orthogonal, is its step.
 
-    Steps are scaled as long as AdamW's (Liu et al. 2025), so that rates mean the same; biases, norms and tables are
-    AdamW's, at the same rate. Arguments as there.
+    Steps are as long as AdamW's usually are (Liu et al. 2025), so that rates mean the same. Biases, norms and tables are
+    AdamW's, at the same rate; both look ahead as Nesterov does. Arguments as there.
     """
 
     def _optimizer(self, groups: list[dict[str, Any]]) -> Optimizer:

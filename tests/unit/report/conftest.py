@@ -36,7 +36,13 @@ def make_run(runs: Path) -> Callable[..., Path]:
         (folder / "pictures").mkdir(parents=True)
         choices = {"strategy": "decoupled", "encoder": "tinyvit"} | ({"experiment": experiment} if experiment else {})
         choices |= {key: config.pop(key) for key in ("strategy", "teacher") if key in config}
-        record = {"status": status, "why": why, "command": ["train", *words], "choices": choices, "version": "0.1.0+abc"}
+        record = {
+            "status": status,
+            "why": why,
+            "command": ["train", *words],
+            "choices": choices,
+            "version": "0.1.0+abc",
+        }
         record["started"] = f"2026-11-20T10:00:{len(list(runs.iterdir())):02d}+00:00"
         (folder / "status.json").write_text(json.dumps(record))
         node = {"_target_": "sam_distill.strategies.decoupled.Decoupled", "loss": "mse"}
