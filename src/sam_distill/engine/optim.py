@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import Field
-from torch import nn
 from timm.optim import Muon as TimmMuon
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -84,8 +84,8 @@ class AdamW:
 class Muon(AdamW):
     """Muon (Jordan et al. 2024): the momentum of each matrix or filter, made orthogonal, is its step.
 
-    Steps are as long as AdamW's usually are (Liu et al. 2025), so that rates mean the same. Biases, norms and tables are
-    AdamW's, at the same rate; both look ahead as Nesterov does. Arguments as there.
+    Steps are as long as AdamW's usually are (Liu et al. 2025), so that rates mean the same. Biases, norms and tables
+    are AdamW's, at the same rate; both look ahead as Nesterov does. Arguments as there.
     """
 
     def _optimizer(self, groups: list[dict[str, Any]]) -> Optimizer:
