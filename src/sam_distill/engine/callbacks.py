@@ -9,8 +9,9 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import EMAWeightAveraging
+from pytorch_lightning.callbacks import WeightAveraging
 from pytorch_lightning.loggers import WandbLogger
+from torch import Tensor
 
 from sam_distill.data.base import Damage, DataSource
 from sam_distill.engine.loggers import shown
@@ -62,8 +63,19 @@ class Throughput(pl.Callback):
             self._reset()
 
 
-class Averaged(EMAWeightAveraging):
-    """An exponential moving average of the weights, which is what is judged and saved; training goes on without it."""
+class Averaged(WeightAveraging):
+    """An exponential moving average of the weights, which is what is judged and saved; training goes on without it.
+
+    After n steps the average reaches back over the last tenth of them at most: a fixed `decay` alone would keep a share of
+    the random weights of step 0, and of BatchNorm's statistics there, for a long time.
+    """
+
+    def __init__(self, decay: float) -> None:
+        def towards(average: Tensor, current: Tensor, count: Tensor | int) -> Tensor:
+            share = ((1 + torch.as_tensor(count)) / (10 + torch.as_tensor(count))).clamp(max=decay)
+            return current + share * (average - current)
+
+        super().__init__(avg_fn=towards)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Too early: the run folder still has to save the average."""
