@@ -66,8 +66,8 @@ class Throughput(pl.Callback):
 class Averaged(WeightAveraging):
     """An exponential moving average of the weights, which is what is judged and saved; training goes on without it.
 
-    After n steps the average reaches back over the last tenth of them at most: a fixed `decay` alone would keep a share of
-    the random weights of step 0, and of BatchNorm's statistics there, for a long time.
+    After n steps the average reaches back over about the last tenth of them, at most: `decay` alone would long keep a
+    share of the random weights of step 0, and of BatchNorm's statistics there.
     """
 
     def __init__(self, decay: float) -> None:

@@ -265,6 +265,15 @@ def test_the_average_is_what_is_judged_and_saved(tmp_path: Path, live: LiveTeach
         assert history(broken, column) == pytest.approx(history(whole, column), rel=1e-4), column
 
 
+def test_a_long_average_forgets_the_first_weights(tmp_path: Path, live: LiveTeacher) -> None:
+    sam, key = student(live), "image_encoder.neck.conv.weight"
+    first = sam.state_dict()[key].clone()
+    run(tmp_path, live, sam, ema=0.9999)
+    kept = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    average, last = kept["state_dict"][f"student.{key}"], kept["current_model_state"][f"student.{key}"]
+    assert (average - last).norm() < 0.5 * (first - last).norm()
+
+
 def test_step_times_add_up(tmp_path: Path, live: LiveTeacher) -> None:
     run(tmp_path, live, student(live), strategy=Coupled(), budget="4 steps", validate_every="4 steps", step_times=True)
     parts = {name: history(tmp_path, name) for name in columns(tmp_path) if name.startswith("time/")}
