@@ -1,6 +1,6 @@
 """Distillation losses: pure functions, always in float32, each with its source.
 
-Areas mark the cells that count, to keep the padding of the frame out: [B, 1, h, w] bool, True inside the image.
+Areas weigh cells, to keep the padding of the frame out, or down: [B, 1, h, w], 1 or True inside the image.
 """
 
 from __future__ import annotations

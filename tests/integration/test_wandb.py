@@ -78,20 +78,21 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         for name in ("WANDB_API_KEY", "WANDB_DATA_DIR"):
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on stdin"))
-        options = ["experiment=padding_mask", "scale=small", "seed=0", "logger.tags=[first]"]
+        sweep = ["seed=0", "encoder=tinyvit", "strategy.padding=0,1"]
+        options = ["experiment=padding_mask", "scale=small", *sweep, "logger.tags=[first]"]
         assert app.main(["train", "-m", *options, f"hydra.sweep.dir={tmp_path / 'sweep'}", *TINY]) == 0
         yield tmp_path / "sweep"
 
 
 def test_a_sweep_as_wandb_has_it(sweep: Path) -> None:
-    folders = [sweep / "masked_True_seed0", sweep / "masked_False_seed0"]
+    folders = [sweep / "tinyvit_0_seed0", sweep / "tinyvit_1_seed0"]
     runs = [Told(folder) for folder in folders]
-    for run_dir, told, masked in zip(folders, runs, (True, False), strict=True):
-        assert told.run.display_name.startswith(f"decoupled-tinyvit-64px-strategy.mask_padding={masked}-")
+    for run_dir, told, padding in zip(folders, runs, (0, 1), strict=True):
+        assert told.run.display_name.startswith(f"decoupled-tinyvit-64px-strategy.padding={padding}-")
         assert told.run.display_name.endswith("-budget=4 steps-encoder.pretrained=False-seed0")
         assert told.run.run_group == "padding_mask"
         assert [*told.run.tags] == ["padding_mask", "decoupled", "tinyvit", "mobile_sam", "photos", "small", "first"]
-        assert told.config["strategy"]["mask_padding"] is masked
+        assert told.config["strategy"]["padding"] == padding
         assert told.config["choices"]["encoder"] == "tinyvit"
         assert told.config["version"] == json.loads((run_dir / "status.json").read_text())["version"]
         assert told.config["teacher_sha256"] == weights.sha256("mobile_sam")
@@ -117,7 +118,7 @@ def test_a_sweep_as_wandb_has_it(sweep: Path) -> None:
 
 
 def test_masks_over_pictures(sweep: Path) -> None:
-    run_dir = sweep / "masked_True_seed0"
+    run_dir = sweep / "tinyvit_0_seed0"
     told = Told(run_dir)
     columns, rows, files = told.table("val/pictures")
     assert columns[:4] == ["picture", "image", "kind", "prompt"]

@@ -22,7 +22,8 @@ class Decoupled(Strategy):
 
     loss: mse, the paper's; smooth_l1, NanoSAM's; norm, the root of the sum of squares.
     cosine: weight of an added (1 - cosine similarity); EfficientSAM3 takes 1.
-    mask_padding: leave the padding of the frame out of the loss.
+    padding: weight of the frame's padding in the loss, where the image has 1; 0 leaves it out. The mask decoder sees
+        what the student says there (experiments/padding_mask).
     """
 
     requires = frozenset({"teacher_embedding"})
@@ -31,12 +32,12 @@ class Decoupled(Strategy):
         self,
         loss: Literal["mse", "smooth_l1", "norm"] = "mse",
         cosine: Annotated[float, Field(ge=0)] = 0.0,
-        mask_padding: bool = True,
+        padding: Annotated[float, Field(ge=0, le=1)] = 0.0,
     ) -> None:
         super().__init__()
         self.distance = _LOSSES[loss]
         self.cosine = cosine
-        self.mask_padding = mask_padding
+        self.padding = padding
 
     def trainable(self, sam: Sam) -> dict[str, nn.Module]:
         return {"image_encoder": sam.image_encoder}
@@ -44,7 +45,7 @@ class Decoupled(Strategy):
     def step(self, sam: Sam, batch: Batch) -> StepOutput:
         assert batch.teacher_embedding is not None
         embedding = sam.encode(batch.images, batch.sizes)
-        area = valid_area(batch.sizes, GRID) if self.mask_padding else None
+        area = valid_area(batch.sizes, GRID).float().clamp_min(self.padding)
         loss = self.distance(embedding, batch.teacher_embedding, area)
         if not self.cosine:
             return StepOutput(loss)

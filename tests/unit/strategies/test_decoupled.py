@@ -23,11 +23,18 @@ LOSSES = {"mse": embedding_mse, "smooth_l1": embedding_smooth_l1, "norm": embedd
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("mask_padding", [True, False])
-def test_loss(loss: str, mask_padding: bool) -> None:
-    area = valid_area(SIZES, 64) if mask_padding else None
-    out = Decoupled(loss=loss, mask_padding=mask_padding).step(Answering(), BATCH)  # type: ignore[arg-type]
+@pytest.mark.parametrize("padding", [0, 1])
+def test_loss(loss: str, padding: float) -> None:
+    area = None if padding else valid_area(SIZES, 64)
+    out = Decoupled(loss=loss, padding=padding).step(Answering(), BATCH)  # type: ignore[arg-type]
     torch.testing.assert_close(out.loss, LOSSES[loss](STUDENT, TEACHER, area))
+
+
+def test_padding_counts_as_much_as_it_is_told() -> None:
+    """40 of 64 rows are image."""
+    error = (STUDENT - TEACHER).square().mean(1)[0]
+    expected = (error[:40].sum() + 0.1 * error[40:].sum()) / (64 * (40 + 0.1 * 24))
+    torch.testing.assert_close(Decoupled(padding=0.1).step(Answering(), BATCH).loss, expected)  # type: ignore[arg-type]
 
 
 def test_cosine_is_added() -> None:
