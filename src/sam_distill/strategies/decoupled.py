@@ -32,7 +32,7 @@ class Decoupled(Strategy):
         self,
         loss: Literal["mse", "smooth_l1", "norm"] = "mse",
         cosine: Annotated[float, Field(ge=0)] = 0.0,
-        padding: Annotated[float, Field(ge=0, le=1)] = 0.0,
+        padding: Annotated[float, Field(ge=0, le=1)] = 0.1,
     ) -> None:
         super().__init__()
         self.distance = _LOSSES[loss]
