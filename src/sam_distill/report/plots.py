@@ -65,7 +65,8 @@ def against(table: Table, experiment: Experiment, x: str) -> str | None:
     numeric = all(p is not None for row, p in zip(rows, places["ours"], strict=True) if row.runs)
     blind = next((row.ours.get(score.name) for row in table.rows if row.baseline), None)
     with matplotlib.rc_context(_STYLE):
-        figure = _figure(5.3, 3.2 if numeric else 1.1 + 0.36 * len(rows))
+        names = max(len(_name(table, row)) for row in rows)
+        figure = _figure(5.3, 3.2) if numeric else _figure(max(5.3, 3.4 + 0.075 * names), 1.1 + 0.36 * len(rows))
         axis = figure.subplots()
         if numeric:
             _scatter(axis, table, rows, places, score, x)
