@@ -16,6 +16,7 @@ from torch import Tensor
 from sam_distill.data.base import Damage, DataSource
 from sam_distill.engine.loggers import shown
 from sam_distill.engine.module import Distillation
+from sam_distill.engine.optim import NOT_DECAYED
 from sam_distill.engine.record import History, write_curves
 from sam_distill.files import write_json
 from sam_distill.models.checkpoints import save_sam
@@ -56,7 +57,8 @@ class Throughput(pl.Callback):
             seconds = self._waited + self._worked
             module.log("train/images_per_second", self._images / seconds)
             module.log("train/data_wait", self._waited / seconds)
-            rates = {g["name"]: g["lr"] for g in trainer.optimizers[0].param_groups if "no decay" not in g["name"]}
+            groups = trainer.optimizers[0].param_groups
+            rates = {g["name"]: g["lr"] for g in groups if not g["name"].endswith(NOT_DECAYED)}
             module.log("train/lr", max(rates.values()))
             if len(rates) > 1:
                 module.log_dict({f"train/lr/{part}": rate for part, rate in rates.items()})
@@ -72,7 +74,8 @@ class Averaged(WeightAveraging):
 
     def __init__(self, decay: float) -> None:
         def towards(average: Tensor, current: Tensor, count: Tensor | int) -> Tensor:
-            share = ((1 + torch.as_tensor(count)) / (10 + torch.as_tensor(count))).clamp(max=decay)
+            steps = torch.as_tensor(count)
+            share = ((1 + steps) / (10 + steps)).clamp(max=decay)
             return current + share * (average - current)
 
         super().__init__(avg_fn=towards)

@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from sam_distill.types import UserError
 
 _NO_DECAY = ("bias", "attention_biases", "pos_embed", "rel_pos_h", "rel_pos_w")
-_FREE = ", no decay"  # ends the name of their group
+NOT_DECAYED = ", no decay"  # ends the name of their parameter group
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -71,7 +71,7 @@ class AdamW:
             (free if is_free else decayed).append(parameter)
         lr = self.lr * self.scale.get(name, 1.0)
         yield {"name": name, "params": decayed, "weight_decay": self.weight_decay, "lr": lr}
-        yield {"name": name + _FREE, "params": free, "weight_decay": 0.0, "lr": lr}
+        yield {"name": name + NOT_DECAYED, "params": free, "weight_decay": 0.0, "lr": lr}
 
     def _factor(self, step: int, total_steps: int) -> float:
         warmup_steps = round(self.warmup * total_steps)
@@ -89,5 +89,5 @@ class Muon(AdamW):
     """
 
     def _optimizer(self, groups: list[dict[str, Any]]) -> Optimizer:
-        routed = [group | {"use_fallback": group["name"].endswith(_FREE)} for group in groups]
+        routed = [group | {"use_fallback": group["name"].endswith(NOT_DECAYED)} for group in groups]
         return TimmMuon(routed, lr=self.lr, betas=self.betas, eps=self.eps, nesterov=True)

@@ -19,8 +19,7 @@ Curve = Sequence[tuple[int, float]]  # (step, value)
 _NOT_ENTERED = ("checkpoints", "wandb", "pictures")
 _MACHINERY = ("run_dir", "resume", "plan", "step_times", "validate_every", "logger", "trainer", "teacher.memory_gb",
               "data.shuffle_buffer")  # fmt: skip
-
-_SETTING_OUT = ("data", "data.path", "experiment", "init", "scale", "seed", "teacher")
+_COMMON = ("data", "data.path", "experiment", "init", "scale", "seed", "teacher")  # no change to a recipe
 
 
 @dataclass(frozen=True)
@@ -148,7 +147,7 @@ def _chooses(word: str, config: Mapping[str, Any]) -> bool:
 
 def _change(words: Sequence[str]) -> str:
     """What was asked for beside the experiment itself: what a row has to say where each is one change to a recipe."""
-    asked = [word for word in words if word.partition("=")[0] not in (*_SETTING_OUT, *_MACHINERY)]
+    asked = [word for word in words if word.partition("=")[0] not in (*_COMMON, *_MACHINERY)]
     return " ".join(sorted(asked)) or "plain"
 
 
