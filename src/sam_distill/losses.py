@@ -42,6 +42,24 @@ def embedding_cosine(student: Tensor, teacher: Tensor, area: Tensor | None = Non
     return _mean_per_image(dot / norms.clamp_min(1e-12), area)
 
 
+def bce_dice(logits: Tensor, target: Tensor, area: Tensor | None = None) -> Tensor:
+    """5 x binary cross-entropy + 5 x Dice of each mask, as EdgeSAM distils (Zhou et al., 2023).
+
+    logits [B, P, M, h, w]; target [B, P, M or 1, h, w], bool or probabilities -> [B, P, M].
+    """
+    truth = target.float().expand_as(logits)
+    error = F.binary_cross_entropy_with_logits(logits.float(), truth, reduction="none")
+    return 5 * _mean_per_mask(error, area) + 5 * mask_dice(logits, target, area)
+
+
+def focal_dice(logits: Tensor, target: Tensor, area: Tensor | None = None) -> Tensor:
+    """20 x focal loss + 1 x Dice of each mask, as SAM trains on annotations (its appendix A); arguments as above.
+
+    A student that is unsure answers background: alpha = 0.25 makes it three times as dear to miss.
+    """
+    return 20 * mask_focal(logits, target, area) + mask_dice(logits, target, area)
+
+
 def mask_focal(
     logits: Tensor, target: Tensor, area: Tensor | None = None, alpha: float = 0.25, gamma: float = 2.0
 ) -> Tensor:

@@ -8,10 +8,12 @@ import torch
 from torchvision.ops import sigmoid_focal_loss
 
 from sam_distill.losses import (
+    bce_dice,
     embedding_cosine,
     embedding_mse,
     embedding_norm,
     embedding_smooth_l1,
+    focal_dice,
     mask_dice,
     mask_focal,
     mean_per_prompt,
@@ -89,7 +91,27 @@ def test_dice_by_hand() -> None:
     assert mask_dice(logits, target).shape == (2, 3, 4)
 
 
-@pytest.mark.parametrize("loss", [mask_focal, mask_dice])
+def test_mask_losses_are_the_sums_that_their_sources_train_with() -> None:
+    logits, target = masks()
+    error = torch.nn.functional.binary_cross_entropy_with_logits(
+        logits[0, ..., :10, :], target[0, ..., :10, :].float().expand(3, 4, 10, 16), reduction="none"
+    ).mean((-1, -2))
+    dice = mask_dice(logits, target, AREA)
+    torch.testing.assert_close(bce_dice(logits, target, AREA)[0], 5 * error + 5 * dice[0])
+    torch.testing.assert_close(focal_dice(logits, target, AREA), 20 * mask_focal(logits, target, AREA) + dice)
+
+
+def test_an_unsure_student_is_drawn_to_background_by_focal_alone() -> None:
+    """Where a cell is as often foreground as not, cross-entropy is least at 0.5 and SAM's focal loss below it."""
+    probabilities = torch.linspace(0.05, 0.95, 19)
+    logits = probabilities.logit().view(1, 19, 1, 1, 1).expand(-1, -1, -1, 16, 16)
+    target = (torch.arange(256) % 2 == 0).view(1, 1, 1, 16, 16)
+    best = {loss: probabilities[loss(logits, target).flatten().argmin()].item() for loss in (mask_focal, bce_dice)}
+    assert best[mask_focal] < 0.4
+    assert best[bce_dice] > 0.5
+
+
+@pytest.mark.parametrize("loss", [mask_focal, mask_dice, bce_dice, focal_dice])
 def test_a_perfect_mask_costs_nothing_and_padding_never_counts(loss: Callable[..., torch.Tensor]) -> None:
     logits, target = masks()
     perfect = torch.where(target, 100.0, -100.0)

@@ -30,6 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sam_distill.cli import pool
+from sam_distill.cli.allocator import keep_freed_memory
 from sam_distill.cli.compose import compose_jobs
 from sam_distill.cli.config import check
 from sam_distill.cli.jobs import Task, describe, name_folders, say
@@ -73,6 +74,7 @@ def commands(conf_dir: Path) -> dict[str, str]:
 
 def run(command: str, argv: Sequence[str], conf_dir: Path | None = None) -> int:
     """Run one command with Hydra's flags and overrides, and return the exit status."""
+    keep_freed_memory()
     conf_dir = (conf_dir or default_conf_dir()).resolve()
     token = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{secrets.token_hex(3)}"
     folders = (token, processes.shared_name() or token)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pkgutil
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sam_distill.cli.config import nearest, one_line, parameters
 
-# ${when:given,wanted,value}: the value if given is wanted, else null; for experiments, where one choice follows another
-OmegaConf.register_new_resolver("when", lambda given, wanted, value: value if given == wanted else None, replace=True)
+
+def _when(given: str, wanted: str | Sequence[str], value: Any, otherwise: Any = None) -> Any:
+    """${when:given,wanted,value,otherwise}: where one choice follows another. wanted: one value, or a list of them."""
+    choices = [wanted] if isinstance(wanted, str) else wanted
+    return value if given in choices else otherwise
+
+
+OmegaConf.register_new_resolver("when", _when, replace=True)
 
 
 def _scaled(paper: Any, small: Any, *, _root_: DictConfig) -> Any:

@@ -21,6 +21,8 @@ from sam_distill.prompts.samplers import PromptSampler
 from sam_distill.strategies.base import Strategy
 from sam_distill.teachers import LiveTeacher
 
+ImageSize = Annotated[int, Field(ge=64, le=1024, multiple_of=64)]
+
 
 def train(
     *,
@@ -38,9 +40,10 @@ def train(
     batch_size: Annotated[int, Field(gt=0)],
     accumulate: Annotated[int, Field(gt=0)],
     ema: Annotated[float, Field(gt=0, lt=1)] | None,
+    progressive_resizing: dict[ImageSize, Annotated[float, Field(gt=0, lt=1)]] | None,
     step_times: bool,
     seed: int,
-    image_size: Annotated[int, Field(ge=64, le=1024, multiple_of=64)],
+    image_size: ImageSize,
     neck_from_teacher: bool,
     init: Checkpoint | None,
     resume: str | None,
@@ -65,6 +68,7 @@ def train(
         batch_size=batch_size,
         accumulate=accumulate,
         ema=ema,
+        progressive_resizing=progressive_resizing,
         step_times=step_times,
         seed=seed,
         init=init,

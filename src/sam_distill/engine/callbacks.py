@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,32 @@ class Throughput(pl.Callback):
             if len(rates) > 1:
                 module.log_dict({f"train/lr/{part}": rate for part, rate in rates.items()})
             self._reset()
+
+
+class ProgressiveResizing(pl.Callback):
+    """Smaller inputs first, which are cheaper; validations and checkpoints have the student's own size.
+
+    shares: input side -> the share of all steps that see it, in this order. The rest see the student's own.
+    """
+
+    def __init__(self, shares: Mapping[int, float]) -> None:
+        self.shares = shares
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Batch, index: int) -> None:
+        assert isinstance(module, Distillation)
+        self.own = module.student.image_size
+        progress, end = trainer.global_step / trainer.max_steps, 0.0
+        for side, share in self.shares.items():
+            end += share
+            if progress < end:
+                module.student.image_size = side
+                return
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Batch, index: int
+    ) -> None:
+        assert isinstance(module, Distillation)
+        module.student.image_size = self.own
 
 
 class Averaged(WeightAveraging):

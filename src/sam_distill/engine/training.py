@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Mapping
 from datetime import timedelta
 from hashlib import sha256
 from pathlib import Path
@@ -16,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sam_distill.data.base import DataSource
-from sam_distill.engine.callbacks import Averaged, RunFolder, Throughput
+from sam_distill.engine.callbacks import Averaged, ProgressiveResizing, RunFolder, Throughput
 from sam_distill.engine.datamodule import Loaders
 from sam_distill.engine.durations import in_steps
 from sam_distill.engine.hardware import Hardware
@@ -74,6 +75,7 @@ def fit(
     batch_size: int,
     accumulate: int,
     ema: float | None,
+    progressive_resizing: Mapping[int, float] | None,
     step_times: bool,
     seed: int,
     init: str | None,
@@ -117,6 +119,7 @@ def fit(
     }
     folder = RunFolder(run_dir, history, source, facts)
     callbacks: list[pl.Callback] = [Throughput(), folder]  # the run folder first: it saves the average
+    callbacks += [ProgressiveResizing(progressive_resizing)] if progressive_resizing else []
     callbacks += [Averaged(decay=ema)] if ema else []
     callbacks += [StepTimes()] if step_times else []
     log.info(
@@ -202,9 +205,15 @@ def _tell(folder: RunFolder, module: Distillation, run_dir: Path) -> None:
     console.print(f"{folder.seconds:.0f} seconds" + (f"; {skipped} damaged images or tars skipped" if skipped else ""))
     for tar, images in folder.source.damage_by_tar.items():
         console.print(f"  {images} of {tar}", highlight=False, soft_wrap=True)
-    console.print(
-        f"pictures  {run_dir / 'pictures'}\nstudent   {run_dir / 'student.pt'}", highlight=False, soft_wrap=True
-    )
+    try_it = "sam-distill segment image=PHOTO.jpg 'point=[x,y]' path=seen.png checkpoint="
+    for name, what in {
+        "picture": run_dir / "pictures" / f"masks_{module.validated_at:07d}.png",
+        "student": run_dir / "student.pt",
+        "try it": f"{try_it}{run_dir}",
+        "a better one": f"{try_it}pocket_sam, the student that comes with sam-distill",
+        "in a browser": f"sam-distill demo compare=mobile_sam checkpoint={run_dir}",
+    }.items():
+        console.print(f"{name:14}{what}", highlight=False, soft_wrap=True, markup=False)
 
 
 def _last_checkpoint(run_dir: Path) -> Path:

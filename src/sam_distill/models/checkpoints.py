@@ -110,10 +110,11 @@ def find_checkpoint(checkpoint: str | Path) -> Path:
             raise UserError(f"{path} is not a run folder: it has neither student.pt nor checkpoints/last.ckpt")
         return found
     if not path.is_file():
-        if str(checkpoint) in weights.names():
+        if str(checkpoint) in weights.names("fastsam"):
             raise UserError(f"{checkpoint} is no SAM: only sam-distill evaluate takes it")
-        nearest = difflib.get_close_matches(str(checkpoint), weights.names(), n=1)
-        hint = f"did you mean {nearest[0]}?" if nearest else f"the names known are {', '.join(weights.names())}"
+        known = weights.names("sam")
+        nearest = difflib.get_close_matches(str(checkpoint), known, n=1)
+        hint = f"did you mean {nearest[0]}?" if nearest else f"the names known are {', '.join(known)}"
         raise UserError(f"no checkpoint {checkpoint}: it is neither a file, a run folder nor a name ({hint})")
     return path
 

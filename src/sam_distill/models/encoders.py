@@ -12,32 +12,27 @@ All backbones come from timm; this is the only module that knows it. Each encode
 from __future__ import annotations
 
 import difflib
-import logging
-import socket
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal, cast
-from urllib.parse import urlsplit
 
 import timm
-from huggingface_hub import constants as hub
 from timm.models import tiny_vit
 from timm.models.vision_transformer_sam import VisionTransformerSAM
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sam_distill.models.layers import LayerNorm2d
+from sam_distill.models.layers import DepthwiseConv2d, LayerNorm2d
+from sam_distill.models.pretrained import with_imagenet_weights
 from sam_distill.types import EMBED_DIM, FRAME, GRID, UserError
 
-log = logging.getLogger(__name__)
-logging.getLogger("timm").setLevel(logging.WARNING)  # it announces downloads that may not succeed
+Pretrained = bool | str  # ImageNet weights: from wherever they can be had, none, or those of a file
 
 
 class Neck(nn.Module):
-    """Feature maps of one or more levels -> 256 channels at stride 16.
+    """Feature maps of one or more levels -> 256 channels on one grid.
 
-    With one level this is SAM's neck (1x1, norm, 3x3, norm); several are brought to stride 16 and added.
+    With one level this is SAM's neck (1x1, norm, 3x3, norm); several are brought to that grid and added.
     """
 
     def __init__(self, widths: Sequence[int]) -> None:
@@ -48,18 +43,24 @@ class Neck(nn.Module):
         self.norm2 = LayerNorm2d(EMBED_DIM)
 
     def forward(self, levels: Sequence[Tensor], grid: int) -> Tensor:
-        """levels: maps [B, width, h, h]; grid: side of the output, S / 16. -> [B, 256, grid, grid]."""
+        """levels: maps [B, width, h, h]; grid: side of the output. -> [B, 256, grid, grid]."""
         x = sum(_resize(reduce(level), grid) for reduce, level in zip(self.reduce, levels, strict=True))
         return self.norm2(self.conv(self.norm1(x)))
 
 
 class ImageEncoder(nn.Module):
-    """A backbone and a neck. `spec` says how to build it again: the class's name and its arguments."""
+    """A backbone and a neck. `spec` says how to build it again: the class's name and its arguments.
+
+    fine_neck: levels meet at 64 x 64 whatever S is, as in EfficientViT-SAM (Zhang et al., 2024), so that at S = 512 the
+    features of stride 8 keep their detail. Otherwise they meet at stride 16, and the embedding is up-sampled: cheaper.
+    """
 
     spec: dict[str, Any]
+    fine_neck = False
 
     def __init__(self, backbone: nn.Module, widths: Sequence[int]) -> None:
         super().__init__()
+        DepthwiseConv2d.replace_in(backbone)
         self.backbone = backbone
         self.neck = Neck(widths)
 
@@ -67,18 +68,18 @@ class ImageEncoder(nn.Module):
         return [self.backbone(x)]
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, 3, S, S] -> [B, 256, 64, 64]. Below S = 1024 the embedding is up-sampled, not the features: cheaper."""
-        embedding = self.neck(self.features(x), grid=x.shape[-1] // (FRAME // GRID))
-        return _resize(embedding, GRID)
+        """[B, 3, S, S] -> [B, 256, 64, 64]."""
+        grid = GRID if self.fine_neck else x.shape[-1] // (FRAME // GRID)
+        return _resize(self.neck(self.features(x), grid), GRID)
 
 
 class TinyViT(ImageEncoder):
     """TinyViT 5M/11M/21M (Wu et al., ECCV 2022), its last stage kept at stride 16."""
 
-    def __init__(self, size: Literal["5m", "11m", "21m"] = "5m", pretrained: bool = True) -> None:
+    def __init__(self, size: Literal["5m", "11m", "21m"] = "5m", pretrained: Pretrained = True) -> None:
+        name = f"tiny_vit_{size}_224"
         # The module's own function, not the registry: importing MobileSAM's code overwrites timm's entry.
-        build = getattr(tiny_vit, f"tiny_vit_{size}_224")
-        backbone: Any = _with_weights(lambda load: build(pretrained=load, num_classes=0), pretrained)
+        backbone: Any = with_imagenet_weights(name, partial(getattr(tiny_vit, name), num_classes=0), pretrained)
         assert isinstance(backbone, tiny_vit.TinyVit)
         backbone = cast(Any, backbone)
         backbone.stages[-1].downsample.conv2.conv.stride = (1, 1)
@@ -121,16 +122,20 @@ class SamViT(ImageEncoder):
 
 
 class TimmEncoder(ImageEncoder):
-    """Any timm backbone with feature maps: its last three levels meet at stride 16."""
+    """Any timm backbone with feature maps, of which the last three levels meet.
 
-    def __init__(self, name: str, pretrained: bool = True) -> None:
+    neck: fine or coarse, see `ImageEncoder`.
+    """
+
+    def __init__(self, name: str, pretrained: Pretrained = True, neck: Literal["fine", "coarse"] = "fine") -> None:
         if not timm.is_model(name.split(".")[0]):
             nearest = difflib.get_close_matches(name, timm.list_models(), n=3)
             hint = f"did you mean {', '.join(nearest)}?" if nearest else "`timm.list_models()` names them all"
             raise UserError(f"encoder.name={name}: timm has no such model; {hint}")
-        backbone = _with_weights(lambda load: _feature_maps(name, load), pretrained)
+        backbone = with_imagenet_weights(name, partial(_feature_maps, name), pretrained)
         super().__init__(backbone, backbone.feature_info.channels())  # type: ignore[operator, union-attr]
-        self.spec = {"class": "TimmEncoder", "name": name}
+        self.fine_neck = neck == "fine"
+        self.spec = {"class": "TimmEncoder", "name": name, "neck": neck}
 
     def features(self, x: Tensor) -> Sequence[Tensor]:
         return self.backbone(x)
@@ -139,15 +144,25 @@ class TimmEncoder(ImageEncoder):
 class EfficientViT(TimmEncoder):
     """MSRA's EfficientViT with cascaded group attention (Liu et al., CVPR 2023): strides 16, 32, 64."""
 
-    def __init__(self, size: Literal["m0", "m1", "m2", "m3", "m4", "m5"] = "m5", pretrained: bool = True) -> None:
-        super().__init__(f"efficientvit_{size}", pretrained)
+    def __init__(
+        self,
+        size: Literal["m0", "m1", "m2", "m3", "m4", "m5"] = "m5",
+        pretrained: Pretrained = True,
+        neck: Literal["fine", "coarse"] = "fine",
+    ) -> None:
+        super().__init__(f"efficientvit_{size}", pretrained, neck)
 
 
 class EfficientViTMIT(TimmEncoder):
     """MIT's EfficientViT with multi-scale linear attention (Cai et al., ICCV 2023): strides 8, 16, 32."""
 
-    def __init__(self, size: Literal["b0", "b1", "b2", "b3", "l1", "l2", "l3"] = "b1", pretrained: bool = True) -> None:
-        super().__init__(f"efficientvit_{size}", pretrained)
+    def __init__(
+        self,
+        size: Literal["b0", "b1", "b2", "b3", "l1", "l2", "l3"] = "b1",
+        pretrained: Pretrained = True,
+        neck: Literal["fine", "coarse"] = "fine",
+    ) -> None:
+        super().__init__(f"efficientvit_{size}", pretrained, neck)
 
 
 def build_encoder(spec: dict[str, Any]) -> ImageEncoder:
@@ -156,6 +171,8 @@ def build_encoder(spec: dict[str, Any]) -> ImageEncoder:
     arguments = {name: value for name, value in spec.items() if name != "class"}
     if spec["class"] != "SamViT":
         arguments["pretrained"] = False
+    if spec["class"] == "TimmEncoder":
+        arguments.setdefault("neck", "coarse")  # as in files older than the choice
     return kinds[spec["class"]](**arguments)
 
 
@@ -171,44 +188,15 @@ def _forget_attention_biases(encoder: nn.Module, _: Any) -> None:
     encoder.train(True).train(mode)
 
 
-def _feature_maps(name: str, pretrained: bool) -> nn.Module:
+def _feature_maps(name: str, **options: Any) -> nn.Module:
     """timm's model as an extractor of its last three levels."""
-    options: dict[str, Any] = {"pretrained": pretrained, "features_only": True, "out_indices": (-3, -2, -1)}
+    options |= {"features_only": True, "out_indices": (-3, -2, -1)}
     try:
         try:
             return timm.create_model(name, dynamic_img_size=True, **options)  # plain ViTs are tied to 224 otherwise
         except TypeError:
             return timm.create_model(name, **options)
     except (RuntimeError, AttributeError, AssertionError, IndexError) as error:
-        if pretrained:
+        if options["pretrained"]:
             raise
         raise UserError(f"encoder.name={name}: timm gives no feature maps of this model ({error})") from error
-
-
-def _with_weights(build: Callable[[bool], nn.Module], pretrained: bool) -> nn.Module:
-    """`build(pretrained)`; where the ImageNet weights can't be had, a warning and random weights."""
-    if not pretrained:
-        return build(False)
-    with _no_retries_when_offline():
-        try:
-            return build(True)
-        except (OSError, RuntimeError, ValueError) as error:
-            offline = "the model hub can't be reached and they are not in its cache"
-            reason = offline if hub.HF_HUB_OFFLINE else str(error).split("\n")[0]
-            log.warning("No ImageNet weights for the student, it starts from scratch: %s", reason)
-    return build(False)
-
-
-@contextmanager
-def _no_retries_when_offline() -> Iterator[None]:
-    """Where the model hub can't be reached, use only what it has cached: its client would retry for a minute."""
-    before = hub.HF_HUB_OFFLINE
-    address = urlsplit(hub.ENDPOINT)
-    try:
-        socket.create_connection((address.hostname, address.port or 443), timeout=3).close()
-    except OSError:
-        hub.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        hub.HF_HUB_OFFLINE = before

@@ -44,13 +44,13 @@ Source = str | dict[str, dict[str, str]]  # an address, or {"pypi": {"package": 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A row of the table. size: bytes. kind: of model that the file holds."""
+    """A row of the table. size: bytes. kind: of model in the file. sources: none if it comes with the package."""
 
     file: str
     size: int
     sha256: str
     sources: list[Source]
-    kind: Literal["sam", "fastsam"] = "sam"
+    kind: Literal["sam", "fastsam", "backbone"] = "sam"
 
 
 class _SourceError(Exception):
@@ -91,6 +91,8 @@ def fetch(name: str) -> Path:
         hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(names())}"
         raise UserError(f"no weights are called {name!r}; {hint}")
     checkpoint = _table()[name]
+    if not checkpoint.sources:
+        return _shipped(checkpoint.file)
     path = _folder() / checkpoint.file
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -102,6 +104,16 @@ def fetch(name: str) -> Path:
         reason = error.strerror or error
         raise UserError(f"{name} cannot be stored at {path} ({reason}); SAM_DISTILL_HOME=FOLDER moves it") from error
     return path
+
+
+def _shipped(file: str) -> Path:
+    """A file of the repository's folder weights/, which the wheel has inside the package."""
+    here = Path(__file__).resolve()
+    places = [here.parents[up] / "weights" / file for up in (1, 3)]
+    found = next((path for path in places if path.is_file()), None)
+    if found is None:
+        raise UserError(f"{file} comes with sam-distill but is not there: install it again")
+    return found
 
 
 @cache
@@ -158,10 +170,10 @@ def _obtain(name: str, checkpoint: Checkpoint, path: Path) -> None:
             arriving.replace(path)
             _beside(path, ".sha256").write_text(checkpoint.sha256)
             return
-    address = next(source for source in checkpoint.sources if isinstance(source, str))
+    wanted = next((source for source in checkpoint.sources if isinstance(source, str)), checkpoint.file)
     tried = "; ".join(failures)
     raise UserError(
-        f"{name} cannot be fetched ({tried}). Put {address} at {path}, or give a copy's path instead of the name"
+        f"{name} cannot be fetched ({tried}). Put {wanted} at {path}, or give a copy's path instead of the name"
     )
 
 

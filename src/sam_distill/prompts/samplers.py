@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 import torch
@@ -136,13 +136,13 @@ class Boxes(OfMasks):
 
 
 class Mixture(PromptSampler):
-    """Several kinds of prompts for every image, side by side."""
+    """Several kinds of prompts for every image, side by side, under names of any choice."""
 
-    def __init__(self, parts: Annotated[Sequence[PromptSampler], Field(min_length=1)]) -> None:
-        super().__init__(sum(part.count for part in parts), seed=0)
-        self.parts = parts
-        self.of_annotations = all(part.of_annotations for part in parts)
-        self.requires = frozenset[str]().union(*(part.requires for part in parts))
+    def __init__(self, parts: Annotated[Mapping[str, PromptSampler], Field(min_length=1)]) -> None:
+        self.parts = list(parts.values())
+        super().__init__(sum(part.count for part in self.parts), seed=0)
+        self.of_annotations = all(part.of_annotations for part in self.parts)
+        self.requires = frozenset[str]().union(*(part.requires for part in self.parts))
 
     def draw(self, batch: Batch, first: int = 0) -> Prompts:
         drawn = []

@@ -1,4 +1,4 @@
-"""The loss that all strategies on masks share: what SAM trains with, against the teacher's masks or annotations."""
+"""The loss that all strategies on masks share, against the teacher's masks or annotations."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from sam_distill.losses import mask_dice, mask_focal, mean_per_prompt
+from sam_distill.losses import bce_dice, focal_dice, mean_per_prompt
 from sam_distill.metrics import mask_iou
 from sam_distill.models.sam import Sam
 from sam_distill.prompts.draws import Draw, corrections
@@ -17,7 +17,7 @@ from sam_distill.prompts.forms import add_points
 from sam_distill.strategies.base import Strategy
 from sam_distill.types import ABSENT, ALL, LOW_RES, Batch, Masks, Prompts, StepOutput, UserError, valid_area
 
-Weight = Annotated[float, Field(ge=0)]
+_LOSSES = {"bce_dice": bce_dice, "focal_dice": focal_dice}
 
 
 class MaskStrategy(Strategy, ABC):
@@ -31,7 +31,9 @@ class MaskStrategy(Strategy, ABC):
             learns it, and of tokens 1-3 the one that is closest already.
     rounds: 1 for the prompts alone; with each further round a click in the error region joins them, for student and
         teacher alike (EdgeSAM's prompt-in-the-loop), and the losses of all rounds are averaged.
-    focal, dice, iou: weights of the losses; SAM's are 20, 1 and 1.
+    mask_loss: bce_dice, EdgeSAM's 5 : 5; focal_dice, SAM's 20 : 1.
+    soft_targets: learn the teacher's probabilities instead of its masks.
+    iou: weight of the squared error of the predicted IoUs; SAM's is 1.
     mask_padding: leave the padding of the frame out of the loss.
     seed: of the clicks.
     """
@@ -41,9 +43,9 @@ class MaskStrategy(Strategy, ABC):
         targets: Literal["teacher", "annotations"] = "teacher",
         tokens: Literal["all", "chosen", "minimum"] = "all",
         rounds: Annotated[int, Field(gt=0)] = 1,
-        focal: Weight = 20.0,
-        dice: Weight = 1.0,
-        iou: Weight = 1.0,
+        mask_loss: Literal["bce_dice", "focal_dice"] = "bce_dice",
+        soft_targets: bool = False,
+        iou: Annotated[float, Field(ge=0)] = 1.0,
         mask_padding: bool = True,
         seed: int = 0,
     ) -> None:
@@ -53,7 +55,9 @@ class MaskStrategy(Strategy, ABC):
         self.targets = targets
         self.tokens = tokens
         self.rounds = rounds
-        self.weights = (focal, dice, iou)
+        self.mask_loss = _LOSSES[mask_loss]
+        self.soft_targets = soft_targets
+        self.iou = iou
         self.mask_padding = mask_padding
         self.seed = seed
         self.requires = frozenset({"prompts", "ask_teacher" if targets == "teacher" else "annotations"})
@@ -70,10 +74,9 @@ class MaskStrategy(Strategy, ABC):
             losses.append(self._compare(answer, target, prompts.valid, batch))
             if number + 1 < self.rounds:
                 prompts = self._corrected(prompts, answer, target, batch, number)
-        focal, dice, iou_error, miou = torch.stack(losses).mean(0)
-        loss = sum(weight * term for weight, term in zip(self.weights, (focal, dice, iou_error), strict=True))
-        logs = {"focal": focal, "dice": dice, "iou_error": iou_error, "miou": miou}
-        return StepOutput(loss, {name: value.detach() for name, value in logs.items()})
+        mask_loss, iou_error, miou = torch.stack(losses).mean(0)
+        logs = {"mask_loss": mask_loss, "iou_error": iou_error, "miou": miou}
+        return StepOutput(mask_loss + self.iou * iou_error, {name: value.detach() for name, value in logs.items()})
 
     @torch.no_grad()
     def _target(self, batch: Batch, prompts: Prompts) -> Masks:
@@ -90,18 +93,17 @@ class MaskStrategy(Strategy, ABC):
         return Masks(_take(theirs.low_res, trusted), _take(theirs.iou, trusted))
 
     def _compare(self, answer: Masks, target: Masks, valid: Tensor, batch: Batch) -> Tensor:
-        """[4]: focal, dice and IoU-head losses and the IoU itself, means over prompts."""
+        """[3]: losses of masks and of predicted IoUs, and the IoU itself, means over prompts."""
         inside, truth = valid_area(batch.sizes, LOW_RES), target.low_res > 0
         area = inside if self.mask_padding else None
         with torch.no_grad():
             iou = mask_iou((answer.low_res > 0) & inside.unsqueeze(1), truth & inside.unsqueeze(1)).nan_to_num(0)
-        focal, dice = mask_focal(answer.low_res, truth, area), mask_dice(answer.low_res, truth, area)
-        each = torch.stack([focal, dice, (answer.iou - iou).square(), iou])  # [4, B, P, 4 tokens]
+        mask_loss = self.mask_loss(answer.low_res, target.low_res.sigmoid() if self.soft_targets else truth, area)
+        each = torch.stack([mask_loss, (answer.iou - iou).square(), iou])  # [3, B, P, 4 tokens]
         if self.tokens == "all":
             per_prompt = each.mean(-1)
         else:
-            pull = self.weights[0] * focal + self.weights[1] * dice
-            best = _trusted(target) if self.tokens == "chosen" else pull[..., 1:].argmin(-1, keepdim=True) + 1
+            best = _trusted(target) if self.tokens == "chosen" else mask_loss[..., 1:].argmin(-1, keepdim=True) + 1
             per_prompt = (each[..., 0] + _take(each, best.expand(len(each), -1, -1, -1)).squeeze(-1)) / 2
         return torch.stack([mean_per_prompt(values, valid) for values in per_prompt])
 

@@ -75,10 +75,12 @@ def test_a_second_stage_takes_smaller_steps() -> None:
 def test_table2_finetunes_the_decoupled_student_of_the_same_seed() -> None:
     jobs, _ = compose_jobs(CONF, "train", ["experiment=table2_strategies", "data=sa1b", "data.path=x"], multirun=True)
     names = [job.hydra.runtime.choices.strategy for job in jobs]
-    assert names == ["decoupled"] * 2 + ["semi_coupled"] * 2 + ["coupled"] * 2 + ["finetune_decoder"] * 2
+    order = ["decoupled", "semi_coupled", "coupled", "finetune_decoder", "finetune_joint"]
+    assert names == [name for name in order for _ in range(2)]
     starts = [OmegaConf.to_container(job, resolve=False)["init"] for job in jobs]
     assert set(starts) == {
-        '${when:${hydra:runtime.choices.strategy},finetune_decoder,"${hydra:sweep.dir}/decoupled_seed${seed}"}'
+        "${when:${hydra:runtime.choices.strategy},[finetune_decoder,finetune_joint],"
+        '"${hydra:sweep.dir}/decoupled_seed${seed}"}'
     }
     assert len({(job.budget, job.batch_size, job.optim.lr) for job in jobs[:6]}) == 1, "the same budget for all"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -69,13 +68,17 @@ def test_unknown_timm_name() -> None:
         TimmEncoder("resnet81")
 
 
-def test_weights_out_of_reach_are_a_warning(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(encoders.hub, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
-    monkeypatch.setattr(encoders.hub, "HF_HUB_CACHE", "/nonexistent")
-    with caplog.at_level(logging.WARNING):
-        encoder = TinyViT("5m", pretrained=True)
-    assert "No ImageNet weights" in caplog.text
-    assert sum(p.numel() for p in encoder.parameters()) == pytest.approx(5.744e6, rel=1e-3)  # paper: 5.78M
+def test_a_fine_neck_keeps_the_detail_of_small_inputs() -> None:
+    """Features of stride 8 at 512 px are 64 x 64: with the fine neck, neighbouring cells differ as they say."""
+    torch.manual_seed(0)
+    x = torch.randn(1, 3, 512, 512)
+    fine, coarse = (TimmEncoder("resnet18", pretrained=False, neck=neck).eval() for neck in ("fine", "coarse"))
+    coarse.load_state_dict(fine.state_dict())
+    with torch.no_grad():
+        sharp, smooth = ((e - e.roll(1, -1)).square().mean() for e in (fine(x), coarse(x)))
+    assert sharp > 1.5 * smooth
+    old = {"class": "TimmEncoder", "name": "resnet18"}  # as in files older than the choice
+    assert not encoders.build_encoder(old).fine_neck
 
 
 def test_same_seed_same_model() -> None:

@@ -38,7 +38,7 @@ def batch(epoch: int = 0) -> Batch:
 
 SAMPLERS = [
     Points(3, 0), PointPairs(3, 0), Grid(2), MaskPoints(3, 0), Boxes(3, 0), MaskPoints(3, 0, "annotations"),
-    Boxes(3, 0, "annotations"), Mixture([Points(2, 0), Boxes(1, 0), PointPairs(2, 0)]),
+    Boxes(3, 0, "annotations"), Mixture({"a": Points(2, 0), "b": Boxes(1, 0), "c": PointPairs(2, 0)}),
 ]  # fmt: skip
 
 
@@ -87,13 +87,13 @@ def test_a_grid_is_regular() -> None:
 
 
 def test_parts_of_a_mixture_draw_different_points() -> None:
-    points = Mixture([Points(1, 0), Points(1, 0)]).draw(batch()).points[:, :, 0]
+    points = Mixture({"a": Points(1, 0), "b": Points(1, 0)}).draw(batch()).points[:, :, 0]
     assert not torch.equal(points[:, 0], points[:, 1])
 
 
 def test_a_mixture_requires_what_its_parts_require() -> None:
-    assert Mixture([Points(1, 0), Boxes(1, 0), MaskPoints(1, 0, "annotations")]).requires == {
+    assert Mixture({"a": Points(1, 0), "b": Boxes(1, 0), "c": MaskPoints(1, 0, "annotations")}).requires == {
         "ask_teacher",
         "annotations",
     }
-    assert not Mixture([Points(1, 0), Boxes(1, 0, "annotations")]).of_annotations
+    assert not Mixture({"a": Points(1, 0), "b": Boxes(1, 0, "annotations")}).of_annotations

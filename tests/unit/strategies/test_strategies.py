@@ -129,7 +129,7 @@ def test_minimum_is_sams_rule(teacher: Sam, batch: Batch) -> None:
 
     student = new_student(teacher, SemiCoupled()).eval()
     with torch.no_grad():
-        out = SemiCoupled(tokens="minimum", dice=0, iou=0).step(student, batch)
+        out = SemiCoupled(tokens="minimum", mask_loss="focal_dice", iou=0).step(student, batch)
         assert batch.prompts is not None
         assert batch.ask_teacher is not None
         answer = student.decode(student.encode(batch.images, batch.sizes), batch.prompts, ALL).low_res[..., :160, :]
@@ -139,9 +139,13 @@ def test_minimum_is_sams_rule(teacher: Sam, batch: Batch) -> None:
         for p in range(1):
             token = 1 + theirs.iou[i, p, 1:].argmax()
             target = (theirs.low_res[i, p, token, :160] > 0).float()
-            each = [sigmoid_focal_loss(mask, target, reduction="mean") for mask in answer[i, p]]
+            each = []
+            for mask in answer[i, p]:
+                overlap, total = (mask.sigmoid() * target).sum(), mask.sigmoid().sum() + target.sum()
+                dice = 1 - (2 * overlap + 1) / (total + 1)
+                each.append(20 * sigmoid_focal_loss(mask, target, reduction="mean") + dice)
             expected.append((each[0] + min(each[1:])) / 2)
-    torch.testing.assert_close(out.loss, 20 * torch.stack(expected).mean(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(out.loss, torch.stack(expected).mean(), rtol=1e-4, atol=1e-6)
 
 
 def test_annotations_as_targets(teacher: Sam, batch: Batch) -> None:
