@@ -65,8 +65,8 @@ def run(run_dir: Path, live: LiveTeacher, sam: Sam, **changes: Any) -> dict[str,
     options: dict[str, Any] = {
         "strategy": Decoupled(), "optim": AdamW(lr=1e-3), "protocol": Agreement(points=1), "hardware": HARDWARE,
         "logger": CsvOnly(), "budget": "6 steps", "validate_every": "3 steps", "batch_size": 2, "seed": 0,
-        "prompts": Points(1, 0), "accumulate": 1, "ema": None, "progressive_resizing": None, "step_times": False, "init": None,
-        "resume": None, "plan": False,
+        "prompts": Points(1, 0), "accumulate": 1, "ema": None, "progressive_resizing": None,
+        "step_times": False, "init": None, "resume": None, "plan": False,
         "source": Drawings(),
     }  # fmt: skip
     return fit(student=sam, teacher=live, run_dir=run_dir, **options | changes)
@@ -99,9 +99,7 @@ def test_smaller_inputs_first(tmp_path: Path, live: LiveTeacher) -> None:
     run(tmp_path, live, sam, progressive_resizing={64: 0.3, 192: 0.3})
     assert seen[True] == [64, 64, 192, 192, 128, 128]
     assert set(seen[False]) == {128}
-    assert (
-        load_sam(tmp_path / "student.pt").image_size == load_sam(tmp_path / "checkpoints/last.ckpt").image_size == 128
-    )
+    assert {load_sam(tmp_path / name).image_size for name in ("student.pt", "checkpoints/last.ckpt")} == {128}
 
 
 def test_run_folder(finished: tuple[Path, Sam]) -> None:
