@@ -45,7 +45,7 @@ def embedding_cosine(student: Tensor, teacher: Tensor, area: Tensor | None = Non
 def bce_dice(logits: Tensor, target: Tensor, area: Tensor | None = None) -> Tensor:
     """5 x binary cross-entropy + 5 x Dice of each mask, as EdgeSAM distils (Zhou et al., 2023).
 
-    logits [B, P, M, h, w]; target [B, P, M or 1, h, w], bool or probabilities -> [B, P, M].
+    logits [B, P, M, h, w]; target [B, P, M or 1, h, w] bool -> [B, P, M].
     """
     truth = target.float().expand_as(logits)
     error = F.binary_cross_entropy_with_logits(logits.float(), truth, reduction="none")

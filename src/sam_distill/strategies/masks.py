@@ -32,7 +32,6 @@ class MaskStrategy(Strategy, ABC):
     rounds: 1 for the prompts alone; with each further round a click in the error region joins them, for student and
         teacher alike (EdgeSAM's prompt-in-the-loop), and the losses of all rounds are averaged.
     mask_loss: bce_dice, EdgeSAM's 5 : 5; focal_dice, SAM's 20 : 1.
-    soft_targets: learn the teacher's probabilities instead of its masks.
     iou: weight of the squared error of the predicted IoUs; SAM's is 1.
     mask_padding: leave the padding of the frame out of the loss.
     seed: of the clicks.
@@ -44,7 +43,6 @@ class MaskStrategy(Strategy, ABC):
         tokens: Literal["all", "chosen", "minimum"] = "all",
         rounds: Annotated[int, Field(gt=0)] = 1,
         mask_loss: Literal["bce_dice", "focal_dice"] = "bce_dice",
-        soft_targets: bool = False,
         iou: Annotated[float, Field(ge=0)] = 1.0,
         mask_padding: bool = True,
         seed: int = 0,
@@ -56,7 +54,6 @@ class MaskStrategy(Strategy, ABC):
         self.tokens = tokens
         self.rounds = rounds
         self.mask_loss = _LOSSES[mask_loss]
-        self.soft_targets = soft_targets
         self.iou = iou
         self.mask_padding = mask_padding
         self.seed = seed
@@ -98,7 +95,7 @@ class MaskStrategy(Strategy, ABC):
         area = inside if self.mask_padding else None
         with torch.no_grad():
             iou = mask_iou((answer.low_res > 0) & inside.unsqueeze(1), truth & inside.unsqueeze(1)).nan_to_num(0)
-        mask_loss = self.mask_loss(answer.low_res, target.low_res.sigmoid() if self.soft_targets else truth, area)
+        mask_loss = self.mask_loss(answer.low_res, truth, area)
         each = torch.stack([mask_loss, (answer.iou - iou).square(), iou])  # [3, B, P, 4 tokens]
         if self.tokens == "all":
             per_prompt = each.mean(-1)
