@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field
 
+from sam_distill.engine import processes
 from sam_distill.types import UserError
 
 
@@ -62,10 +62,10 @@ class Hardware:
     def num_workers(self) -> int:
         if self.workers != "auto":
             return self.workers
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = processes.cores(self.devices)
         if self.kind == "cpu":  # the training itself wants the cores
             return 1 if cores > 1 else 0
-        return max(1, min(12, cores // self.devices - 1))
+        return max(1, min(12, cores - 1))
 
     def trainer_arguments(self) -> dict[str, Any]:
         """For Lightning's Trainer."""
