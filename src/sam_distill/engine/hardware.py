@@ -17,7 +17,7 @@ from sam_distill.types import UserError
 @dataclass(frozen=True)
 class Hardware:
     """accelerator: auto takes a GPU if there is one. devices, nodes: how many; more than one device means DDP.
-    precision: auto is bf16 wherever the hardware computes it natively, else fp32.
+    precision: auto is bf16 wherever the hardware computes it natively, else fp32 (of which GPUs make TF32 in products).
     workers: processes that decode images, per device; auto leaves a core to the training process.
     sync_batchnorm: with several devices, BatchNorm's statistics are those of all their batches together.
     """
@@ -31,6 +31,7 @@ class Hardware:
 
     def __post_init__(self) -> None:
         _ = self.kind  # what isn't there is told before anything else is built
+        torch.set_float32_matmul_precision("high")  # for all commands: a student is judged as it was trained
 
     @property
     def kind(self) -> str:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from rich.console import Console
 from rich.table import Table
@@ -161,7 +160,6 @@ def _trainer(
     callbacks: list[pl.Callback],
 ) -> pl.Trainer:
     quieten()
-    torch.set_float32_matmul_precision("high")  # TF32 on GPUs
     last: dict[str, Any] = {"dirpath": run_dir / "checkpoints", "filename": "last", "enable_version_counter": False}
     callbacks = [
         *callbacks,

@@ -32,3 +32,10 @@ def test_loaders_have_the_cores_of_one_device(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert Hardware(devices=4).num_workers == workers
+
+
+def test_all_commands_compute_alike() -> None:
+    """Training, judging and caching have nothing in common but their hardware."""
+    torch.set_float32_matmul_precision("highest")
+    Hardware(accelerator="cpu")
+    assert torch.get_float32_matmul_precision() == "high"
