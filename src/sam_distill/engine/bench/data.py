@@ -117,7 +117,7 @@ def _loading(cache: Cache, workers: int, seconds: float) -> Finding:
 def example_jpegs(source: DataSource) -> list[bytes]:
     """SA-1B's own, where they are given; else photographs of our own in its size."""
     if isinstance(source, Sa1b) and not isinstance(source, Cache):
-        contents = chain.from_iterable(shard.read(shard.keys) for shard in [*source.train, *source.val])
+        contents = chain.from_iterable(shard.read(shard.members()) for shard in [*source.train, *source.val])
         found = [content[0] for _, content in islice(contents, IMAGES)]
         if len(found) < 2:
             raise UserError("there are too few images that can be read: nothing to measure")
