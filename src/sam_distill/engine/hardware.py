@@ -18,7 +18,8 @@ from sam_distill.types import UserError
 class Hardware:
     """accelerator: auto takes a GPU if there is one. devices, nodes: how many; more than one device means DDP.
     precision: auto is bf16 wherever the hardware computes it natively, else fp32 (of which GPUs make TF32 in products).
-    workers: processes that decode images, per device; auto leaves a core to the training process.
+    workers: processes that decode images, per device; auto leaves a core to the training process. Tars are dealt out to
+        them, so there the order of images depends on their number.
     sync_batchnorm: with several devices, BatchNorm's statistics are those of all their batches together.
     """
 
