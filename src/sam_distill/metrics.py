@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+_UNIT = 2**30  # of sums of IoUs
+
 
 def mask_iou(prediction: Tensor, target: Tensor) -> Tensor:
     """IoU of boolean masks [..., H, W] -> [...] float32. NaN where the target is empty: there is nothing to find."""
@@ -40,6 +42,7 @@ class MeanIoU(Metric):
     """Mean over prompts (not over images, not pooled over pixels), exact under data-parallel training.
 
     An empty prediction against a non-empty target is 0. An empty target is left out and counted in `skipped`.
+    The sum is kept in whole numbers: exact in any order, and on Apple's GPUs, which have no float64.
     """
 
     full_state_update = False
@@ -50,7 +53,7 @@ class MeanIoU(Metric):
 
     def __init__(self) -> None:
         super().__init__()
-        self.add_state("total", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("total", torch.tensor(0), dist_reduce_fx="sum")
         self.add_state("prompts", torch.tensor(0), dist_reduce_fx="sum")
         self.add_state("skipped", torch.tensor(0), dist_reduce_fx="sum")
 
@@ -58,10 +61,10 @@ class MeanIoU(Metric):
         """iou: any shape and device, as `mask_iou` gives it."""
         iou = iou.to(self.total.device)
         known = ~iou.isnan()
-        self.total += iou[known].double().sum()
+        self.total += (iou[known] * _UNIT).long().sum()
         self.prompts += known.sum()
         self.skipped += (~known).sum()
 
     def compute(self) -> dict[str, Tensor]:
         """`miou` (NaN if there was no prompt at all), `prompts` and `skipped`, over all ranks."""
-        return {"miou": (self.total / self.prompts).float(), "prompts": self.prompts, "skipped": self.skipped}
+        return {"miou": self.total / _UNIT / self.prompts, "prompts": self.prompts, "skipped": self.skipped}

@@ -78,7 +78,8 @@ class LiveTeacher(Teacher):
 
     checkpoint: a name (`mobile_sam`, `sam_vit_h`, ...), a file or a run folder.
     memory_gb: embeddings of images already seen are kept in memory up to this size, so that on a small data set the
-        teacher runs once, in the first epoch. They are kept in float16.
+        teacher runs once, in the first epoch. They are kept in float16. Each process of a data-parallel run remembers
+        what it has asked itself, of images that are dealt anew in each epoch: there a cache saves far more.
     """
 
     def __init__(self, checkpoint: Checkpoint, memory_gb: Annotated[float, Field(ge=0)] = 2.0) -> None:
@@ -105,7 +106,8 @@ class LiveTeacher(Teacher):
         new = [i for i, mark in enumerate(marks) if mark not in _memory]
         embedding = torch.empty(len(batch), EMBED_DIM, GRID, GRID, device=batch.images.device)
         if new:
-            embedding[new] = self.sam.encode(batch.images[new], batch.sizes[new])
+            answer = self.sam.encode(batch.images[new], batch.sizes[new])
+            embedding[new] = answer.half().to(embedding)  # as they are remembered: a resumed run has to ask again
         for i, mark in enumerate(marks):
             if i not in new:
                 embedding[i] = _memory[mark].to(embedding)

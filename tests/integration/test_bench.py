@@ -17,11 +17,13 @@ def test_all_suites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pyte
     monkeypatch.setattr(speed, "AT_LEAST", 1)
     monkeypatch.setattr("sam_distill.engine.bench.steps.STEPS", 1)
     monkeypatch.setattr("sam_distill.engine.bench.steps.TURNS", 1)
+    monkeypatch.setattr("sam_distill.engine.bench.data.SA1B_TARS", 2)
+    monkeypatch.setattr("sam_distill.engine.bench.data.SA1B_IMAGES", 1000)
     words = ["bench", "seconds=0.001", "batch_size=1", "points_per_side=2", "trainer=cpu"]
     assert main([*words, f"hydra.run.dir={tmp_path}"]) == 0
     findings = json.loads((tmp_path / "bench.json").read_text())["findings"]
     timings = [timing for finding in findings for timing in finding["timings"]]
-    assert len(findings) == 10
+    assert len(findings) == 11
     for peer in PEERS:
         assert any(timing["name"].startswith(peer) and not timing["ours"] for timing in timings)
     assert all(timing["median"] > 0 for timing in timings)

@@ -185,6 +185,20 @@ def test_a_multirun_on_several_devices_is_refused(
     assert toy("trainer.devices=2") == 0
 
 
+@pytest.mark.parametrize("command", app.ON_ONE_DEVICE)
+def test_what_runs_on_one_device_refuses_more(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"evaluate": ["checkpoint=mobile_sam"], "segment": ["image=a.jpg", "path=b.png"]}.get(command, [])
+    assert app.run(command, [*options, "trainer=ddp", "trainer.devices=4", "trainer.nodes=2"]) == 2
+    told = [f"error: trainer.{name}: {command} runs on one device" for name in ("devices=4", "nodes=2")]
+    assert [line.partition(";")[0] for line in capsys.readouterr().err.splitlines()] == told
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert app.run(command, options) == 2
+    assert f"torchrun has started 2 processes, but {command} runs in one" in capsys.readouterr().err
+
+
 def trainer(devices: int = 1) -> int:
     return devices
 

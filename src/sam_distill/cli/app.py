@@ -18,6 +18,7 @@ from datetime import datetime
 from itertools import chain
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import hydra
 from hydra import initialize_config_dir
@@ -40,6 +41,7 @@ from sam_distill.cli.usage import print_usage
 from sam_distill.engine import processes
 
 PROGRAM = "sam-distill"
+ON_ONE_DEVICE = ("bench", "demo", "evaluate", "segment")  # these commands run
 
 
 def default_conf_dir() -> Path:
@@ -118,6 +120,7 @@ def _run(command: str, argv: list[str], conf_dir: Path, folders: tuple[str, str]
         mistakes += [line for job in jobs for line in check(job) if line.partition("=")[0] not in told]
         mistakes = list(_of_another_command(jobs, command)) or mistakes
         mistakes += _forbidden_sweep(jobs, command, args.multirun)
+        mistakes += _too_many(jobs, command)
         mistakes += [] if args.multirun else [line for job in jobs for line in misplaced(job)]
         mistakes += _homeless(argv)
     if mistakes:
@@ -150,12 +153,29 @@ def _do(task: Task, conf_dir: Path, overrides: list[str], swept: bool) -> list[J
         return list(chain.from_iterable(app.multirun(task.command, task, [*overrides, "hydra.mode=MULTIRUN"])))
 
 
+def _several(devices: Any) -> bool:
+    """Whether this `trainer.devices` or `trainer.nodes` means more than one."""
+    return len(devices) > 1 if OmegaConf.is_list(devices) else str(devices) not in ("auto", "0", "1", "None")
+
+
+def _too_many(jobs: list[DictConfig], command: str) -> Iterator[str]:
+    """Devices that would stand idle, or all do the same."""
+    if command not in ON_ONE_DEVICE:
+        return
+    if processes.started() > 1:
+        yield f"{processes.launcher()} has started {processes.started()} processes, but {command} runs in one"
+    for job in jobs:
+        for name in ("devices", "nodes"):
+            number = OmegaConf.select(job, f"trainer.{name}", default=1)
+            if _several(number):
+                yield f"trainer.{name}={number}: {command} runs on one device; give trainer.{name}=1"
+
+
 def _forbidden_sweep(jobs: list[DictConfig], command: str, multirun: bool) -> Iterator[str]:
     """Lightning's processes for further devices replay the command line: each would start the whole sweep anew."""
     for job in jobs:
         devices = OmegaConf.select(job, "trainer.devices", default=1)
-        several = len(devices) > 1 if OmegaConf.is_list(devices) else str(devices) not in ("auto", "0", "1", "None")
-        if several and (multirun or job.hydra.mode == RunMode.MULTIRUN):
+        if _several(devices) and (multirun or job.hydra.mode == RunMode.MULTIRUN):
             own = " ".join(task_overrides(job.hydra))
             yield (
                 f"trainer.devices={devices} in a multirun (-m): use trainer.devices=1, or run the jobs one by one"

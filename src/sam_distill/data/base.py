@@ -18,6 +18,7 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from sam_distill.data.annotations import run_lengths
+from sam_distill.data.choice import digest, fingerprint
 from sam_distill.types import FRAME, Batch, Sample, UserError
 
 logger = logging.getLogger(__name__)
@@ -58,9 +59,10 @@ class Damage:
 
 @dataclass(frozen=True)
 class Block:
-    """Images that are read together, in this order: what `sam-distill cache` makes one tar of."""
+    """Images that are read together, in this order: what `sam-distill cache` makes one tar of. images: how many."""
 
-    keys: list[str]
+    images: int
+    keys: Callable[[], list[str]]
     loads: Callable[[], Iterator[Callable[[], Sample]]]
 
 
@@ -133,6 +135,11 @@ class DataSource(ABC):
     def train_keys(self) -> list[str]:
         """Keys of the images to train on."""
 
+    @property
+    def fingerprint(self) -> str:
+        """Of the set of images to train on: equal for the same keys."""
+        return fingerprint([np.array([digest(key) for key in self.train_keys], np.uint64)])
+
     @cached_property
     def damage(self) -> Damage:
         """What had to be skipped so far."""
@@ -184,15 +191,18 @@ class IndexedSource(DataSource, Generic[Item]):
     def blocks(self, size: int) -> list[Block]:
         items = [*self.val, *self.train]
         parts = [items[first : first + size] for first in range(0, len(items), size)]
-        return [Block([self.key(item) for item in part], partial(self._loads, part)) for part in parts]
+        return [Block(len(part), partial(self._keys, part), partial(self._loads, part)) for part in parts]
 
     @property
     def val_keys(self) -> list[str]:
-        return [self.key(item) for item in self.val]
+        return self._keys(self.val)
 
     @property
     def train_keys(self) -> list[str]:
-        return [self.key(item) for item in self.train]
+        return self._keys(self.train)
+
+    def _keys(self, items: Sequence[Item]) -> list[str]:
+        return [self.key(item) for item in items]
 
     def _loads(self, items: Sequence[Item]) -> Iterator[Callable[[], Sample]]:
         return (partial(self.load, item) for item in items)

@@ -22,9 +22,10 @@ from filelock import FileLock
 from pydantic import Field
 
 from sam_distill.data.choice import Fraction, Images
+from sam_distill.data.contents import companion
 from sam_distill.data.embeddings import Dtype, pack, unpack
 from sam_distill.data.sa1b import Encoded, Sa1b
-from sam_distill.data.shards import companion, index_tars, subset
+from sam_distill.data.shards import index_tars, subset
 from sam_distill.files import write_json
 from sam_distill.images import decode, to_frame
 from sam_distill.models.weights import digest
@@ -78,7 +79,7 @@ class Cache(Sa1b):
         return bool(self.manifest["annotations"])
 
     def decode(self, image: Encoded) -> Sample:
-        key, (jpg, embedding, about) = image.shard.keys[image.member], image.contents
+        key, (jpg, embedding, about) = image.shard.key(image.member), image.contents
         where = f"{key} in {image.shard.tar}"
         picture, _ = decode(jpg, where)
         try:

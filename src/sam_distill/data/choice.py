@@ -9,9 +9,11 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field
 
 from sam_distill.types import UserError
@@ -46,18 +48,36 @@ def affordable_val(images: int, val_images: int, where: str) -> tuple[int, str]:
     return most, f"{where} has only {images} images: {most}, not {val_images}, are held out for validation (a fifth)"
 
 
+def digest(key: str) -> int:
+    """64 bits that look random and never change."""
+    return int.from_bytes(hashlib.blake2b(key.encode(errors="surrogateescape"), digest_size=8).digest(), "big")
+
+
 def by_hash(keys: Sequence[str]) -> list[int]:
-    """Indices of the keys in an order that looks random and never changes."""
-    return sorted(range(len(keys)), key=lambda index: hashlib.blake2b(keys[index].encode(), digest_size=8).digest())
+    """Indices of the keys in the order of their digests."""
+    return sorted(range(len(keys)), key=lambda index: digest(keys[index]))
+
+
+def fingerprint(digests: Iterable[NDArray[np.uint64]]) -> str:
+    """The same for the same keys, whatever their order and however they are parted."""
+    total, keys = 0, 0
+    for part in digests:
+        total, keys = (total + int(part.sum(dtype=np.uint64))) % 2**64, keys + len(part)
+    return hashlib.sha256(f"{keys} {total}".encode()).hexdigest()
+
+
+def how_many(there: int, images: int | None, fraction: float | None) -> int:
+    """How many of so many images data.images or data.fraction keeps for training."""
+    if images is not None and fraction is not None:
+        raise UserError("data.images and data.fraction exclude each other: give one of them")
+    if fraction is not None:
+        return max(1, round(fraction * there))
+    if images is not None and images > there:
+        log.warning("data.images=%d, but there are only %d to train on: all are used", images, there)
+    return there if images is None else min(images, there)
 
 
 def choose(keys: Sequence[str], images: int | None, fraction: float | None) -> list[int]:
     """Indices, in their order, of the training images that data.images or data.fraction keeps."""
-    if images is not None and fraction is not None:
-        raise UserError("data.images and data.fraction exclude each other: give one of them")
-    wanted = len(keys) if images is None else images
-    if fraction is not None:
-        wanted = max(1, round(fraction * len(keys)))
-    if wanted > len(keys):
-        log.warning("data.images=%d, but there are only %d to train on: all are used", wanted, len(keys))
-    return sorted(by_hash(keys)[:wanted])
+    wanted = how_many(len(keys), images, fraction)
+    return list(range(len(keys))) if wanted == len(keys) else sorted(by_hash(keys)[:wanted])

@@ -1,7 +1,8 @@
 """SA-1B as it is published: tars of sa_N.jpg and sa_N.json, streamed as they are.
 
-When a source is made, the headers of its tars are read once (seeks, no image data): they tell what is there, what to
-hold out, and where a resumed run goes on. Training then reads each tar from front to back through WebDataset.
+When a source is made, the headers of its tars are read (seeks, no image data), unless they have been before: they tell
+what is there, what to hold out, and where a resumed run goes on. Training then reads each tar from front to back
+through WebDataset.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from torch.utils.data import IterableDataset
 
 from sam_distill.data.annotations import draw_annotations
 from sam_distill.data.base import Block, Damage, DataSource, Split, loader_worker
-from sam_distill.data.choice import Fraction, Images, ValImages, affordable_val, choose
-from sam_distill.data.shards import Shard, companion, index_tars, spread, subset
+from sam_distill.data.choice import Fraction, Images, ValImages, affordable_val, fingerprint
+from sam_distill.data.contents import companion
+from sam_distill.data.shards import Shard, chosen, index_tars, spread, without
 from sam_distill.images import decode, to_frame
 from sam_distill.types import Sample, UserError
 
@@ -69,7 +71,7 @@ class Sa1b(DataSource):
         local: str | None = None,
     ) -> None:
         shards, problems = index_tars(path, "data.path", local)
-        total = sum(len(shard.keys) for shard in shards)
+        total = sum(map(len, shards))
         if val_path is None:
             held, self.shortage = affordable_val(total, val_images, f"data.path={path}")
             val = spread(shards, held)
@@ -86,35 +88,30 @@ class Sa1b(DataSource):
         """Validation takes `val`; training what `images` or `fraction` choose of the rest."""
         self.shards, self.val = shards, val
         self.annotations: tuple[int, int] | None = None  # how many per image, and the seed to draw them with
-        held_out = set(self.val_keys)
-        rest = [key for shard in shards for key in shard.keys.values() if key not in held_out]
+        rest = without(shards, set(self.val_keys))
         if not rest:
             raise UserError(none_left)
-        self.train = subset(shards, {rest[index] for index in choose(rest, self.images, self.fraction)})
+        self.train = chosen(rest, self.images, self.fraction)
 
     @property
     def num_train_images(self) -> int:
-        return sum(len(shard.keys) for shard in self.train)
+        return sum(map(len, self.train))
 
     @property
     def val_images(self) -> int:
-        return sum(len(shard.keys) for shard in self.val)
+        return sum(map(len, self.val))
 
     def eval_shards(self, split: Split) -> list[Shard]:
-        if split == "val":
-            return self.val
-        keys = [key for shard in self.shards for key in shard.keys.values()]
-        return subset(self.shards, {keys[index] for index in choose(keys, self.images, self.fraction)})
+        return self.val if split == "val" else chosen(self.shards, self.images, self.fraction)
 
     def eval_loads(self, split: Split) -> Iterator[Callable[[], Sample]]:
         return chain.from_iterable(self._loads(shard) for shard in self.eval_shards(split))
 
     def num_eval_images(self, split: Split) -> int:
-        return sum(len(shard.keys) for shard in self.eval_shards(split))
+        return sum(map(len, self.eval_shards(split)))
 
     def annotate(self, count: int, seed: int) -> None:
-        having = {s.keys[member] for s in self.train for member in s.beside[".json"] & s.keys.keys()}
-        annotated = subset(self.train, having)
+        annotated = [part for part in (shard.only(shard.beside(".json")) for shard in self.train) if len(part)]
         if not annotated:
             raise UserError("not one training image has annotations: a JSON of the same name beside it in its tar")
         before, self.train, self.annotations = self.num_train_images, annotated, (count, seed)
@@ -126,14 +123,14 @@ class Sa1b(DataSource):
 
     @property
     def has_annotations(self) -> bool:
-        return any(shard.beside[".json"] for shard in self.shards)
+        return any(shard.beside(".json").any() for shard in self.shards)
 
     def train_stream(self, start: int, seed: int, rank: int, world_size: int, batch_size: int) -> TarStream:
         return TarStream(self, start, seed, rank, world_size, batch_size)
 
     def decode(self, image: Encoded) -> Sample:
         """A UserError says that it is damaged."""
-        key = image.shard.keys[image.member]
+        key = image.shard.key(image.member)
         picture, original_size = decode(image.contents[0], f"{key} in {image.shard.tar}")
         sample = Sample(key, to_frame(picture, original_size), original_size, image.epoch)
         return self.annotated(sample, image, image.contents[-1]) if ".json" in self.kinds else sample
@@ -150,22 +147,26 @@ class Sa1b(DataSource):
         self._read_json()
         blocks = []
         for shard in [*self.val, *self.train]:
-            members = list(shard.keys.items())
-            parts = [dict(members[first : first + size]) for first in range(0, len(members), size)]
-            blocks += [Block(list(part.values()), partial(self._loads, replace(shard, keys=part))) for part in parts]
+            numbers = np.arange(len(shard))
+            parts = [shard.only(numbers[first : first + size]) for first in range(0, len(shard), size)]
+            blocks += [Block(len(part), part.image_keys, partial(self._loads, part)) for part in parts]
         return blocks
 
     @property
     def val_keys(self) -> list[str]:
-        return [key for shard in self.val for key in shard.keys.values()]
+        return [key for shard in self.val for key in shard.image_keys()]
 
     @property
     def train_keys(self) -> list[str]:
-        return [key for shard in self.train for key in shard.keys.values()]
+        return [key for shard in self.train for key in shard.image_keys()]
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(shard.digests() for shard in self.train)
 
     @property
     def damage_by_tar(self) -> dict[str, int]:
-        flags = self.damage.unreadable.split([len(shard.keys) for shard in self.train])
+        flags = self.damage.unreadable.split([len(shard) for shard in self.train])
         return {str(s.tar): int(own.sum()) for s, own in zip(self.train, flags, strict=True) if own.any()}
 
     def load_json(self) -> None:
@@ -177,15 +178,15 @@ class Sa1b(DataSource):
         self.kinds = tuple(dict.fromkeys([*self.kinds, ".json"]))
 
     def _loads(self, shard: Shard) -> Iterator[Callable[[], Sample]]:
-        found = dict.fromkeys(shard.keys)
-        for member, contents in shard.read(shard.keys, self.kinds):
+        found = dict.fromkeys(shard.members())
+        for member, contents in shard.read(list(found), self.kinds):
             del found[member]
             yield partial(self.decode, Encoded(NOT_TRAINED_ON, 0, shard, member, contents))
         for member in found:
             yield partial(self._lost, shard, member)
 
     def _lost(self, shard: Shard, member: str) -> Sample:
-        raise UserError(f"{shard.keys[member]} in {shard.tar}: the tar has changed or broken")
+        raise UserError(f"{shard.key(member)} in {shard.tar}: the tar has changed or broken")
 
     def val_samples(self) -> list[Sample]:
         samples = []
@@ -209,7 +210,7 @@ class TarStream(IterableDataset[Sample]):
     def __init__(self, source: Sa1b, start: int, seed: int, rank: int, world_size: int, batch_size: int) -> None:
         self.source = source
         self.shards = source.train
-        self.first = np.cumsum([0, *(len(shard.keys) for shard in self.shards)])  # of each shard, among all images
+        self.first = np.cumsum([0, *map(len, self.shards)])  # of each shard, among all images
         self.damage = source.damage  # made here, before there are workers, so that they share it
         self.shuffle_buffer = source.shuffle_buffer
         self.start = start
@@ -249,10 +250,10 @@ class TarStream(IterableDataset[Sample]):
         order = np.random.default_rng((self.seed, epoch)).permutation(len(self.shards))
         if len(order) >= places:
             mine = order[(place - epoch * len(order)) % places :: places]
-            return [(number, range(len(self.shards[number].keys))) for number in mine]
+            return [(number, range(len(self.shards[number]))) for number in mine]
         dealt, turn = [], epoch * int(self.first[-1])
         for number in order:
-            size = len(self.shards[number].keys)
+            size = len(self.shards[number])
             dealt.append((number, range((place - turn) % places, size, places)))
             turn += size
         return dealt
@@ -262,12 +263,12 @@ class TarStream(IterableDataset[Sample]):
             if not images:
                 continue
             shard, first = self.shards[number], int(self.first[number])
-            members = list(shard.keys)
+            members = shard.members()
             missing = {members[image]: first + image for image in images}
             for member, contents in shard.read(missing, self.source.kinds):
                 yield Encoded(missing.pop(member), epoch, shard, member, contents)
             if missing:
-                told = f"{len(missing)} images of {shard.tar} from {shard.keys[next(iter(missing))]} on"
+                told = f"{len(missing)} images of {shard.tar} from {shard.key(next(iter(missing)))} on"
                 self.damage.report(f"{told}: the tar has changed or broken", *missing.values())
 
     def _shuffled(self, images: Iterator[Encoded], seed: tuple[int, ...], first_block: int) -> Iterator[Encoded]:

@@ -4,45 +4,86 @@ from __future__ import annotations
 
 import glob
 import logging
+import random
 import tarfile
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import chain, islice, zip_longest
-from pathlib import Path, PurePosixPath
+from itertools import chain, compress, islice, repeat, zip_longest
+from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
+import numpy as np
+from numpy.typing import NDArray
 from webdataset.shardlists import expand_urls
 from webdataset.tariterators import tar_file_iterator
 
-from sam_distill.data.choice import is_image, unique_keys
+from sam_distill.data.choice import digest, how_many
+from sam_distill.data.contents import Contents, companion, short_key
 from sam_distill.data.kept import Kept
-from sam_distill.data.tars import Contents, HttpTar, LocalTar, PipedTar, Tar
+from sam_distill.data.tars import HttpTar, LocalTar, PipedTar, Tar
 from sam_distill.types import UserError
 
 log = logging.getLogger(__name__)
 
 CONNECTIONS = 16  # at a time, while indices are read
-COMPANIONS = (".json", ".embedding")  # what may lie beside an image: its annotations, its teacher's embedding
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Shard:
-    """A tar, or a choice of its images. keys: member name -> key, in the order of the tar; never empty.
+    """A tar, or a choice of its images; never empty.
 
-    beside: for each kind of COMPANIONS, the members that have one.
+    rows: which of its contents' images, ascending; None: all.
+    shared: short keys that several images of the data set have, which are told apart by their tars' names.
     """
 
     tar: Tar
-    keys: dict[str, str]
-    beside: dict[str, frozenset[str]]
+    contents: Contents
+    shared: Collection[str] = frozenset()
+    rows: NDArray[np.int32] | None = None
+
+    def __len__(self) -> int:
+        return self.contents.images if self.rows is None else len(self.rows)
+
+    def members(self) -> list[str]:
+        """Names of its images, in the order of the tar."""
+        names = self.contents.names()
+        return names if self.rows is None else [names[row] for row in self.rows]
+
+    def key(self, member: str) -> str:
+        short = short_key(member)
+        return f"{self.tar.stem}/{member}" if short in self.shared else short
+
+    def image_keys(self) -> list[str]:
+        return [self.key(member) for member in self.members()]
+
+    def digests(self) -> NDArray[np.uint64]:
+        """Of the keys."""
+        if self.shared:
+            return np.array([digest(key) for key in self.image_keys()], np.uint64)
+        return self._of_mine(self.contents.digests())
+
+    def beside(self, kind: str) -> NDArray[np.bool_]:
+        """Which of the images have that companion."""
+        return self._of_mine(self.contents.beside(kind))
+
+    def only(self, which: NDArray[np.int64] | NDArray[np.bool_]) -> Shard:
+        """A part of it: numbers of its images, ascending, or a flag for each."""
+        rows = self._of_mine(np.arange(self.contents.images, dtype=np.int32))[which]
+        return self if len(rows) == len(self) else replace(self, rows=rows)
+
+    def _of_mine(self, values: NDArray[Any]) -> NDArray[Any]:
+        return values if self.rows is None else values[self.rows]
 
     def read(self, members: Collection[str], kinds: Sequence[str] = ()) -> Iterator[tuple[str, list[bytes]]]:
         """(member, its content and those of its companions) in the tar's order, up to where the tar is damaged.
 
         A companion that a member does not have is empty.
         """
-        names = {m: [m, *(companion(m, kind) for kind in kinds if m in self.beside[kind])] for m in members}
+        having = {kind: set(compress(self.members(), self.beside(kind))) for kind in kinds}
+        names = {m: [m, *(companion(m, kind) for kind in kinds if m in having[kind])] for m in members}
         owner = {name: member for member, its in names.items() for name in its}
         parts: dict[str, dict[str, bytes]] = {}  # of members that are not complete yet
         for name, content in self._read(owner.keys()):
@@ -68,11 +109,6 @@ class Shard:
             log.warning("%s: %s", self.tar, " ".join(str(error).split()))
 
 
-def companion(member: str, kind: str) -> str:
-    """The name of what lies beside an image: sa_1.jpg and .json make sa_1.json."""
-    return member.rpartition(".")[0] + kind
-
-
 def index_tars(path: str | list[str], option: str, local: str | None = None) -> tuple[list[Shard], list[str]]:
     """The tars that `path` names, those without images left out, and a line for each that is damaged.
 
@@ -85,21 +121,41 @@ def index_tars(path: str | list[str], option: str, local: str | None = None) -> 
     if not paths:
         raise UserError(f"{option}={path} names no tar")
     contents = _contents(paths)
-    members = [[n for n in c.names if is_image(PurePosixPath(n).name)] for c in contents]
     problems = [c.problem for c in contents if c.problem]
-    names = [(tar, name) for tar, found in zip(paths, members, strict=True) for name in found]
-    if not names:
+    found = [Shard(tar, held) for tar, held in zip(paths, contents, strict=True) if held.images]
+    if not found:
         reason = next(iter(problems), "none of them holds a jpg or png")
         raise UserError(f"{option}={path}: no image in {len(paths)} tars ({reason})")
-    keys = unique_keys([name.rpartition(".")[0] for _, name in names], [f"{tar.stem}/{name}" for tar, name in names])
-    if len(set(keys)) < len(keys):
+    shared = _shared(found)
+    long = Counter((shard.tar.stem, name) for shard in found if shared for name in _named(shard, shared))
+    if any(uses > 1 for uses in long.values()):
         raise UserError(f"{option}={path}: two tars of the same name hold images of the same name; rename one of them")
-    left = iter(keys)
-    shards = [
-        Shard(tar, dict(zip(found, left)), _beside(found, set(held.names)))  # noqa: B905
-        for tar, found, held in zip(paths, members, contents, strict=True)
-    ]
-    return [shard for shard in shards if shard.keys], problems
+    return [replace(shard, shared=shared) for shard in found], problems
+
+
+def _shared(shards: list[Shard]) -> frozenset[str]:
+    """The short keys that several images have."""
+    digests = _gathered(shards)
+    digests.sort()
+    twice = np.unique(digests[1:][digests[1:] == digests[:-1]])
+    if not len(twice):
+        return frozenset()
+    alike = (compress(shard.members(), np.isin(shard.digests(), twice)) for shard in shards)
+    uses = Counter(map(short_key, chain.from_iterable(alike)))
+    return frozenset(key for key, times in uses.items() if times > 1)
+
+
+def _named(shard: Shard, shared: Collection[str]) -> Iterator[str]:
+    return (member for member in shard.members() if short_key(member) in shared)
+
+
+def _gathered(shards: Sequence[Shard]) -> NDArray[np.uint64]:
+    """The digests of all keys: the one thing that is ever held in memory for each image, and not for long."""
+    ends = np.cumsum([len(shard) for shard in shards])
+    digests = np.empty(int(ends[-1]), np.uint64)
+    for shard, end in zip(shards, ends, strict=True):
+        digests[end - len(shard) : end] = shard.digests()
+    return digests
 
 
 def _expand(pattern: str, option: str) -> list[Tar]:
@@ -133,23 +189,63 @@ def _kept(tars: list[Tar], folder: Path) -> list[Tar]:
 
 
 def _contents(tars: list[Tar]) -> list[Contents]:
-    """What each holds; several at a time, since those that lie elsewhere answer slowly."""
+    """What each holds; several at a time, since those that lie elsewhere answer slowly.
+
+    In an order of this process's own, so that ranks which start together do not all read the same headers.
+    """
+    order = random.Random().sample(range(len(tars)), len(tars))
     with ThreadPoolExecutor(1 if all(isinstance(tar, LocalTar) for tar in tars) else CONNECTIONS) as pool:
-        return list(pool.map(lambda tar: tar.contents(), tars))
+        found = dict(zip(order, pool.map(lambda number: tars[number].contents(), order), strict=True))
+    return [found[number] for number in range(len(tars))]
 
 
-def _beside(members: Iterable[str], others: Collection[str]) -> dict[str, frozenset[str]]:
-    return {kind: frozenset(m for m in members if companion(m, kind) in others) for kind in COMPANIONS}
+def _rows(shard: Shard, keys: Collection[str], digests: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """Which of its images have one of these keys. digests: of the keys."""
+    near = np.flatnonzero(np.isin(shard.digests(), digests))
+    if not len(near):
+        return near
+    members = shard.members()
+    return np.array([row for row in near if shard.key(members[row]) in keys], np.int64)
 
 
 def subset(shards: Iterable[Shard], keys: Collection[str]) -> list[Shard]:
-    chosen = (replace(s, keys={name: key for name, key in s.keys.items() if key in keys}) for s in shards)
-    return [shard for shard in chosen if shard.keys]
+    """The images that have one of these keys."""
+    digests = np.array([digest(key) for key in keys], np.uint64)
+    parts = ((shard, _rows(shard, keys, digests)) for shard in shards)
+    return [shard.only(rows) for shard, rows in parts if len(rows)]
+
+
+def without(shards: Iterable[Shard], keys: Collection[str]) -> list[Shard]:
+    """The other images."""
+    digests = np.array([digest(key) for key in keys], np.uint64)
+    parts = ((shard, _rows(shard, keys, digests)) for shard in shards)
+    left = (shard.only(np.delete(np.arange(len(shard)), rows)) if len(rows) else shard for shard, rows in parts)
+    return [shard for shard in left if len(shard)]
+
+
+def chosen(shards: list[Shard], images: int | None, fraction: float | None) -> list[Shard]:
+    """What data.images or data.fraction keeps, as `choose` does: the images whose digests are lowest."""
+    wanted = how_many(sum(map(len, shards)), images, fraction)
+    if wanted == sum(map(len, shards)):
+        return shards
+    digests = _gathered(shards)
+    digests.partition(wanted - 1)
+    limit = digests[wanted - 1]
+    at_limit = int((digests[:wanted] == limit).sum())  # of several images with that very digest, the first
+    kept = []
+    for shard in shards:
+        own = shard.digests()
+        wins = own < limit
+        ties = np.flatnonzero(own == limit)[:at_limit]
+        wins[ties], at_limit = True, at_limit - len(ties)
+        kept.append(shard.only(wins))
+    return [shard for shard in kept if len(shard)]
 
 
 def spread(shards: list[Shard], images: int) -> list[Shard]:
     """The first images of evenly spaced shards, so many in all."""
     used = min(images, len(shards))
-    spaced = [shards[number * len(shards) // used].keys.values() for number in range(used)]
-    in_turn = (key for key in chain.from_iterable(zip_longest(*spaced)) if key is not None)
-    return subset(shards, set(islice(in_turn, images)))
+    spaced = [shards[number * len(shards) // used] for number in range(used)]
+    in_turn = chain.from_iterable(zip_longest(*(repeat(place, len(shard)) for place, shard in enumerate(spaced))))
+    counts = Counter(islice((place for place in in_turn if place is not None), images))
+    return [shard.only(np.arange(counts[place])) for place, shard in enumerate(spaced)]

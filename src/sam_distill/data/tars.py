@@ -1,29 +1,28 @@
 """Where tars lie: on a disk, behind an http(s) address, or at the end of a command (`pipe:aws s3 cp s3://... -`).
 
 All are read from front to back. A connection that breaks is taken up again where it broke, after a while. What a tar
-holds is read off its headers once; for those that lie elsewhere it is remembered in $SAM_DISTILL_HOME/index.
+holds is read off its headers once, and remembered.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-import json
 import logging
+import os
 import subprocess
 import tarfile
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 from urllib.parse import urlsplit
 
 import requests
 
-from sam_distill.files import write_json
-from sam_distill.models.weights import home
+from sam_distill.data.contents import FEW, Contents, remembered, stamp_of
 from sam_distill.types import UserError
 
 log = logging.getLogger(__name__)
@@ -32,14 +31,6 @@ PATIENCE = (1, 2, 4, 8, 15, 30, 60, 60, 60, 60, 60)  # seconds before each new a
 HASTE = 3  # attempts before a run has begun: its user waits for an answer
 TIMEOUT = 60  # seconds without a byte
 _GIVEN_UP = {400, 401, 403, 404, 410}  # HTTP: asking again won't help
-
-
-@dataclass(frozen=True)
-class Contents:
-    """names: of the members that a tar holds whole, in its order. problem: what is wrong with it, if anything."""
-
-    names: list[str]
-    problem: str | None = None
 
 
 @dataclass(frozen=True)
@@ -73,8 +64,13 @@ class LocalTar(Tar):
         return open(self.where, "rb")
 
     def contents(self) -> Contents:
-        with self.stream() as file:
-            return _headers(file, Path(self.where).stat().st_size, self.where)
+        stat = Path(self.where).stat()
+
+        def read() -> Contents:
+            with self.stream() as file:
+                return _headers(file, stat.st_size, self.where)
+
+        return remembered(os.path.abspath(self.where), stamp_of(stat), read, FEW)
 
 
 class HttpTar(Tar):
@@ -83,7 +79,7 @@ class HttpTar(Tar):
 
     def contents(self) -> Contents:
         size = len(_Ranges(self.where))
-        return _remembered(f"{self.identity} {size}", lambda: _headers(_Ranges(self.where), size, self.where))
+        return remembered(self.identity, str(size), lambda: _headers(_Ranges(self.where), size, self.where))
 
     @property
     def identity(self) -> str:
@@ -112,7 +108,7 @@ class PipedTar(Tar):
             with io.BufferedReader(Persistent(self.where, self._open, HASTE)) as file:
                 return _headers(file, None, self.where)
 
-        return _remembered(self.where, read)
+        return remembered(self.where, "", read)
 
     def _open(self, position: int) -> tuple[Any, int | None]:
         command = self.where.removeprefix("pipe:")
@@ -268,19 +264,8 @@ def _headers(file: Any, size: int | None, where: str) -> Contents:
                 if file.read(tarfile.BLOCKSIZE).strip(b"\0"):  # neither the end of the archive nor that of the file
                     raise tarfile.ReadError("damaged header")
     except (tarfile.TarError, OSError) as error:
-        return Contents(list(names), f"the rest of {where} after {len(names)} files ({_one_line(error)})")
-    return Contents(list(names))
-
-
-def _remembered(key: str, read: Callable[[], Contents]) -> Contents:
-    file = home() / "index" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
-    if file.is_file():
-        return Contents(**json.loads(file.read_text()))
-    contents = read()
-    if contents.problem is None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, asdict(contents))
-    return contents
+        return Contents.of(list(names), f"the rest of {where} after {len(names)} files ({_one_line(error)})")
+    return Contents.of(list(names))
 
 
 def _one_line(error: BaseException) -> str:

@@ -97,7 +97,7 @@ class CacheJob:
 
     @property
     def images(self) -> int:
-        return sum(len(block.keys) for block in self.blocks)
+        return sum(block.images for block in self.blocks)
 
     def loader(self, todo: list[int]) -> DataLoader[tuple[int, list[Prepared]]]:
         """Batches for the tars of these numbers."""
@@ -134,7 +134,7 @@ def write_cache(job: CacheJob) -> dict[str, Any]:
             "%s: %d images in %d tars, %d of them to be written by this process; %s on %s",
             folder, job.images, len(blocks), len(todo), hardware.num_format, hardware.kind,
         )  # fmt: skip
-        writer = _Writer(job, {n: len(blocks[n].keys) for n in todo}, facts)
+        writer = _Writer(job, {n: blocks[n].images for n in todo}, facts)
         with Tally(sum(writer.expected.values()), "Caching") as tally, writer:
             for number, prepared in job.loader(todo):
                 writer.take(number, prepared, job.embed(prepared))
@@ -240,7 +240,9 @@ def verify(folder: Path) -> dict[str, int]:
 
 def _facts(job: CacheJob) -> dict[str, Any]:
     """All that the content of a cache depends on."""
-    keys = hashlib.sha256("\n".join(key for block in job.blocks for key in block.keys).encode()).hexdigest()
+    keys = hashlib.sha256()
+    for number, block in enumerate(job.blocks):
+        keys.update(("\n" * (number > 0) + "\n".join(block.keys())).encode())
     return {
         "format": 1,
         "teacher": job.teacher.checkpoint,
@@ -250,7 +252,7 @@ def _facts(job: CacheJob) -> dict[str, Any]:
         "resize": "Pillow, bilinear, antialiased; sides int(x + 0.5)",
         "quality": job.quality,
         "dtype": job.dtype,
-        "keys": keys,
+        "keys": keys.hexdigest(),
         "tars": len(job.blocks),
         "held_out": job.source.val_keys,
         "annotations": job.source.has_annotations,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sam_distill.data.base import Damage, DataSource
 from sam_distill.engine.loggers import shown
-from sam_distill.engine.module import Distillation
+from sam_distill.engine.module import Distillation, ends_logged_step
 from sam_distill.engine.optim import NOT_DECAYED
 from sam_distill.engine.record import History, write_curves
 from sam_distill.files import write_json
@@ -54,7 +54,7 @@ class Throughput(pl.Callback):
         self._worked += now - self._mark
         self._mark = now
         self._images += len(batch) * trainer.world_size
-        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        if ends_logged_step(trainer, index):
             seconds = self._waited + self._worked
             module.log("train/images_per_second", self._images / seconds)
             module.log("train/data_wait", self._waited / seconds)
@@ -147,13 +147,20 @@ class RunFolder(pl.Callback):
         return time.perf_counter() - self._started
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self.history.forget_after(trainer.global_step)
+        """A run that was killed while it validated has a checkpoint of that step, but not yet its scores."""
+        step, interval = trainer.global_step, int(trainer.val_check_interval) // trainer.accumulate_grad_batches
+        self.history.forget_after(step)
+        judged = any(name.startswith("val/") for name in self.history.rows.get(step, {}))
+        if step % interval == 0 and not trainer.strategy.broadcast(judged):
+            trainer.validating = True  # as Lightning does in mid-training
+            trainer.fit_loop.epoch_loop.val_loop.run()
+            trainer.training = True
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Batch, index: int
     ) -> None:
         step = trainer.global_step
-        if step % trainer.log_every_n_steps == 0 and trainer.is_global_zero:  # type: ignore[attr-defined]
+        if ends_logged_step(trainer, index) and trainer.is_global_zero:
             m = trainer.callback_metrics
             log.info(
                 "step %d/%d  loss %.4f  %.1f images/s  data wait %.0f%%  lr %.2e",

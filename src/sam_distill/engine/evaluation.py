@@ -55,12 +55,12 @@ def judge(
         task = bar.add_task("Evaluating", total=total)
         for batch in loader(source, split, hardware, batch_size, annotated):
             batch = batch.to(hardware.kind)
-            with hardware.autocast():
+            with hardware.autocast():  # decoders as well: a training judges so, too
                 theirs, ours = protocol.see(teacher.sam, teacher.embed(batch), batch), _look(student, batch, protocol)
-            targets = protocol.ask(theirs)
-            if annotated:
-                of_teacher.update(theirs, theirs.embedding, targets)
-            result.update(ours, theirs.embedding, targets)
+                targets = protocol.ask(theirs)
+                if annotated:
+                    of_teacher.update(theirs, theirs.embedding, targets)
+                result.update(ours, theirs.embedding, targets)
             if images < BLIND_IMAGES:
                 answers.append((batch, theirs.embedding, targets))
             images += len(batch)
@@ -69,7 +69,8 @@ def judge(
         if not images:
             raise UserError("not one image could be read: there is nothing to evaluate")
         seconds = time.perf_counter() - started
-        baseline = _never_looking(Judge(protocol).to(hardware.kind), teacher.sam, answers, bar)
+        with hardware.autocast():
+            baseline = _never_looking(Judge(protocol).to(hardware.kind), teacher.sam, answers, bar)
     metrics: dict[str, Any] = result.compute() | result.intervals() | baseline
     if annotated:
         metrics |= {f"teacher/{n}": value for n, value in of_teacher.compute().items() if n.startswith("miou/")}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,14 +10,16 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field
 
+from sam_distill.engine import processes
 from sam_distill.types import UserError
 
 
 @dataclass(frozen=True)
 class Hardware:
     """accelerator: auto takes a GPU if there is one. devices, nodes: how many; more than one device means DDP.
-    precision: auto is bf16 wherever the hardware computes it natively, else fp32.
-    workers: processes that decode images, per device; auto leaves a core to the training process.
+    precision: auto is bf16 wherever the hardware computes it natively, else fp32 (of which GPUs make TF32 in products).
+    workers: processes that decode images, per device; auto leaves a core to the training process. Tars are dealt out to
+        them, so there the order of images depends on their number.
     sync_batchnorm: with several devices, BatchNorm's statistics are those of all their batches together.
     """
 
@@ -31,6 +32,7 @@ class Hardware:
 
     def __post_init__(self) -> None:
         _ = self.kind  # what isn't there is told before anything else is built
+        torch.set_float32_matmul_precision("high")  # for all commands: a student is judged as it was trained
 
     @property
     def kind(self) -> str:
@@ -62,10 +64,10 @@ class Hardware:
     def num_workers(self) -> int:
         if self.workers != "auto":
             return self.workers
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = processes.cores(self.devices)
         if self.kind == "cpu":  # the training itself wants the cores
             return 1 if cores > 1 else 0
-        return max(1, min(12, cores // self.devices - 1))
+        return max(1, min(12, cores - 1))
 
     def trainer_arguments(self) -> dict[str, Any]:
         """For Lightning's Trainer."""

@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 from sam_distill.engine import processes, status
 from sam_distill.engine.hardware import Hardware
 from sam_distill.types import UserError
@@ -34,6 +36,8 @@ def all_processes(hardware: Hardware, run_dir: Path) -> Iterator[None]:
         yield
         return
     alone = processes.launcher() is None
+    if alone and "OMP_NUM_THREADS" not in os.environ:  # torchrun and srun see to it themselves
+        torch.set_num_threads(processes.cores(hardware.devices))
     before = dict(os.environ)
     children = _start(hardware, run_dir) if alone and "LOCAL_RANK" not in os.environ else []
     over = threading.Event()

@@ -20,6 +20,7 @@ from sam_distill.evaluate.agreement import Agreement
 from sam_distill.evaluate.protocol import Target
 from sam_distill.models.checkpoints import DESCRIPTION, describe
 from sam_distill.models.sam import Sam
+from sam_distill.prompts.draws import generator
 from sam_distill.prompts.samplers import PromptSampler
 from sam_distill.strategies.base import Strategy
 from sam_distill.teachers import Teacher
@@ -36,6 +37,17 @@ def requirements(strategy: Strategy, prompts: PromptSampler) -> frozenset[str]:
     return strategy.requires | (prompts.requires if "prompts" in strategy.requires else frozenset())
 
 
+def ends_step(trainer: pl.Trainer, index: int) -> bool:
+    """Whether the batch of this index is the last of an optimizer step, of which there may be `accumulate`."""
+    return (index + 1) % trainer.accumulate_grad_batches == 0
+
+
+def ends_logged_step(trainer: pl.Trainer, index: int) -> bool:
+    """Asked when that batch is done: whether a line is due."""
+    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    return ends_step(trainer, index) and trainer.global_step % every == 0
+
+
 class Distillation(pl.LightningModule):
     """Trains `student` by `strategy`, validates it by `agreement`. The teacher is not part of the module's state."""
 
@@ -48,6 +60,7 @@ class Distillation(pl.LightningModule):
         optim: AdamW,
         agreement: Agreement,
         sync_batchnorm: bool = False,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         self.requires = requirements(strategy, prompts)
@@ -59,10 +72,12 @@ class Distillation(pl.LightningModule):
         self.prompts = prompts
         self.optim = optim
         self.sync_batchnorm = sync_batchnorm
+        self.seed = seed
         self.judge = Judge(agreement)
         self.metrics: dict[str, float] = {}  # of the latest validation, ...
         self.validated_at: int | None = None  # ... and its step
         self._teacher = (teacher,)  # in a tuple, where nn.Module does not find it
+        self._parts: list[Mapping[str, Any]] = []  # logs of the batches of the step in hand
         self._answers: dict[tuple[str, ...], tuple[Batch, Tensor, list[Target]]] = {}
         self.trainable = strategy.trainable(student)
         optim.check(self.trainable)
@@ -83,7 +98,12 @@ class Distillation(pl.LightningModule):
         self.training = mode
         return self
 
-    def training_step(self, batch: Batch, _: int) -> Tensor:
+    def on_train_batch_start(self, batch: Batch, index: int) -> None:
+        """What torch draws now, such as DropPath's masks, differs between ranks, and is the same after a resume."""
+        place = f"{self.global_rank}/{index % self.trainer.accumulate_grad_batches}"
+        torch.manual_seed(int(generator(self.seed, place, self.global_step, "torch").integers(2**63)))
+
+    def training_step(self, batch: Batch, index: int) -> Tensor:
         batch = self.teacher.fill(batch, self.requires)
         if "prompts" in self.requires:
             batch = replace(batch, prompts=self.prompts.draw(batch))
@@ -94,11 +114,13 @@ class Distillation(pl.LightningModule):
                 f"the loss is {out.loss.item()} at step {self.global_step} (images {', '.join(batch.keys)}): "
                 "try a smaller optim.lr, or trainer.precision=fp32"
             )
-        logs = self._over_ranks({"loss": out.loss} | out.logs)
-        self.log("train/loss", logs.pop("loss"), prog_bar=True, batch_size=len(batch))
-        # Lightning would count this step from 0, and validations from -1.
-        named = {f"train/{name}": value for name, value in logs.items()} | {"step": self.global_step + 1.0}
-        self.log_dict(named, batch_size=len(batch))
+        self._parts.append({"loss": out.loss.detach()} | out.logs)
+        if ends_step(self.trainer, index):
+            parts, self._parts = self._parts, []
+            mean = {name: sum(part[name] for part in parts) / len(parts) for name in parts[0]}
+            # Lightning would count this step from 0, and validations from -1.
+            logs = {f"train/{name}": value for name, value in self._over_ranks(mean).items()}
+            self.log_dict(logs | {"step": self.global_step + 1.0}, batch_size=len(batch))
         return out.loss
 
     def _over_ranks(self, logs: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,6 +22,14 @@ def started() -> int:
     return int(os.environ.get(size, "1"))
 
 
+def cores(devices: int) -> int:
+    """How many cores this process has for itself, where `devices` processes of this run share a machine."""
+    seen = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if launcher() == "srun":  # binds each process to cores of its own
+        return min(seen, int(os.environ.get("SLURM_CPUS_PER_TASK", seen)))
+    return max(1, seen // devices)
+
+
 def is_first() -> bool:
     """Whether this process keeps the records and talks to the user."""
     return all(os.environ.get(name, "0") == "0" for name in _RANKS)

@@ -38,8 +38,9 @@ class TrainingBar(pl.Callback):
         self._draw(total=trainer.max_steps, completed=trainer.global_step)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        if time.perf_counter() - self._drawn > INTERVAL:
-            loss = f"loss {float(trainer.callback_metrics['train/loss']):.4f}"
+        told = trainer.callback_metrics.get("train/loss")  # none before the first step is complete
+        if told is not None and time.perf_counter() - self._drawn > INTERVAL:
+            loss = f"loss {float(told):.4f}"
             self._draw(completed=trainer.global_step, loss=loss, description="training")
 
     def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:

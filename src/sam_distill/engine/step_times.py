@@ -11,7 +11,7 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from sam_distill.engine.module import Distillation
+from sam_distill.engine.module import Distillation, ends_logged_step, ends_step
 from sam_distill.types import Masks
 
 _WARM_UP = 2  # steps that don't count: kernels are chosen, memory is allocated
@@ -86,10 +86,12 @@ class StepTimes(pl.Callback):
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, index: int
     ) -> None:
         self._mark("optimizer")
+        if not ends_step(trainer, index):
+            return
         self._steps += 1
         if trainer.global_step == _WARM_UP:
             self._forget()
-        elif trainer.global_step % trainer.log_every_n_steps == 0 and self._steps:  # type: ignore[attr-defined]
+        elif ends_logged_step(trainer, index):
             module.log_dict({f"time/{part}": 1000 * s / self._steps for part, s in self._spent.items()})
             self._forget()
 

@@ -1,4 +1,4 @@
-"""A clean stop: on Ctrl-C or SIGTERM the step in hand is finished on all ranks and a checkpoint saved."""
+"""Checkpoints, and a clean stop: on Ctrl-C or SIGTERM all ranks finish the step in hand, and a checkpoint is saved."""
 
 from __future__ import annotations
 
@@ -11,12 +11,25 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor
+
+from sam_distill.engine.module import ends_step
 
 log = logging.getLogger(__name__)
 
 REPEATS = 3.0  # seconds: torchrun passes on a Ctrl-C that its processes have received themselves
+
+
+class Checkpoint(ModelCheckpoint):
+    """Only between two steps: gradients that accumulate are not part of a checkpoint."""
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if ends_step(trainer, batch_idx):
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
 
 class Stopping(pl.Callback):
@@ -37,8 +50,8 @@ class Stopping(pl.Callback):
     def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self._listen()
         self._stepping = False
-        if self._signal:
-            raise SystemExit(128 + self._signal)
+        if self._agreed or self._signal:
+            raise SystemExit(128 + (self._agreed or self._signal))
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self._stepping = trainer.state.fn == TrainerFn.FITTING
@@ -57,8 +70,12 @@ class Stopping(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, index: int
     ) -> None:
-        if self._agreed:
+        if self._agreed and ends_step(trainer, index):
             trainer.save_checkpoint(self.checkpoint)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, index: int) -> None:
+        """By now that step's metrics are written, too."""
+        if self._agreed and index % trainer.accumulate_grad_batches == 0:
             raise SystemExit(128 + self._agreed)
 
     def _listen(self) -> None:

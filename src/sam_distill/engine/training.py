@@ -6,13 +6,10 @@ import copy
 import logging
 from collections.abc import Mapping
 from datetime import timedelta
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
-from pytorch_lightning.callbacks import ModelCheckpoint
 from rich.console import Console
 from rich.table import Table
 
@@ -30,7 +27,7 @@ from sam_distill.engine.planning import plan_training
 from sam_distill.engine.progress import TrainingBar
 from sam_distill.engine.record import History, write_prompts
 from sam_distill.engine.step_times import StepTimes
-from sam_distill.engine.stopping import Stopping
+from sam_distill.engine.stopping import Checkpoint, Stopping
 from sam_distill.evaluate.agreement import Agreement
 from sam_distill.models.checkpoints import load_weights
 from sam_distill.models.encoders import ImageEncoder
@@ -102,7 +99,7 @@ def fit(
     interval = min(steps, interval or -(-steps // VALIDATIONS))
 
     together = hardware.sync_batchnorm and processes > 1
-    module = Distillation(student, strategy, teacher, prompts, optim, protocol, sync_batchnorm=together)
+    module = Distillation(student, strategy, teacher, prompts, optim, protocol, together, seed)
     loaders = Loaders(source, batch_size, seed, hardware)
     if plan:
         plan_training(module, loaders, hardware, steps, accumulate)
@@ -110,11 +107,12 @@ def fit(
     history = History(run_dir / "history.csv", resume=checkpoint is not None)
     facts: dict[str, Any] = {
         "images_per_step": images_per_step,
+        "workers": hardware.num_workers,  # part of what the order of images in tars depends on
         "parameters": student.sizes["parameters"],
         "precision": hardware.num_format,
         "device": hardware.device_name,
         "teacher_sha256": teacher.sha256,
-        "data_keys": sha256("\n".join(sorted(source.train_keys)).encode()).hexdigest(),
+        "data_keys": source.fingerprint,
         **protocol.description,
     }
     folder = RunFolder(run_dir, history, source, facts)
@@ -129,6 +127,10 @@ def fit(
     )  # fmt: skip
     if module.requires & teacher.provides and teacher.capacity >= source.num_train_images:
         told = "The first %d images wait for the teacher, whose answers are then remembered: it gets faster after them"
+        if processes > 1:
+            told += (
+                ", little by little: each process remembers only what it has asked itself, and images are dealt anew"
+            )
         log.info(told, source.num_train_images)
     if source.shortage:
         log.warning(source.shortage)
@@ -164,13 +166,12 @@ def _trainer(
     callbacks: list[pl.Callback],
 ) -> pl.Trainer:
     quieten()
-    torch.set_float32_matmul_precision("high")  # TF32 on GPUs
     last: dict[str, Any] = {"dirpath": run_dir / "checkpoints", "filename": "last", "enable_version_counter": False}
     callbacks = [
         *callbacks,
         Stopping(run_dir / "checkpoints" / "last.ckpt"),
-        ModelCheckpoint(**last, every_n_train_steps=interval, save_on_train_epoch_end=False),
-        ModelCheckpoint(**last, train_time_interval=timedelta(minutes=10), save_on_train_epoch_end=False),
+        Checkpoint(**last, every_n_train_steps=interval, save_on_train_epoch_end=False),
+        Checkpoint(**last, train_time_interval=timedelta(minutes=10), save_on_train_epoch_end=False),
     ]
     if Console().is_terminal:
         callbacks.append(TrainingBar())

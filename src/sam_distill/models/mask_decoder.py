@@ -257,13 +257,14 @@ class MaskDecoder(nn.Module):
         """Mask tokens [n, M, C], image [n, L, C] -> masks [n, M, 256, 256] float32.
 
         Each cell becomes 2 x 2, and each of those 2 x 2 again; only the finished masks are put together as pictures.
+        Under autocast all products are of the lower precision, the last one, too: that rounds logits, no more.
         """
         first, norm, gelu, second, _ = cast(Iterable[Any], self.output_upscaling)
         image = gelu(norm.over_last(_quarter(image, first))).flatten(1, 2)
         image = gelu(_quarter(image, second)).flatten(1, 2)
         mlps = self.output_hypernetworks_mlps[wanted]
         filters = torch.stack([mlp(tokens[:, i]) for i, mlp in enumerate(mlps)], dim=1)
-        masks = (filters.float() @ image.float().mT).float().unflatten(2, (GRID, GRID, 2, 2, 2, 2))
+        masks = (filters @ image.mT).float().unflatten(2, (GRID, GRID, 2, 2, 2, 2))
         return masks.permute(0, 1, 2, 4, 6, 3, 5, 7).reshape(*filters.shape[:2], LOW_RES, LOW_RES)
 
 

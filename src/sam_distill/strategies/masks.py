@@ -90,19 +90,23 @@ class MaskStrategy(Strategy, ABC):
         return Masks(_take(theirs.low_res, trusted), _take(theirs.iou, trusted))
 
     def _compare(self, answer: Masks, target: Masks, valid: Tensor, batch: Batch) -> Tensor:
-        """[3]: losses of masks and of predicted IoUs, and the IoU itself, means over prompts."""
+        """[3]: losses of masks and of predicted IoUs, and the IoU itself, means over prompts.
+
+        The IoU is token 0's, and an empty target has none, as in validation.
+        """
         inside, truth = valid_area(batch.sizes, LOW_RES), target.low_res > 0
         area = inside if self.mask_padding else None
         with torch.no_grad():
-            iou = mask_iou((answer.low_res > 0) & inside.unsqueeze(1), truth & inside.unsqueeze(1)).nan_to_num(0)
+            iou = mask_iou((answer.low_res > 0) & inside.unsqueeze(1), truth & inside.unsqueeze(1))
         mask_loss = self.mask_loss(answer.low_res, truth, area)
-        each = torch.stack([mask_loss, (answer.iou - iou).square(), iou])  # [3, B, P, 4 tokens]
+        each = torch.stack([mask_loss, (answer.iou - iou.nan_to_num(0)).square()])  # [2, B, P, 4 tokens]
         if self.tokens == "all":
             per_prompt = each.mean(-1)
         else:
             best = _trusted(target) if self.tokens == "chosen" else mask_loss[..., 1:].argmin(-1, keepdim=True) + 1
             per_prompt = (each[..., 0] + _take(each, best.expand(len(each), -1, -1, -1)).squeeze(-1)) / 2
-        return torch.stack([mean_per_prompt(values, valid) for values in per_prompt])
+        means, iou = [mean_per_prompt(values, valid) for values in per_prompt], iou[..., 0]
+        return torch.stack([*means, mean_per_prompt(iou.nan_to_num(0), valid & ~iou.isnan())])
 
     @torch.no_grad()
     def _corrected(self, prompts: Prompts, answer: Masks, target: Masks, batch: Batch, number: int) -> Prompts:

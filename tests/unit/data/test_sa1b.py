@@ -18,7 +18,7 @@ def keys_of(batches: list[list[str]]) -> list[str]:
 
 
 def train_keys(source: Sa1b) -> set[str]:
-    return {key for shard in source.train for key in shard.keys.values()}
+    return set(source.train_keys)
 
 
 def test_validation_is_spread_and_apart(make_shards) -> None:

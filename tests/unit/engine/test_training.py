@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,9 +23,12 @@ from sam_distill.engine.evaluation import judge
 from sam_distill.engine.hardware import Hardware
 from sam_distill.engine.judge import Judge, blind
 from sam_distill.engine.loggers import CsvOnly
+from sam_distill.engine.module import Distillation
 from sam_distill.engine.optim import AdamW, Muon
 from sam_distill.engine.training import fit, new_student
 from sam_distill.evaluate.agreement import Agreement
+from sam_distill.evaluate.protocol import Outcome, Target
+from sam_distill.evaluate.views import View
 from sam_distill.images import to_frame
 from sam_distill.models.checkpoints import load_sam
 from sam_distill.models.encoders import TinyViT
@@ -170,6 +180,39 @@ def test_a_resumed_run_follows_the_same_curve(finished: tuple[Path, Sam], tmp_pa
     assert "before/miou/point" in json.loads((tmp_path / "metrics.json").read_text())
 
 
+class Interrupted(Agreement):
+    """Agreement, until the power goes in mid-validation."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__(points=1)
+        self.left = at
+
+    def compare(self, student: View, target: Target) -> Iterator[Outcome]:
+        self.left -= 1
+        if not self.left:
+            raise RuntimeError("power cut")
+        return super().compare(student, target)
+
+
+@pytest.mark.parametrize("ema", [None, 0.9])
+def test_no_score_is_lost(
+    finished: tuple[Path, Sam], tmp_path: Path, live: LiveTeacher, ema: float | None
+) -> None:
+    """Each validation compares two kinds of prompts; blind, before the first step, as well. Step 3's is cut short."""
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(tmp_path, live, student(live), protocol=Interrupted(at=6), ema=ema)
+    assert sorted(history(tmp_path, "val/miou/point")) == [0]
+    for cut in (2, 99):  # when it goes on, it is cut short there again
+        with nullcontext() if cut == 99 else pytest.raises(RuntimeError, match="power cut"):
+            run(tmp_path, live, student(live), protocol=Interrupted(at=cut), resume=str(tmp_path), ema=ema)
+    assert sorted(history(tmp_path, "val/miou/point")) == [0, 3, 6]
+    assert sorted(history(tmp_path, "train/loss")) == [1, 2, 3, 4, 5, 6]
+    if ema is None:
+        for column in ("train/loss", "val/miou/point", "val/embedding_mse"):
+            assert history(tmp_path, column) == pytest.approx(history(finished[0], column), rel=1e-4), column
+    assert (tmp_path / "pictures/masks_0000003.png").is_file()
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_a_damaged_training_image_is_left_out(
@@ -242,6 +285,80 @@ def test_batches_accumulate(tmp_path: Path, live: LiveTeacher) -> None:
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert (metrics["steps"], metrics["images"], metrics["images_per_step"]) == (2, 8, 4)
     assert sorted(history(tmp_path, "val/miou/point")) == [0, 1, 2]
+
+
+def test_a_step_of_several_batches_is_told_as_one(
+    tmp_path: Path, live: LiveTeacher, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The loss is the mean of its batches', the images are all of them, and there is one line."""
+
+    class Told(Decoupled):
+        losses: list[float] = []  # noqa: RUF012
+
+        def step(self, sam: Sam, batch: Batch) -> StepOutput:
+            out = super().step(sam, batch)
+            self.losses.append(out.loss.item())
+            return out
+
+    caplog.set_level(logging.INFO)
+    run(tmp_path, live, student(live), strategy=Told(), accumulate=3, budget="3 steps", step_times=True, ema=0.9)
+    expected = [sum(Told.losses[first : first + 3]) / 3 for first in (0, 3, 6)]
+    assert list(history(tmp_path, "train/loss").values()) == pytest.approx(expected, rel=1e-4)
+    assert [line.partition("  ")[0] for line in caplog.messages if "images/s" in line] == [
+        f"step {number}/3" for number in (1, 2, 3)
+    ]
+    spent = sum(history(tmp_path, name)[3] for name in columns(tmp_path) if name.startswith("time/"))
+    assert spent == pytest.approx(1000 * 6 / history(tmp_path, "train/images_per_second")[3], rel=0.1)
+
+
+def test_stopped_between_two_batches_of_a_step(tmp_path: Path, live: LiveTeacher) -> None:
+    """The step is finished first, and what it logs is written; going on gives what an undisturbed run gives."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    whole.mkdir()
+    broken.mkdir()
+    asked: dict[str, Any] = {"accumulate": 3, "budget": "4 steps", "validate_every": "4 steps"}
+    run(whole, live, student(live), strategy=Called(at=0), **asked)
+    with pytest.raises(SystemExit):
+        run(broken, live, student(live), strategy=Called(at=5), **asked)
+    assert torch.load(broken / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
+    assert sorted(history(broken, "train/loss")) == [1, 2]
+    run(broken, live, student(live), strategy=Called(at=0), resume=str(broken), **asked)
+    for column in ("train/loss", "train/luck"):
+        assert history(broken, column) == pytest.approx(history(whole, column), rel=1e-4), column
+
+
+class Called(Decoupled):
+    """Decoupled, until a scheduler wants the machine back."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.left = at
+
+    def step(self, sam: Sam, batch: Batch) -> StepOutput:
+        self.left -= 1
+        if not self.left:
+            os.kill(os.getpid(), signal.SIGTERM)
+        out = super().step(sam, batch)
+        return replace(out, logs={"luck": torch.rand(())})
+
+
+def test_chance_is_another_on_each_rank(live: LiveTeacher, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a student with DropPath, whose outputs tell which blocks were left out; and the same if it is repeated."""
+    sam = new_student(TinyViT("11m", pretrained=False), live.sam, image_size=64, neck_from_teacher=False)
+    module = Distillation(sam, Decoupled(), live, Points(1, 0), AdamW(), Agreement())
+    batch: Any = collate([Drawings().load(0), Drawings().load(3)])
+
+    def output(rank: int, step: int, part: int) -> float:
+        trainer = SimpleNamespace(global_rank=rank, global_step=step, accumulate_grad_batches=2)
+        monkeypatch.setattr(Distillation, "trainer", trainer)
+        module.on_train_batch_start(batch, 2 * step + part)
+        with torch.no_grad():
+            return module.student.encode(batch.images, batch.sizes).sum().item()
+
+    places = [(rank, step, part) for rank in (0, 1) for step in (0, 1) for part in (0, 1)]
+    seen = [output(*place) for place in places]
+    assert len(set(seen)) == len(places)
+    assert [output(*place) for place in places] == seen
 
 
 def test_parts_learn_at_their_own_rates(finished: tuple[Path, Sam], tmp_path: Path, live: LiveTeacher) -> None:
@@ -331,6 +448,17 @@ def test_validation_and_evaluate_say_the_same(finished: tuple[Path, Sam], tmp_pa
     for name in ("miou/point", "miou/box", "embedding_mse", "blind/miou/point", "blind/miou/box"):
         assert metrics[name] == pytest.approx(trained[name], abs=1e-6)
     assert metrics["blind/images"] == 2
+
+
+def test_validation_and_evaluate_say_the_same_in_bf16(tmp_path: Path, live: LiveTeacher) -> None:
+    hardware = Hardware(accelerator="cpu", precision="bf16", workers=0)
+    trained = run(tmp_path, live, student(live), hardware=hardware, budget="1 step", validate_every="1 step")
+    metrics = judge(
+        student=load_sam(tmp_path), teacher=live, source=Drawings(), split="val", protocol=Agreement(points=1),
+        hardware=hardware, batch_size=2, run_dir=tmp_path,
+    )  # fmt: skip
+    for name in ("miou/point", "miou/box", "embedding_mse"):
+        assert metrics[name] == pytest.approx(trained[name], abs=1e-6), name
 
 
 def test_a_single_image_has_no_blind_baseline(tmp_path: Path, live: LiveTeacher) -> None:

@@ -53,6 +53,20 @@ def test_together_or_one_by_one(teacher: Sam) -> None:
     torch.testing.assert_close(together.iou[valid], alone.iou[valid], rtol=1e-4, atol=1e-4)
 
 
+def test_logits_under_autocast(teacher: Sam) -> None:
+    """The last product is bf16 as all others are; its result has float32's dtype and bf16's digits."""
+    embedding = torch.randn(1, 256, 64, 64, generator=torch.Generator().manual_seed(0))
+    prompts = point_prompts(torch.tensor([[[[300.0, 200.0]]]]), torch.tensor([[[1]]]))
+    with torch.no_grad():
+        precise = teacher.decode(embedding, prompts).low_res
+        with torch.autocast("cpu", torch.bfloat16):
+            rough = teacher.decode(embedding, prompts).low_res
+    assert precise.dtype == rough.dtype == torch.float32
+    assert torch.equal(rough, rough.bfloat16().float())
+    assert not torch.equal(precise, precise.bfloat16().float())
+    assert ((rough > 0) == (precise > 0)).float().mean() > 0.98
+
+
 def test_layer_norm_is_computed_in_float32() -> None:
     """Design, numerics rule 8: these values overflow in half precision."""
     x = torch.full((1, 4, 2, 2), 300.0)

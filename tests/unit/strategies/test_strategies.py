@@ -18,7 +18,7 @@ from sam_distill.strategies.decoupled import Decoupled
 from sam_distill.strategies.finetune_decoder import FinetuneDecoder
 from sam_distill.strategies.finetune_joint import FinetuneJoint
 from sam_distill.strategies.semi_coupled import SemiCoupled
-from sam_distill.types import ALL, Batch, UserError
+from sam_distill.types import ALL, SINGLE, Batch, Masks, Prompts, UserError
 
 ENCODER, DECODER, PROMPTS = "image_encoder.", "mask_decoder.", "prompt_encoder."
 UNUSED_PROMPTS = (f"{PROMPTS}mask_downscaling.", f"{PROMPTS}pe_layer.")
@@ -121,6 +121,25 @@ def test_a_copy_of_the_teacher_has_little_to_learn(tokens: str, teacher: Sam, ba
         other = strategy.step(new_student(teacher, strategy).eval(), batch)
     assert own.logs["miou"] == pytest.approx(1 if tokens != "minimum" else 0.95, abs=0.06)
     assert own.loss < 0.3 * other.loss
+
+
+@pytest.mark.parametrize("tokens", ["all", "chosen"])
+def test_miou_is_that_of_validation(tokens: str, teacher: Sam, batch: Batch) -> None:
+    """Token 0 against token 0, at low resolution; where the teacher's mask is empty there is nothing to compare."""
+
+    def ask(prompts: Prompts) -> Masks:
+        masks = batch.ask_teacher(prompts)  # type: ignore[misc]
+        low_res = masks.low_res.clone()
+        low_res[1, :, 0] = -1
+        return Masks(low_res, masks.iou)
+
+    with torch.no_grad():
+        student = new_student(teacher, SemiCoupled()).eval()
+        out = SemiCoupled(tokens=tokens).step(student, replace(batch, ask_teacher=ask))  # type: ignore[arg-type]
+        assert batch.prompts is not None
+        answer = student.decode(student.encode(batch.images, batch.sizes), batch.prompts, SINGLE)
+        ours, theirs = ((masks.low_res[0, 0, 0, :160] > 0) for masks in (answer, ask(batch.prompts)))
+    assert out.logs["miou"].item() == pytest.approx(((ours & theirs).sum() / (ours | theirs).sum()).item(), abs=1e-6)
 
 
 def test_minimum_is_sams_rule(teacher: Sam, batch: Batch) -> None:

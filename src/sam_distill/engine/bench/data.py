@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from sam_distill.data.base import DataSource, collate
 from sam_distill.data.cache import Cache, ShardWriter, members, update_manifest
+from sam_distill.data.contents import Contents, remembered, stamp_of
 from sam_distill.data.embeddings import Dtype
 from sam_distill.data.photos import Photos
 from sam_distill.data.sa1b import Sa1b
@@ -27,6 +30,7 @@ from sam_distill.types import EMBED_DIM, FRAME, GRID, Sample, UserError
 
 IMAGES = 16  # at a time
 SA1B = (2250, 1500)  # width and height of SA-1B's images, on average
+SA1B_IMAGES, SA1B_TARS = 11_186_000, 1000
 
 
 def bench_data(jpegs: list[bytes], workers: int, seconds: float) -> Iterator[Finding]:
@@ -34,6 +38,7 @@ def bench_data(jpegs: list[bytes], workers: int, seconds: float) -> Iterator[Fin
     with TemporaryDirectory() as folder:
         yield _reading(jpegs, Path(folder), seconds)
         yield _loading(temporary_cache(Path(folder) / "loader", jpegs, "int8"), workers, seconds)
+        yield _starting(Path(folder) / "start")
 
 
 def temporary_cache(folder: Path, jpegs: list[bytes], dtype: Dtype) -> Cache:
@@ -114,10 +119,45 @@ def _loading(cache: Cache, workers: int, seconds: float) -> Finding:
     return Finding("Batches from the cache, int8", "image", race([contender], "cpu", seconds))
 
 
+def _starting(folder: Path) -> Finding:
+    """What each process does before its first step. The tars are empty, but remembered as if they were SA-1B's."""
+    folder.mkdir()
+    each, random = SA1B_IMAGES // SA1B_TARS, np.random.default_rng(0)
+    with _home(folder / "home"):
+        for number in range(SA1B_TARS):
+            tar, numbers = folder / f"sa_{number:06d}.tar", range(number * each, (number + 1) * each)
+            tar.touch()
+            arrays = {
+                "names": np.frombuffer("\0".join(map("sa_{}.jpg".format, numbers)).encode(), np.uint8),
+                "digests": random.integers(2**64, size=each, dtype=np.uint64),
+                "beside": np.ones(each, np.uint8),
+            }
+            remembered(str(tar), stamp_of(tar.stat()), partial(Contents, each, arrays))
+
+        def start() -> object:
+            source = Sa1b(str(folder))
+            return source.fingerprint, source.damage, source.train_stream(0, 0, 0, 8, 8)
+
+        timings = race([Contender("sam-distill", start)], "cpu", turns=3)
+    return Finding(f"Start on {SA1B_TARS * each:,} images in {SA1B_TARS:,} tars that were read before", timings=timings)
+
+
+@contextmanager
+def _home(folder: Path) -> Iterator[None]:
+    before = os.environ.get("SAM_DISTILL_HOME")
+    os.environ["SAM_DISTILL_HOME"] = str(folder)
+    try:
+        yield
+    finally:
+        os.environ.pop("SAM_DISTILL_HOME")
+        if before is not None:
+            os.environ["SAM_DISTILL_HOME"] = before
+
+
 def example_jpegs(source: DataSource) -> list[bytes]:
     """SA-1B's own, where they are given; else photographs of our own in its size."""
     if isinstance(source, Sa1b) and not isinstance(source, Cache):
-        contents = chain.from_iterable(shard.read(shard.keys) for shard in [*source.train, *source.val])
+        contents = chain.from_iterable(shard.read(shard.members()) for shard in [*source.train, *source.val])
         found = [content[0] for _, content in islice(contents, IMAGES)]
         if len(found) < 2:
             raise UserError("there are too few images that can be read: nothing to measure")

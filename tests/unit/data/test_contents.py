@@ -1,0 +1,123 @@
+"""What tars hold is read once, and stays on the disk."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sam_distill.data import tars
+from sam_distill.data.choice import choose
+from sam_distill.data.contents import Contents, remembered
+from sam_distill.data.sa1b import Sa1b
+from sam_distill.data.shards import Shard, chosen, subset, without
+from sam_distill.data.tars import LocalTar
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SAM_DISTILL_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(tars, "FEW", 1)
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The tars whose headers have been read."""
+    seen, headers = [], tars._headers
+
+    def reading(file: object, size: int | None, where: str) -> Contents:
+        seen.append(Path(where).name)
+        return headers(file, size, where)
+
+    monkeypatch.setattr(tars, "_headers", reading)
+    return seen
+
+
+def test_a_tar_is_read_again_when_it_has_changed(
+    make_shards: Callable[..., list[str]], read: list[str], batches: Callable[..., list[list[str]]]
+) -> None:
+    first, second = make_shards([4, 3])
+    before = Sa1b([first, second], val_images=1)
+    assert sorted(read) == ["sa_000000.tar", "sa_000001.tar"]
+    read.clear()
+    again = Sa1b([first, second], val_images=1)
+    assert read == []
+    assert (again.train_keys, again.val_keys) == (before.train_keys, before.val_keys)
+    assert batches(again, 6) == batches(before, 6)
+    make_shards([5, 3])  # the second holds other images now, in as many bytes
+    os.utime(second, ns=(1, 1))
+    assert Sa1b([first, second], val_images=1).train_keys == [f"sa_{number}" for number in range(1, 8)]
+    assert sorted(read) == ["sa_000000.tar", "sa_000001.tar"]
+
+
+def test_a_damaged_tar_is_not_remembered(make_shards: Callable[..., list[str]], read: list[str]) -> None:
+    (tar,) = make_shards([4])
+    Path(tar).write_bytes(Path(tar).read_bytes()[:6000])
+    for _ in range(2):
+        assert Sa1b(tar, val_images=0).skipped == 1
+    assert len(read) == 2
+
+
+def test_a_few_images_are_not_worth_a_file(
+    make_shards: Callable[..., list[str]], home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tars, "FEW", 5)
+    Sa1b(make_shards([4, 5]), val_images=1)
+    assert len(list((home / "index").iterdir())) == 1
+
+
+def test_names_are_not_held_in_memory(make_tar: Callable[..., Path], batches: Callable[..., list[list[str]]]) -> None:
+    tar = make_tar("a.tar", {f"folder/image_{number:05d}.jpg": b"" for number in range(3000)})
+    source = Sa1b(str(tar), val_images=2)
+    assert source.num_train_images == 2998
+    held = len(pickle.dumps(source.train))  # as a loader worker is sent it
+    assert held < 2998 * 4 + 2000  # a number each, since two are held out
+    assert len(pickle.dumps(source.shards)) < 2000
+
+
+def test_a_home_that_can_not_be_written_to(
+    make_shards: Callable[..., list[str]], home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    home.write_text("in the way")
+    with caplog.at_level(logging.WARNING):
+        assert Sa1b(make_shards([4, 3]), val_images=1).num_train_images == 6
+    assert caplog.text.count("their headers are read at every start") == 1
+
+
+def test_names_come_back_as_they_are() -> None:
+    names = ["a/b.jpg", "é 1.png", "broken\udcff.jpg", "x.jpg"]
+    held = remembered("a tar", "1", lambda: Contents.of([*names, "a/b.json", "notes.txt", "x.embedding"]))
+    assert isinstance(held.arrays, Path)
+    assert (held.images, held.names()) == (4, names)
+    assert held.beside(".json").tolist() == [True, False, False, False]
+    assert held.beside(".embedding").tolist() == [False, False, False, True]
+
+
+@pytest.mark.parametrize(("images", "fraction"), [(None, None), (1, None), (13, None), (40, None), (None, 0.3)])
+def test_images_are_chosen_as_in_a_folder(images: int | None, fraction: float | None) -> None:
+    """By the digests of their keys, also where keys need their tars' names."""
+    parts = [[f"{tar * 20 + n}.jpg" for n in range(20)] + ["same.jpg"] for tar in range(2)]
+    tars_of = [LocalTar(f"{name}.tar") for name in "ab"]
+    shards = [Shard(tar, Contents.of(part), {"same"}) for tar, part in zip(tars_of, parts, strict=True)]
+    keys = [key for shard in shards for key in shard.image_keys()]
+    assert {"a/same.jpg", "b/same.jpg"} < set(keys)
+    found = [key for shard in chosen(shards, images, fraction) for key in shard.image_keys()]
+    assert found == [keys[index] for index in choose(keys, images, fraction)]
+    some = set(keys[::7])
+    assert [key for shard in subset(shards, some) for key in shard.image_keys()] == keys[::7]
+    assert [key for shard in without(shards, some) for key in shard.image_keys()] == [k for k in keys if k not in some]
+
+
+def test_two_images_with_one_digest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are told apart by their names; and of those that share the last place, the first is taken."""
+    contents = Contents.of(["0.jpg", "1.jpg", "2.jpg"])
+    assert not isinstance(contents.arrays, Path)
+    alike = Contents(3, {**contents.arrays, "digests": np.array([7, 7, 3], np.uint64)})
+    shard = Shard(LocalTar("a.tar"), alike)
+    assert [s.image_keys() for s in chosen([shard], 2, None)] == [["0", "2"]]
