@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 from unittest.mock import patch
 
@@ -22,7 +22,12 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 COPIES = {aten._to_copy.default, aten.copy_.default}
 LOOK_UPS = {aten.index.Tensor, aten._unsafe_index.Tensor}
-WRITES = {aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default, aten._unsafe_index_put.default}
+WRITES = {
+    aten.index_put.default,
+    aten.index_put_.default,
+    aten._index_put_impl_.default,
+    aten._unsafe_index_put.default,
+}
 READS = {  # of a value, or of a number of elements
     aten._local_scalar_dense.default, aten.equal.default, aten.nonzero.default, aten.masked_select.default,
     aten._unique2.default, aten.unique_dim.default, aten.unique_consecutive.default, aten.bincount.default,
@@ -79,17 +84,17 @@ class PretendedGpu(TorchDispatchMode):
         self.waits.append(f"{operation}  {place.filename.rpartition('/')[2]}:{place.lineno}  {place.line}")
 
     def perform(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        there = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, OnGpu)]
-        here = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and not isinstance(leaf, OnGpu)]
-        if func not in COPIES:
-            _refuse_mix(func, args, there, here)
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        there = [tensor for tensor in tensors if isinstance(tensor, OnGpu)]
+        if there and func not in COPIES:
+            _refuse_mix(func, args, tensors)
         goes_there = bool(there)
         if kwargs.get("device") is not None:
             goes_there = torch.device(kwargs["device"]).type == "cuda"
             kwargs = kwargs | {"device": CPU}
         if func is aten.copy_.default:
             goes_there = isinstance(args[0], OnGpu)
-        self._note(func, args, kwargs, there, goes_there)
+        self._note(func, args, kwargs, bool(there), goes_there)
         known = {id(tensor.held): tensor for tensor in there}  # what changes in place is given back as it was given
         kwargs = kwargs | ({"pin_memory": False} if kwargs.get("pin_memory") else {})
         out = func(*tree_map_only(OnGpu, _held, args), **tree_map_only(OnGpu, _held, kwargs))
@@ -99,27 +104,26 @@ class PretendedGpu(TorchDispatchMode):
             out.pinned = True
         return tree_map_only(Tensor, lambda tensor: known.get(id(tensor), tensor), out)
 
-    def _note(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], there: list[OnGpu], goes_there: bool) -> None:
+    def _note(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], any_there: bool, goes_there: bool) -> None:
         if func in COPIES:
             source = args[0] if func is aten._to_copy.default else args[1]
-            quick = kwargs.get("non_blocking") or (func is aten.copy_.default and any(args[2:]))
-            if goes_there != isinstance(source, OnGpu) and not (quick and (not goes_there or hasattr(source, "pinned"))):
-                self.wait(f"{func} {'to' if goes_there else 'from'} the GPU")
-        elif func in READS and there:
-            self.wait(str(func))
-        elif func in LOOK_UPS | WRITES and there and any(_is_waited_for(index, args) for index in args[1]):
+            queued = kwargs.get("non_blocking") or (func is aten.copy_.default and any(args[2:]))
+            queued = queued and (not goes_there or hasattr(source, "pinned"))
+            waits = goes_there != isinstance(source, OnGpu) and not queued
+        elif func in LOOK_UPS | WRITES:
+            waits = any_there and any(_is_waited_for(index, args) for index in args[1])
+        else:
+            waits = any_there and func in READS
+        if waits:
             self.wait(str(func))
 
 
-def _refuse_mix(func: Any, args: Sequence[Any], there: list[OnGpu], here: list[Tensor]) -> None:
-    strangers = [tensor for tensor in here if tensor.dim()]  # a single number is passed along
-    if not there or not strangers:
-        return
+def _refuse_mix(func: Any, args: Sequence[Any], tensors: Sequence[Tensor]) -> None:
     if func in LOOK_UPS | WRITES and isinstance(args[0], OnGpu):  # torch itself fetches indices, but no values
-        strangers = [value for value in args[2:3] if isinstance(value, Tensor) and value in strangers]
-        strangers = [value for value in strangers if not isinstance(value, OnGpu) and value.dim()]
-    if strangers:
-        raise RuntimeError(f"{func}: {there[0]!r} and, on the CPU, {list(strangers[0].shape)} {strangers[0].dtype}")
+        tensors = [args[0], *(value for value in args[2:3] if isinstance(value, Tensor))]
+    for tensor in tensors:
+        if not isinstance(tensor, OnGpu) and tensor.dim():  # a single number is passed along
+            raise RuntimeError(f"{func}: some on cuda:0 and, on the CPU, {list(tensor.shape)} {tensor.dtype}")
 
 
 def _is_waited_for(index: Tensor | None, args: Sequence[Any]) -> bool:
@@ -144,6 +148,11 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None,
     return aten._scaled_dot_product_attention_math(q, k, v, attn_mask, dropout_p, is_causal, scale=scale)[0]
 
 
+def _no_grad(mode: bool = True) -> AbstractContextManager[Any]:
+    """Tensors made in inference mode have no version, which wrapped ones need."""
+    return torch.no_grad() if mode else nullcontext()
+
+
 @contextmanager
 def pretended_gpu() -> Iterator[PretendedGpu]:
     swaps, lifts = torch.__future__.get_swap_module_params_on_conversion(), torch._C._only_lift_cpu_tensors()
@@ -157,7 +166,7 @@ def pretended_gpu() -> Iterator[PretendedGpu]:
         "torch.cuda.current_device": lambda: 0,
         "torch.accelerator.is_available": lambda: True,
         "torch.Tensor.pin_memory": _pinned,
-        "torch.inference_mode": lambda mode=True: torch.no_grad() if mode else nullcontext(),  # tensors made in it have no version that could be set
+        "torch.inference_mode": _no_grad,
     }
     with ExitStack() as stack:
         for name, value in changes.items():

@@ -157,7 +157,7 @@ class StepOutput:
 def upload(values: Tensor | Sequence[float], device: torch.device | str) -> Tensor:
     """A tensor on the CPU, or numbers, as a tensor on `device`.
 
-    `.to(device)` and `torch.tensor(..., device=device)` first wait until a GPU has done all that is queued; this doesn't.
+    `.to(device)` and `torch.tensor(..., device=device)` wait until a GPU has done all that is queued; this does not.
     """
     tensor = values if isinstance(values, Tensor) else torch.tensor(values)
     if torch.device(device).type != "cuda" or tensor.device.type != "cpu":

@@ -73,16 +73,21 @@ def gpu() -> Iterator[PretendedGpu]:
 
 @pytest.fixture(scope="module")
 def sam(gpu: PretendedGpu) -> Sam:
-    """On the GPU, with random weights, at 64 px: teacher and student in one."""
+    """On the GPU, with random weights, at 64 px: the teacher, and who is judged."""
     torch.manual_seed(0)
     return Sam(TinyViT(pretrained=False), image_size=64).requires_grad_(False).eval().to("cuda")
 
 
+@pytest.fixture(scope="module")
+def learner(gpu: PretendedGpu) -> Sam:
+    return Sam(TinyViT(pretrained=False), image_size=64).to("cuda")
+
+
 @pytest.fixture
-def student(sam: Sam) -> Iterator[Sam]:
-    """Its parts; strategies may change what is frozen, and take another decoder."""
-    yield Sam(sam.image_encoder, sam.prompt_encoder, sam.mask_decoder, sam.image_size)
-    sam.requires_grad_(False).eval()
+def student(learner: Sam) -> Sam:
+    """Frozen, as strategies find it; they may give it another decoder."""
+    learner.requires_grad_(False).eval()
+    return Sam(learner.image_encoder, learner.prompt_encoder, learner.mask_decoder, learner.image_size)
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +127,7 @@ MIXES: dict[str, Callable[[Tensor, Tensor], object]] = {
 @pytest.mark.parametrize("name", MIXES)
 def test_a_mix_of_devices_is_found(name: str, gpu: PretendedGpu) -> None:
     here = torch.eye(3)
-    with pytest.raises((RuntimeError, TypeError), match="CPU|numpy"):
+    with pytest.raises((RuntimeError, TypeError), match=r"CPU|numpy"):
         MIXES[name](here.to("cuda"), here)
 
 
@@ -184,8 +189,9 @@ def test_a_step_by_a_strategy(
 
 def step(strategy: Any, prompts: Any, teacher: Sam, student: Sam, dtype: Any, gpu: PretendedGpu, batch: Batch) -> None:
     """By `decoupled` twice: the second time the teacher remembers what it has said."""
+    decoder = student.mask_decoder
     strategy.prepare(student)
-    if student.mask_decoder is not teacher.mask_decoder:  # from scratch
+    if student.mask_decoder is not decoder:  # from scratch
         student.mask_decoder.to("cuda")
     for part in strategy.trainable(student).values():
         part.requires_grad_(True).train()
@@ -214,6 +220,20 @@ def test_a_sampler(name: str, sam: Sam, student: Sam, gpu: PretendedGpu, batch: 
 def test_prompts_of_annotations(name: str, sam: Sam, student: Sam, gpu: PretendedGpu, batch: Batch) -> None:
     sampler = build("train", "prompts", name, "prompts.count=2", "prompts.masks=annotations")
     step(SemiCoupled(targets="annotations", tokens="minimum"), sampler, sam, student, None, gpu, batch)
+
+
+@pytest.mark.parametrize("name", every("optim"))
+def test_an_optimizer(name: str, gpu: PretendedGpu) -> None:
+    optim, part = build("train", "optim", name), nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).to("cuda")
+    optimizer, schedule = optim.build({"part": part}, total_steps=10)
+    gpu.waits.clear()
+    for _ in range(2):
+        for parameter in part.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        nn.utils.clip_grad_norm_(part.parameters(), optim.clip)
+        optimizer.step()
+        schedule.step()
+    assert gpu.waits == []
 
 
 MORE = {  # the same with fewer prompts and with more
