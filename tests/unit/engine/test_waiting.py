@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from pretended import pretended_gpu
 from pytorch_lightning.accelerators import CPUAccelerator
@@ -14,6 +16,7 @@ from pytorch_lightning.strategies import SingleDeviceStrategy
 from test_training import Drawings, Stumbling, run, student
 
 from sam_distill.engine import training
+from sam_distill.engine.callbacks import Averaged
 from sam_distill.engine.hardware import Hardware
 from sam_distill.engine.module import Distillation
 from sam_distill.evaluate.agreement import Agreement
@@ -82,6 +85,17 @@ def test_no_step_waits_between_log_lines(tmp_path: Path, monkeypatch: pytest.Mon
         assert len(begun) == 4
         assert gpu.waits[begun[0] : begun[3]] == []
         assert len(gpu.waits) > begun[3], "the last step is logged and judged"
+
+
+def test_the_average_lies_where_training_is() -> None:
+    """Which is where the module will be moved to."""
+    module, averaged = pl.LightningModule(), Averaged(decay=0.9)
+    module.layer = torch.nn.Linear(2, 2)
+    trainer: Any = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cuda", 0)))
+    with pretended_gpu():
+        averaged.setup(trainer, module, "fit")
+        assert averaged._average_model is not None
+        assert all(value.is_cuda for value in averaged._average_model.parameters())
 
 
 @pytest.mark.usefixtures("one_log_line")
