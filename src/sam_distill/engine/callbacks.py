@@ -108,7 +108,7 @@ class Averaged(WeightAveraging):
         super().__init__(avg_fn=towards)
 
     def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
-        """The module is still on the CPU; an average that stayed there would cost a copy of all weights at each step."""
+        """The module is still on the CPU; an average that stayed there would cost a copy of all weights each step."""
         self._device = trainer.strategy.root_device
         super().setup(trainer, module, stage)
 
