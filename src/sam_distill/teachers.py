@@ -78,7 +78,7 @@ class LiveTeacher(Teacher):
 
     checkpoint: a name (`mobile_sam`, `sam_vit_h`, ...), a file or a run folder.
     memory_gb: embeddings of images already seen are kept in memory up to this size, so that on a small data set the
-        teacher runs once, in the first epoch. They are kept in float16.
+        teacher runs once, in the first epoch. They are kept in float16; those of a GPU in pinned memory.
     """
 
     def __init__(self, checkpoint: Checkpoint, memory_gb: Annotated[float, Field(ge=0)] = 2.0) -> None:
