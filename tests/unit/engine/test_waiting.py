@@ -81,7 +81,15 @@ def test_no_step_waits_between_log_lines(tmp_path: Path, monkeypatch: pytest.Mon
         monkeypatch.setattr(Distillation, "backward", backward)
         monkeypatch.setattr(Distillation, "training_step", training_step)
         options: dict[str, Any] = {"strategy": Coupled(rounds=2), "protocol": Agreement(points=1, kinds=["point"])}
-        run(tmp_path, teacher, student(teacher), hardware=Pretended(), budget="4 steps", validate_every=None, **options)
+        run(
+            tmp_path,
+            teacher,
+            student(teacher),
+            hardware=Pretended(precision="bf16"),
+            budget="4 steps",
+            validate_every=None,
+            **options,
+        )
         assert len(begun) == 4
         assert gpu.waits[begun[0] : begun[3]] == []
         assert len(gpu.waits) > begun[3], "the last step is logged and judged"
