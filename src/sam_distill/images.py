@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from sam_distill.types import FRAME, LOW_RES, UserError
+from sam_distill.types import FRAME, LOW_RES, UserError, upload
 
 Size = tuple[int, int]  # (height, width), pixels
 
@@ -67,7 +67,7 @@ def frame_size(original_size: Size) -> Size:
 def scale_points(points: Tensor, original_size: Size) -> Tensor:
     """[..., 2] (x, y) in pixels of the original -> pixels of the frame. Corners of boxes are points too."""
     (height, width), (frame_height, frame_width) = original_size, frame_size(original_size)
-    return points * torch.tensor([frame_width / width, frame_height / height], device=points.device)
+    return points * upload([frame_width / width, frame_height / height], points.device)
 
 
 def upscale_masks(low_res: Tensor, size: Size, original_size: Size) -> Tensor:

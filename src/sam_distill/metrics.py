@@ -9,15 +9,26 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from sam_distill.types import upload
+
 _UNIT = 2**30  # of sums of IoUs
 
 
 def mask_iou(prediction: Tensor, target: Tensor) -> Tensor:
     """IoU of boolean masks [..., H, W] -> [...] float32. NaN where the target is empty: there is nothing to find."""
-    intersection = (prediction & target).sum((-1, -2))
-    union = (prediction | target).sum((-1, -2))
-    iou = intersection / union.clamp_min(1)
-    return iou.masked_fill(~target.any((-1, -2)), torch.nan)
+    return iou_of(overlap(prediction, target))
+
+
+def overlap(prediction: Tensor, target: Tensor) -> Tensor:
+    """Boolean masks [..., H, W] -> [..., 3] int64: pixels of the prediction, of the target and of both."""
+    counts = [mask.sum((-1, -2)) for mask in (prediction, target, prediction & target)]
+    return torch.stack(torch.broadcast_tensors(*counts), dim=-1)
+
+
+def iou_of(pixels: Tensor) -> Tensor:
+    """What `overlap` has counted, [..., 3] -> the IoUs [...], as `mask_iou` gives them."""
+    prediction, target, both = pixels.unbind(-1)
+    return (both / (prediction + target - both).clamp_min(1)).masked_fill(target == 0, torch.nan)
 
 
 def bootstrap(images: Sequence[str], ious: Sequence[float], resamplings: int = 1000) -> tuple[float, float] | None:
@@ -59,12 +70,36 @@ class MeanIoU(Metric):
 
     def update(self, iou: Tensor) -> None:
         """iou: any shape and device, as `mask_iou` gives it."""
-        iou = iou.to(self.total.device)
+        iou = upload(iou, self.total.device)
         known = ~iou.isnan()
-        self.total += (iou[known] * _UNIT).long().sum()
+        self.total += (iou.nan_to_num(0) * _UNIT).long().sum()
         self.prompts += known.sum()
         self.skipped += (~known).sum()
 
     def compute(self) -> dict[str, Tensor]:
         """`miou` (NaN if there was no prompt at all), `prompts` and `skipped`, over all ranks."""
         return {"miou": self.total / _UNIT / self.prompts, "prompts": self.prompts, "skipped": self.skipped}
+
+
+class Mean(Metric):
+    """A weighted mean, exact under data-parallel training.
+
+    Torchmetrics' own looks at every value for NaN, for which a GPU has to be waited for.
+    """
+
+    full_state_update = False
+    total: Tensor
+    weight: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum")
+        self.add_state("weight", torch.tensor(0.0), dist_reduce_fx="sum")
+
+    def update(self, values: Tensor, weight: float = 1.0) -> None:
+        """values: any shape and device; each counts `weight` times."""
+        self.total += weight * upload(values, self.total.device).float().sum()
+        self.weight += weight * values.numel()
+
+    def compute(self) -> Tensor:
+        return self.total / self.weight

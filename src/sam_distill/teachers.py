@@ -78,8 +78,9 @@ class LiveTeacher(Teacher):
 
     checkpoint: a name (`mobile_sam`, `sam_vit_h`, ...), a file or a run folder.
     memory_gb: embeddings of images already seen are kept in memory up to this size, so that on a small data set the
-        teacher runs once, in the first epoch. They are kept in float16. Each process of a data-parallel run remembers
-        what it has asked itself, of images that are dealt anew in each epoch: there a cache saves far more.
+        teacher runs once, in the first epoch. They are kept in float16, those of a GPU in pinned memory. Each process of a
+        data-parallel run remembers what it has asked itself, of images that are dealt anew in each epoch: there a cache
+        saves far more.
     """
 
     def __init__(self, checkpoint: Checkpoint, memory_gb: Annotated[float, Field(ge=0)] = 2.0) -> None:
@@ -102,27 +103,20 @@ class LiveTeacher(Teacher):
         """The encoder runs on the images that are not remembered."""
         if not self.capacity:
             return self.embed(batch)
-        marks = self._marks(batch)
-        new = [i for i, mark in enumerate(marks) if mark not in _memory]
-        embedding = torch.empty(len(batch), EMBED_DIM, GRID, GRID, device=batch.images.device)
+        device = batch.images.device
+        precise = not torch.is_autocast_enabled(device.type)
+        marks = [(self.checkpoint, precise, *each) for each in zip(batch.keys, batch.checksums, strict=True)]
+        found: list[Tensor | None] = [_memory.get(mark) for mark in marks]
+        new = [i for i, known in enumerate(found) if known is None]
         if new:
-            answer = self.sam.encode(batch.images[new], batch.sizes[new])
-            embedding[new] = answer.half().to(embedding)  # as they are remembered: a resumed run has to ask again
-        for i, mark in enumerate(marks):
-            if i not in new:
-                embedding[i] = _memory[mark].to(embedding)
-            elif len(_memory) < self.capacity:
-                _memory[mark] = embedding[i].to("cpu", torch.float16)
-        return embedding
-
-    def _marks(self, batch: Batch) -> list[tuple[object, ...]]:
-        """What tells embeddings apart; the sum of the pixels does where another source has an image of this name."""
-        precise = not torch.is_autocast_enabled(batch.images.device.type)
-        sums, sizes = batch.images.flatten(1).sum(1).tolist(), batch.sizes.tolist()
-        return [
-            (self.checkpoint, precise, key, *size, total)
-            for key, size, total in zip(batch.keys, sizes, sums, strict=True)
-        ]
+            images, sizes = (torch.stack([values[i] for i in new]) for values in (batch.images, batch.sizes))
+            answers = self.sam.encode(images, sizes).half()  # as they are remembered: a resumed run has to ask again
+            for i, answer in zip(new, answers, strict=True):
+                found[i] = answer
+                if len(_memory) < self.capacity:
+                    # A GPU's queue brings it to pinned memory, and the next time back from there, in this order.
+                    _memory[marks[i]] = answer.to("cpu", non_blocking=True)
+        return torch.stack([known.to(device, non_blocking=True).float() for known in found if known is not None])
 
 
 class CachedTeacher(Teacher):

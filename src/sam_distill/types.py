@@ -112,6 +112,7 @@ class Batch:
     sizes: [B, 2] int64, (h, w) of the valid area in frame pixels.
     original_sizes: [B, 2] int64, (H, W).
     epochs: B numbers, see `Sample`. What is drawn at random for an image depends on (seed, key, epoch) alone.
+    checksums: B numbers that tell images of the same key apart; known without a look at what lies on a GPU.
     annotations: [B, A, 256, 256] bool, see `Sample`.
     teacher_embedding: [B, 256, 64, 64] float32, filled in by a teacher, unless the data come with it.
     ask_teacher: the teacher's masks for any prompts on these images, all four tokens: one light decoder call.
@@ -129,6 +130,7 @@ class Batch:
     ask_teacher: Callable[[Prompts], Masks] | None = None
     prompts: Prompts | None = None
     truth: Sequence[Sequence[RunLengths]] = ()
+    checksums: Sequence[int] = ()
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -150,6 +152,17 @@ class StepOutput:
 
     loss: Tensor
     logs: dict[str, Any] = field(default_factory=dict)
+
+
+def upload(values: Tensor | Sequence[float], device: torch.device | str) -> Tensor:
+    """A tensor on the CPU, or numbers, as a tensor on `device`.
+
+    `.to(device)` and `torch.tensor(..., device=device)` wait until a GPU has done all that is queued; this does not.
+    """
+    tensor = values if isinstance(values, Tensor) else torch.tensor(values)
+    if torch.device(device).type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def valid_area(sizes: Tensor, side: int) -> Tensor:

@@ -6,6 +6,7 @@ A source with random access subclasses `IndexedSource` and says how to load one 
 from __future__ import annotations
 
 import logging
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -298,10 +299,16 @@ def collate(samples: list[Sample]) -> Batch:
         sizes=torch.tensor([sample.image.shape[-2:] for sample in samples]),
         original_sizes=torch.tensor([sample.original_size for sample in samples]),
         epochs=[sample.epoch for sample in samples],
+        checksums=[_checksum(sample.image) for sample in samples],
         annotations=_stacked(sample.annotations for sample in samples),
         teacher_embedding=_stacked(sample.teacher_embedding for sample in samples),
         truth=[sample.truth for sample in samples],
     )
+
+
+def _checksum(image: torch.Tensor) -> int:
+    """Of every eighth row, which is enough to tell two pictures apart."""
+    return zlib.crc32(image[:, ::8].contiguous().numpy().tobytes())
 
 
 def _stacked(values: Iterable[torch.Tensor | None]) -> torch.Tensor | None:

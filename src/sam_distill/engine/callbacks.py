@@ -107,6 +107,11 @@ class Averaged(WeightAveraging):
 
         super().__init__(avg_fn=towards)
 
+    def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
+        """The module is still on the CPU; an average that stayed there would cost a copy of all weights each step."""
+        self._device = trainer.strategy.root_device
+        super().setup(trainer, module, stage)
+
     def on_validation_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Too early: the run folder still has to save the average."""
 

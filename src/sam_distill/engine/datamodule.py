@@ -49,7 +49,9 @@ class Loaders(pl.LightningDataModule):
         if not samples:
             raise UserError("not one of the validation images can be read")
         share: Any = samples[self.trainer.global_rank :: self.trainer.world_size]
-        return DataLoader(share, batch_size=self.batch_size, collate_fn=collate)
+        return DataLoader(
+            share, batch_size=self.batch_size, collate_fn=collate, pin_memory=self.hardware.kind == "cuda"
+        )
 
 
 def _ignore_signals(worker: int) -> None:

@@ -107,7 +107,10 @@ def loader(
 ) -> DataLoader[Sample]:
     """truth: images come with their annotations."""
     stream = EvalStream(source, split, truth)
-    return DataLoader(stream, batch_size=batch_size, collate_fn=collate, num_workers=hardware.num_workers)
+    return DataLoader(
+        stream, batch_size=batch_size, collate_fn=collate, num_workers=hardware.num_workers,
+        pin_memory=hardware.kind == "cuda",
+    )  # fmt: skip
 
 
 def _never_looking(judge: Judge, teacher: Sam, answers: list[Answer], bar: Progress) -> dict[str, Any]:

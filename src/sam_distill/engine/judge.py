@@ -10,12 +10,11 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
 
 from sam_distill.evaluate.protocol import Comparison, Outcome, Protocol, Target
 from sam_distill.evaluate.views import View
 from sam_distill.losses import embedding_cosine, embedding_mse
-from sam_distill.metrics import MeanIoU, bootstrap
+from sam_distill.metrics import Mean, MeanIoU, bootstrap
 from sam_distill.models.sam import Sam
 from sam_distill.predict.overlays import column, comparison
 from sam_distill.types import GRID, Batch, valid_area
@@ -52,8 +51,8 @@ class Judge(nn.Module):
         super().__init__()
         self.protocol = protocol
         self.miou = nn.ModuleDict({kind: MeanIoU() for kind in protocol.kinds})
-        self.empty = nn.ModuleDict({kind: MeanMetric() for kind in protocol.kinds})
-        self.errors = nn.ModuleDict({"embedding_mse": MeanMetric(), "embedding_cosine": MeanMetric()})
+        self.empty = nn.ModuleDict({kind: Mean() for kind in protocol.kinds})
+        self.errors = nn.ModuleDict({"embedding_mse": Mean(), "embedding_cosine": Mean()})
         self.reset()
 
     def reset(self) -> None:
@@ -71,14 +70,15 @@ class Judge(nn.Module):
             area = valid_area(batch.sizes, GRID)
             for name, measure in (("embedding_mse", embedding_mse), ("embedding_cosine", embedding_cosine)):
                 self.errors[name].update(measure(student.embedding, teacher_embedding, area), weight=len(batch))  # type: ignore[operator]
-        for target in targets:
-            for outcome in self.protocol.compare(student, target):
-                told = outcome.comparison
-                self.comparisons.append(told)
-                self.miou[told.kind].update(torch.tensor(told.iou))  # type: ignore[operator]
-                if told.teacher_area:
-                    self.empty[told.kind].update(float(told.student_area == 0))  # type: ignore[operator]
-                self._draw(outcome, batch)
+        outcomes = [outcome for target in targets for outcome in self.protocol.compare(student, target)]
+        for kind in self.protocol.kinds:
+            rows = [outcome.comparison for outcome in outcomes if outcome.comparison.kind == kind]
+            empty = [float(row.student_area == 0) for row in rows if row.teacher_area]
+            self.miou[kind].update(torch.tensor([row.iou for row in rows]))  # type: ignore[operator]
+            self.empty[kind].update(torch.tensor(empty))  # type: ignore[operator]
+        for outcome in outcomes:
+            self.comparisons.append(outcome.comparison)
+            self._draw(outcome, student)
 
     def compute(self) -> dict[str, float]:
         """Flat metrics by their names in metrics.json, over all ranks; `comparisons` then has all ranks' rows, too.
@@ -108,18 +108,19 @@ class Judge(nn.Module):
                 bounds |= {f"miou/{kind}/low": interval[0], f"miou/{kind}/high": interval[1]}
         return bounds
 
-    def _draw(self, outcome: Outcome, batch: Batch) -> None:
-        told = outcome.comparison
+    def _draw(self, outcome: Outcome, student: View) -> None:
+        told, batch = outcome.comparison, student.batch
         if told.image not in self._wanted and len(self._wanted) < PICTURES:
             self._wanted[told.image] = self.protocol.kinds[len(self._wanted) % len(self.protocol.kinds)]
         if self._wanted.get(told.image) != told.kind:
             return
         self._wanted[told.image] = ""  # done
         i = batch.keys.index(told.image)
-        height, width = batch.sizes[i].tolist()
+        (height, width), original_size = student.sizes[i]
         frame = batch.images[i, :, :height, :width].permute(1, 2, 0).cpu().numpy()
-        original = Image.fromarray(frame).resize((outcome.teacher.shape[1], outcome.teacher.shape[0]))
-        self.pictures.append(Picture(original, told, outcome.teacher.cpu().numpy(), outcome.student.cpu().numpy()))
+        original = Image.fromarray(frame).resize(original_size[::-1])
+        right, answer = outcome.teacher().cpu().numpy(), outcome.student().cpu().numpy()
+        self.pictures.append(Picture(original, told, right, answer))
 
     def sheet(self) -> Image.Image:
         """Each of the pictures as a row: the image with its prompt, the right mask, the student's."""

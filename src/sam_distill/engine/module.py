@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -79,6 +80,7 @@ class Distillation(pl.LightningModule):
         self._teacher = (teacher,)  # in a tuple, where nn.Module does not find it
         self._parts: list[Mapping[str, Any]] = []  # logs of the batches of the step in hand
         self._answers: dict[tuple[str, ...], tuple[Batch, Tensor, list[Target]]] = {}
+        self._losses: list[tuple[int, list[str], Tensor]] = []  # of steps and their images, not looked at yet
         self.trainable = strategy.trainable(student)
         optim.check(self.trainable)
         student.requires_grad_(False)
@@ -109,29 +111,45 @@ class Distillation(pl.LightningModule):
             batch = replace(batch, prompts=self.prompts.draw(batch))
         with SyncBatchNorm() if self.sync_batchnorm else nullcontext():
             out = self.strategy.step(self.student, batch)
-        if not torch.isfinite(out.loss):
-            raise UserError(
-                f"the loss is {out.loss.item()} at step {self.global_step} (images {', '.join(batch.keys)}): "
-                "try a smaller optim.lr, or trainer.precision=fp32"
-            )
+        self._losses.append((self.global_step, batch.keys, out.loss.detach()))
         self._parts.append({"loss": out.loss.detach()} | out.logs)
         if ends_step(self.trainer, index):
             parts, self._parts = self._parts, []
-            mean = {name: sum(part[name] for part in parts) / len(parts) for name in parts[0]}
-            # Lightning would count this step from 0, and validations from -1.
-            logs = {f"train/{name}": value for name, value in self._over_ranks(mean).items()}
-            self.log_dict(logs | {"step": self.global_step + 1.0}, batch_size=len(batch))
+            if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+                self._look_at_losses()
+                mean = {name: sum(part[name] for part in parts) / len(parts) for name in parts[0]}
+                # Lightning would count this step from 0, and validations from -1.
+                logs = {f"train/{name}": value for name, value in self._over_ranks(mean).items()}
+                self.log_dict(logs | {"step": self.global_step + 1.0}, batch_size=len(batch))
         return out.loss
 
+    def _look_at_losses(self) -> None:
+        """A loss that is no number ends the run. Not looked for at every step: a GPU would have to be waited for."""
+        steps, self._losses = self._losses, []
+        values = torch.stack([loss for *_, loss in steps]).tolist() if steps else []
+        for (step, keys, _), value in zip(steps, values, strict=True):
+            if not math.isfinite(value):
+                told = f"the loss is {value} at step {step} (images {', '.join(keys)})"
+                raise UserError(f"{told}: try a smaller optim.lr, or trainer.precision=fp32")
+
+    def _check(self) -> None:
+        """What is judged or kept consists of numbers. Finite losses don't say so: a gradient may not have been one."""
+        self._look_at_losses()
+        weights = [value for value in self.student.state_dict().values() if value.is_floating_point()]
+        if not torch.stack([value.isfinite().all() for value in weights]).all():
+            told = f"weights are no numbers any more after step {self.global_step}, though all losses were"
+            raise UserError(f"{told}: try a smaller optim.lr, or trainer.precision=fp32")
+
     def _over_ranks(self, logs: Mapping[str, Any]) -> dict[str, Any]:
-        """Means over all ranks where a step is logged; between those steps, what this rank sees will do."""
-        if self.trainer.world_size == 1 or (self.global_step + 1) % self.trainer.log_every_n_steps:  # type: ignore[attr-defined]
+        """Means over all ranks."""
+        if self.trainer.world_size == 1:
             return dict(logs)
         values = torch.stack([torch.as_tensor(value, device=self.device).detach().float() for value in logs.values()])
         torch.distributed.all_reduce(values)
         return dict(zip(logs, values / self.trainer.world_size, strict=True))
 
     def on_validation_epoch_start(self) -> None:
+        self._check()
         self.judge.reset()
 
     def validation_step(self, batch: Batch, _: int) -> None:
@@ -168,6 +186,7 @@ class Distillation(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._check()
         checkpoint[DESCRIPTION] = describe(self.student)
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:

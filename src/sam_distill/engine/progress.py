@@ -12,11 +12,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 log = logging.getLogger(__name__)
 
-INTERVAL = 0.2  # seconds between updates: reading the loss makes the CPU wait for the GPU
+INTERVAL = 0.2  # seconds between updates
 
 
 class TrainingBar(pl.Callback):
-    """Steps done of all, the loss and the time left, in one line that disappears at the end; the log goes on above it.
+    """Steps done of all, the loss last logged and the time left, in a line that disappears; the log goes on above it.
 
     It is drawn between steps, not by a thread of its own: loader workers are forked while it is on screen, and would
     inherit that thread's locks.
@@ -38,10 +38,11 @@ class TrainingBar(pl.Callback):
         self._draw(total=trainer.max_steps, completed=trainer.global_step)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        told = trainer.callback_metrics.get("train/loss")  # none before the first step is complete
-        if told is not None and time.perf_counter() - self._drawn > INTERVAL:
-            loss = f"loss {float(told):.4f}"
-            self._draw(completed=trainer.global_step, loss=loss, description="training")
+        loss = trainer.callback_metrics.get("train/loss")  # none before the first step is complete
+        if loss is not None and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            self._bar.update(self._task, loss=f"loss {float(loss):.4f}")
+        if time.perf_counter() - self._drawn > INTERVAL:
+            self._draw(completed=trainer.global_step, description="training")
 
     def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self._draw(completed=trainer.global_step, description="validating")

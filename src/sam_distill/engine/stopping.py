@@ -16,6 +16,7 @@ from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor
 
 from sam_distill.engine.module import ends_step
+from sam_distill.types import upload
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ class Stopping(pl.Callback):
     def __init__(self, checkpoint: Path) -> None:
         self.checkpoint = checkpoint
         self._signal, self._agreed, self._heard = 0, 0, 0.0
+        self._asked: tuple[Tensor, torch.Event | None] | None = None
         self._stepping = False
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -61,11 +63,20 @@ class Stopping(pl.Callback):
         trainer.save_checkpoint(self.checkpoint)  # the budget need not be a multiple of the interval
 
     def on_before_backward(self, trainer: pl.Trainer, module: pl.LightningModule, loss: Tensor) -> None:
-        """Here the device's queue is empty, since the loss has just been looked at: asking costs next to nothing."""
-        heard = torch.tensor(self._signal, device=module.device)
-        if torch.distributed.is_initialized():
-            torch.distributed.all_reduce(heard, torch.distributed.ReduceOp.MAX)
-        self._agreed = int(heard)
+        """Ranks ask each other at every step and hear the answer at the next one, so that no GPU runs out of work."""
+        if not torch.distributed.is_initialized():
+            self._agreed = self._signal
+            return
+        if self._asked is not None:
+            answer, arrived = self._asked
+            if arrived is not None:
+                arrived.synchronize()
+            self._agreed = int(answer)
+        heard = upload([self._signal], module.device)
+        torch.distributed.all_reduce(heard, torch.distributed.ReduceOp.MAX)
+        self._asked = heard.to("cpu", non_blocking=True), torch.Event("cuda") if heard.is_cuda else None
+        if self._asked[1] is not None:
+            self._asked[1].record()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, index: int

@@ -97,8 +97,7 @@ class FastSamView(View):
 
         def mask(image: int, prompt: int) -> Tensor:
             answer = self._answer(self.everything[image], prompts.points[image, prompt], prompts.labels[image, prompt])
-            size = self.batch.original_sizes[image].tolist()
-            return F.interpolate(answer[None, None].byte(), size, mode="nearest-exact")[0, 0].bool()
+            return F.interpolate(answer[None, None].byte(), self.sizes[image][1], mode="nearest-exact")[0, 0].bool()
 
         return mask
 

@@ -8,6 +8,7 @@ back, so that models without such an input can be judged alike.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Annotated, Any
 
 import numpy as np
@@ -17,12 +18,12 @@ from pydantic import Field
 from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
-from sam_distill.evaluate.protocol import Outcome, Protocol, Target, outcome
+from sam_distill.evaluate.protocol import Outcome, Protocol, Target, outcomes
 from sam_distill.evaluate.views import MaskOf, SamView, Token, View
 from sam_distill.images import scale_points
 from sam_distill.prompts.draws import generator
 from sam_distill.prompts.forms import add_points, box_prompts, point_prompts
-from sam_distill.types import ABSENT, BACKGROUND, FOREGROUND, Batch
+from sam_distill.types import ABSENT, BACKGROUND, FOREGROUND, upload
 
 
 class GroundTruth(Protocol):
@@ -54,7 +55,7 @@ class GroundTruth(Protocol):
         most, device = max(map(len, chosen)), batch.images.device
 
         def masks(image: int, prompt: int) -> Tensor:
-            return torch.from_numpy(coco.decode(chosen[image][prompt])).to(device, torch.bool)
+            return upload(torch.from_numpy(coco.decode(chosen[image][prompt])), device).bool()
 
         points, boxes = torch.zeros(len(batch), most, 1, 2), torch.full((len(batch), most, 4), torch.nan)
         labels = torch.full((len(batch), most, 1), ABSENT)
@@ -62,43 +63,47 @@ class GroundTruth(Protocol):
             for p, run_lengths in enumerate(truth):
                 x, y, width, height = coco.toBbox(run_lengths).tolist()
                 corners = torch.tensor([[x, y], [x + width, y + height]])
-                boxes[i, p] = _in_frame(batch, i, corners).flatten()
-                points[i, p, 0] = _in_frame(batch, i, torch.tensor([_deepest(coco.decode(run_lengths))[1]]))[0]
+                boxes[i, p] = scale_points(corners, teacher.sizes[i][1]).flatten()
+                middle = torch.tensor(_deepest(coco.decode(run_lengths))[1])
+                points[i, p, 0] = scale_points(middle, teacher.sizes[i][1])
                 labels[i, p, 0] = FOREGROUND
-        clicks = point_prompts(points.to(device), labels.to(device))
-        return [Target("click_1", clicks, masks), Target("box", box_prompts(boxes.to(device)), masks)]
+        clicks = point_prompts(upload(points, device), upload(labels, device))
+        return [Target("click_1", clicks, masks), Target("box", box_prompts(upload(boxes, device)), masks)]
 
     def compare(self, student: View, target: Target) -> Iterator[Outcome]:
         if target.kind == "box":
             yield from super().compare(student, target)
             return
         for number in range(1, self.clicks[-1] + 1):
-            answers, kind = student.masks(target.prompts), f"click_{number}"
+            answers = student.masks(target.prompts)
             if number in self.clicks:
-                for i, p in target.prompts.valid.nonzero().tolist():
-                    told = Target(kind, target.prompts, target.masks)
-                    yield outcome(student.batch, told, i, p, target.masks(i, p), answers(i, p))
+                yield from outcomes(student, replace(target, kind=f"click_{number}"), answers)
             if number < self.clicks[-1]:
-                target = _corrected(student.batch, target, answers)
+                target = _corrected(student, target, answers)
 
     def _chosen(self, key: str, truth: Sequence[Any]) -> list[Any]:
         order = generator(self.seed, key, 0, "ground truth").permutation(len(truth))
         return [truth[index] for index in order[: self.annotations]]
 
 
-def _corrected(batch: Batch, target: Target, answers: MaskOf) -> Target:
+def _corrected(student: View, target: Target, answers: MaskOf) -> Target:
     """With one more click for every prompt, unless its mask is right to the last pixel."""
-    shape = target.prompts.labels.shape[:2]
-    points, labels = torch.zeros(*shape, 2), torch.full(shape, ABSENT)
-    for i, p in target.prompts.valid.nonzero().tolist():
-        right, answer = (mask.cpu().numpy() for mask in (target.masks(i, p), answers(i, p)))
-        missed, too_much = _deepest(right & ~answer), _deepest(answer & ~right)
-        depth, place = max(missed, too_much)
-        if depth > 0:
-            points[i, p] = _in_frame(batch, i, torch.tensor([place]))[0]
-            labels[i, p] = FOREGROUND if missed >= too_much else BACKGROUND
-    device = target.prompts.points.device
-    return Target(target.kind, add_points(target.prompts, points.to(device), labels.to(device)), target.masks)
+    valid, device = target.prompts.valid.cpu(), target.prompts.points.device
+    points, labels = torch.zeros(*valid.shape, 2), torch.full(valid.shape, ABSENT)
+    for i, (_, original_size) in enumerate(student.sizes):
+        asked = valid[i].nonzero().flatten().tolist()
+        if not asked:
+            continue
+        right, answer = (torch.stack([masks(i, p) for p in asked]) for masks in (target.masks, answers))
+        errors = torch.stack([right & ~answer, answer & ~right], dim=1).cpu().numpy()  # the image's, in one go
+        for p, (missing, surplus) in zip(asked, errors, strict=True):
+            missed, too_much = _deepest(missing), _deepest(surplus)
+            depth, place = max(missed, too_much)
+            if depth > 0:
+                points[i, p] = scale_points(torch.tensor(place), original_size)
+                labels[i, p] = FOREGROUND if missed >= too_much else BACKGROUND
+    more = add_points(target.prompts, upload(points, device), upload(labels, device))
+    return replace(target, prompts=more)
 
 
 def _deepest(mask: np.ndarray) -> tuple[float, tuple[float, float]]:
@@ -106,9 +111,3 @@ def _deepest(mask: np.ndarray) -> tuple[float, tuple[float, float]]:
     depth = distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1]
     y, x = np.unravel_index(depth.argmax(), depth.shape)
     return float(depth[y, x]), (float(x), float(y))
-
-
-def _in_frame(batch: Batch, image: int, points: Tensor) -> Tensor:
-    """points: [N, 2] (x, y) in original pixels."""
-    height, width = batch.original_sizes[image].tolist()
-    return scale_points(points, (height, width))

@@ -17,7 +17,7 @@ from sam_distill.evaluate.protocol import Protocol, Target
 from sam_distill.evaluate.views import SamView, Token
 from sam_distill.prompts.draws import Draw, at_points, points_at, uniform_points
 from sam_distill.prompts.forms import point_prompts
-from sam_distill.types import ABSENT, BACKGROUND, FOREGROUND
+from sam_distill.types import ABSENT, BACKGROUND, FOREGROUND, upload
 
 
 class PointPairs(Protocol):
@@ -60,7 +60,7 @@ class PointPairs(Protocol):
             fits = ((others - points).norm(dim=-1, keepdim=True) - wanted).abs()[..., 0] < 2
             if self.outside:
                 fits &= ~_on_the_thing(teacher, points, others)
-            signs = torch.tensor([FOREGROUND, BACKGROUND], device=points.device).expand(*points.shape[:2], 2)
+            signs = upload([FOREGROUND, BACKGROUND], points.device).expand(*points.shape[:2], 2)
             labels = signs.masked_fill(~fits[..., None], ABSENT)
             prompts = point_prompts(torch.stack([points, others], 2), labels)
             targets.append(Target(kind, prompts, teacher.masks(prompts)))

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from sam_distill.evaluate.views import MaskOf, SamView, Token, View
-from sam_distill.metrics import mask_iou
+from sam_distill.metrics import iou_of, overlap
 from sam_distill.models.sam import Sam
 from sam_distill.types import BACKGROUND, Batch, Prompts
 
@@ -42,11 +43,11 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A comparison with its masks, [H, W] bool, for those who want to draw it."""
+    """A comparison, and what makes its masks, [H, W] bool, once more for those who want to draw it."""
 
     comparison: Comparison
-    teacher: Tensor
-    student: Tensor
+    teacher: Callable[[], Tensor]
+    student: Callable[[], Tensor]
 
 
 class Protocol(ABC):
@@ -79,25 +80,26 @@ class Protocol(ABC):
 
     def compare(self, student: View, target: Target) -> Iterator[Outcome]:
         """The student's answers to the same prompts, compared at each image's original size."""
-        answers = student.masks(target.prompts)
-        for i in range(len(student.batch)):
-            for p in torch.nonzero(target.prompts.valid[i]).flatten().tolist():
-                yield outcome(student.batch, target, i, p, target.masks(i, p), answers(i, p))
+        yield from outcomes(student, target, student.masks(target.prompts))
 
 
-def outcome(batch: Batch, target: Target, image: int, prompt: int, right: Tensor, answer: Tensor) -> Outcome:
-    """right, answer: [H, W] bool."""
-    scale = int(batch.original_sizes[image, 1]) / int(batch.sizes[image, 1])
-    labels = target.prompts.labels[image, prompt]
-    real = labels >= BACKGROUND
-    points = target.prompts.points[image, prompt][real].flatten().tolist()
-    comparison = Comparison(
-        image=batch.keys[image],
-        kind=target.kind,
-        prompt=tuple(round(value * scale, 1) for value in points),
-        labels=tuple(labels[real].tolist()),
-        iou=mask_iou(answer, right).item(),
-        teacher_area=int(right.sum()),
-        student_area=int(answer.sum()),
-    )
-    return Outcome(comparison, right, answer)
+def outcomes(student: View, target: Target, answers: MaskOf) -> Iterator[Outcome]:
+    """answers: the student's. All pixels are counted before the first number is looked at, so a GPU is seldom idle."""
+    prompts = replace(target.prompts, masks=None).to("cpu")
+    points, labels, places = prompts.points, prompts.labels, prompts.valid.nonzero().tolist()
+    if not places:
+        return
+    counted = torch.stack([overlap(answers(i, p), target.masks(i, p)) for i, p in places]).cpu()
+    for (i, p), iou, (area, right_area, _) in zip(places, iou_of(counted).tolist(), counted.tolist(), strict=True):
+        (_, width), (_, original_width) = student.sizes[i]
+        scale, real = original_width / width, labels[i, p] >= BACKGROUND
+        comparison = Comparison(
+            image=student.batch.keys[i],
+            kind=target.kind,
+            prompt=tuple(round(value * scale, 1) for value in points[i, p][real].flatten().tolist()),
+            labels=tuple(labels[i, p][real].tolist()),
+            iou=iou,
+            teacher_area=right_area,
+            student_area=area,
+        )
+        yield Outcome(comparison, partial(target.masks, i, p), partial(answers, i, p))

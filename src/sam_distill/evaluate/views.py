@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import cached_property
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from sam_distill.images import upscale_masks
+from sam_distill.images import Size, upscale_masks
 from sam_distill.models.sam import Sam
 from sam_distill.types import LOW_RES, MULTI, SINGLE, Batch, Masks, Prompts
 
@@ -22,6 +23,12 @@ class View(ABC):
 
     batch: Batch
     embedding: Tensor | None
+
+    @cached_property
+    def sizes(self) -> list[tuple[Size, Size]]:
+        """Of each image: (h, w) within the frame, and the original's (H, W)."""
+        both = torch.cat([self.batch.sizes, self.batch.original_sizes], dim=1).tolist()
+        return [((h, w), (height, width)) for h, w, height, width in both]
 
     @abstractmethod
     def masks(self, prompts: Prompts) -> MaskOf:
@@ -51,10 +58,10 @@ class SamView(View):
 
     def upscaled(self, low_res: Tensor) -> MaskOf:
         """low_res: as above."""
-        sizes, original_sizes = self.batch.sizes.tolist(), self.batch.original_sizes.tolist()
+        sizes = self.sizes
 
         def mask(image: int, prompt: int) -> Tensor:
-            return upscale_masks(low_res[image, prompt], tuple(sizes[image]), tuple(original_sizes[image])) > 0
+            return upscale_masks(low_res[image, prompt], *sizes[image]) > 0
 
         return mask
 

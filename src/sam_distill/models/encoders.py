@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -118,7 +119,8 @@ class SamViT(ImageEncoder):
         self.spec["global_blocks"] = list(global_blocks)
 
     def features(self, x: Tensor) -> Sequence[Tensor]:
-        return [self.backbone.forward_features(x)]  # type: ignore[operator]
+        with x.device if x.is_cuda else nullcontext():  # timm would look positions up by tables on the CPU
+            return [self.backbone.forward_features(x)]  # type: ignore[operator]
 
 
 class TimmEncoder(ImageEncoder):

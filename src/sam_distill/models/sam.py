@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from sam_distill.models.mask_decoder import MaskDecoder
 from sam_distill.models.prompt_encoder import PromptEncoder
-from sam_distill.types import FRAME, SINGLE, Masks, Prompts, valid_area
+from sam_distill.types import FRAME, SINGLE, Masks, Prompts, upload, valid_area
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_STD = (58.395, 57.12, 57.375)
@@ -77,7 +77,7 @@ def preprocess(images: Tensor, sizes: Tensor, image_size: int) -> Tensor:
     Padding is zero AFTER normalising, as in SAM. A smaller S is an area-averaged reduction of the whole padded frame,
     so that every S has the same geometry and prompts need no rescaling.
     """
-    mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (PIXEL_MEAN, PIXEL_STD))
+    mean, std = (upload(v, images.device).view(1, 3, 1, 1) for v in (PIXEL_MEAN, PIXEL_STD))
     x, area = images.float(), valid_area(sizes, FRAME).float()
     if image_size != FRAME:  # before normalising, which is linear too: fewer pixels to handle
         x, area = (

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sam_distill.types import ABSENT, BACKGROUND, FOREGROUND, FRAME, LOW_RES
+from sam_distill.types import ABSENT, BACKGROUND, FOREGROUND, FRAME, LOW_RES, upload
 
 _CELL = FRAME // LOW_RES  # pixels
 _FEWEST_WRONG = 10  # cells; below that a correction would be noise (EdgeSAM's number)
@@ -26,7 +26,7 @@ def generator(seed: int, key: str, epoch: int, purpose: str = "") -> np.random.G
 
 
 class Draw:
-    """A source of random numbers for the images of one batch."""
+    """A source of random numbers for the images of one batch. They are drawn on the CPU, the same for every device."""
 
     def __init__(self, keys: Sequence[str], epochs: Sequence[int], seed: int, purpose: str = "") -> None:
         self.generators = [generator(seed, key, epoch, purpose) for key, epoch in zip(keys, epochs, strict=True)]
@@ -43,7 +43,7 @@ class Draw:
 def uniform_points(draw: Draw, sizes: Tensor, count: int) -> Tensor:
     """`count` pixels per image, uniform over its valid area: [B, count, 2] float32 (x, y), on the device of `sizes`."""
     extent = sizes.flip(-1).unsqueeze(1)  # (w, h)
-    return (draw.uniform(count, 2).to(sizes.device) * extent).floor()
+    return (upload(draw.uniform(count, 2), sizes.device) * extent).floor()
 
 
 def points_in(draw: Draw, masks: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,7 +54,7 @@ def points_in(draw: Draw, masks: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]
     """
     cells = masks.flatten(2)
     count = cells.sum(-1)
-    random = draw.uniform(masks.shape[1], 3).to(masks.device)
+    random = upload(draw.uniform(masks.shape[1], 3), masks.device)
     rank = (random[..., 0] * count).floor().clamp_max((count - 1).clamp_min(0))
     index = (cells.cumsum(-1) > rank.unsqueeze(-1)).int().argmax(-1)  # the cell of that rank
     corner = torch.stack([index % LOW_RES, index // LOW_RES], dim=-1) * _CELL
@@ -65,7 +65,7 @@ def points_in(draw: Draw, masks: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]
 def jitter(draw: Draw, boxes: Tensor, sizes: Tensor, share: float, most: float) -> Tensor:
     """SAM's noise on boxes [B, P, 4]: standard deviation `share` of each side, at most `most` frame pixels."""
     sides = (boxes[..., 2:] - boxes[..., :2]).repeat(1, 1, 2)
-    noise = (draw.normal(boxes.shape[1], 4).to(boxes.device) * share * sides).clamp(-most, most)
+    noise = (upload(draw.normal(boxes.shape[1], 4), boxes.device) * share * sides).clamp(-most, most)
     last = (sizes.flip(-1) - 1).repeat(1, 2).unsqueeze(1)  # (w, h, w, h)
     return torch.minimum((boxes + noise).round().clamp_min(0), last)
 
@@ -77,7 +77,7 @@ def points_at(draw: Draw, points: Tensor, sizes: Tensor, nearest: float | Tensor
     the border.
     """
     directions = 16
-    random = draw.uniform(points.shape[1], 2 + directions).to(points.device)
+    random = upload(draw.uniform(points.shape[1], 2 + directions), points.device)
     distance = nearest + (farthest - nearest) * random[..., :1]
     angles = 2 * torch.pi * (random[..., 1:2] + torch.arange(directions, device=points.device) / directions)
     steps = distance.unsqueeze(-1) * torch.stack([angles.cos(), angles.sin()], dim=-1)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sam_distill.types import ABSENT, BOX_BOTTOM_RIGHT, BOX_TOP_LEFT, FRAME, LOW_RES, NOT_A_POINT, Prompts
+from sam_distill.types import ABSENT, BOX_BOTTOM_RIGHT, BOX_TOP_LEFT, FRAME, LOW_RES, NOT_A_POINT, Prompts, upload
 
 
 def point_prompts(points: Tensor, labels: Tensor, masks: Tensor | None = None) -> Prompts:
@@ -26,7 +26,7 @@ def box_prompts(
 ) -> Prompts:
     """boxes [B, P, 4] (x0, y0, x1, y1) in frame pixels, NaN where there is none; points may stand beside them."""
     corners = boxes.float().unflatten(-1, (2, 2))
-    corner_labels = torch.tensor([BOX_TOP_LEFT, BOX_BOTTOM_RIGHT], device=boxes.device).expand(corners.shape[:-1])
+    corner_labels = upload([BOX_TOP_LEFT, BOX_BOTTOM_RIGHT], boxes.device).expand(corners.shape[:-1])
     corner_labels = corner_labels.masked_fill(corners.isnan().any(-1), ABSENT)
     corners = corners.nan_to_num()
     if points is not None and labels is not None:  # SAM's order: points first

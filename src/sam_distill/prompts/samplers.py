@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sam_distill.prompts.draws import Draw, jitter, points_at, points_in, uniform_points
 from sam_distill.prompts.forms import box_prompts, boxes_of, join, point_prompts
-from sam_distill.types import ABSENT, BACKGROUND, FOREGROUND, LOW_RES, Batch, Prompts, valid_area
+from sam_distill.types import ABSENT, BACKGROUND, FOREGROUND, LOW_RES, Batch, Prompts, upload, valid_area
 
 Count = Annotated[int, Field(gt=0)]
 Masks = Literal["teacher", "annotations"]
@@ -62,7 +62,7 @@ class PointPairs(PromptSampler):
         points = uniform_points(source, batch.sizes, self.count)
         others = points_at(source, points, batch.sizes, *self.distance)
         pairs = torch.stack([points, others], dim=2)
-        labels = torch.tensor([FOREGROUND, BACKGROUND], device=pairs.device).expand(pairs.shape[:3])
+        labels = upload([FOREGROUND, BACKGROUND], pairs.device).expand(pairs.shape[:3])
         return point_prompts(pairs, labels)
 
 

@@ -19,7 +19,9 @@ def test_the_bar_tells_steps_and_loss_and_lets_lines_scroll_by(monkeypatch: pyte
     console = Console(file=screen, force_terminal=True, color_system=None, width=100)
     monkeypatch.setattr(progress, "Progress", partial(Progress, console=console))
     monkeypatch.setattr(progress, "INTERVAL", 0)
-    trainer: Any = SimpleNamespace(is_global_zero=True, max_steps=10, global_step=2, callback_metrics={})
+    trainer: Any = SimpleNamespace(
+        is_global_zero=True, max_steps=10, global_step=2, log_every_n_steps=1, callback_metrics={}
+    )
     module: Any = None
     bar = progress.TrainingBar()
     bar.setup(trainer, module, "validate")

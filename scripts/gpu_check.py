@@ -1,0 +1,257 @@
+"""What waits for a machine with a GPU: its tests, its speeds, a student at 1024 px. `make gpu-check`.
+
+Parts run one after another, each a command of its own; what they found is in experiments/gpu at once, so a run that is
+broken off goes on where it stopped. At most nine minutes on an H200. Words behind the options go to the training, such
+as data=folder data.path=DIR.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sam_distill.engine.status import version
+from sam_distill.files import write_json, write_text
+from sam_distill.models import weights
+from sam_distill.models.checkpoints import save_sam
+from sam_distill.models.encoders import SamViT, TinyViT
+from sam_distill.models.sam import Sam
+from sam_distill.report.tables import markdown_table
+from sam_distill.types import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMAND = [sys.executable, "-c", "from sam_distill.cli.app import main; raise SystemExit(main())"]
+TESTS = "tests/unit/engine/test_gpu.py"
+TAIL = 30  # lines of a part's output that are kept
+AROUND = 45  # seconds of a training that are no steps: it starts, validates, draws and saves
+
+
+SMALL = 64  # pixels, of a toy
+
+
+@dataclass(frozen=True)
+class Setting:
+    """toy: on the CPU and tiny, to see that the script itself works. place: for checkpoints, caches and run folders."""
+
+    toy: bool
+    place: Path
+    training: Sequence[str]
+
+    @property
+    def trainer(self) -> str:
+        return "trainer=cpu" if self.toy else "trainer=gpu"
+
+    @property
+    def teacher(self) -> str:
+        """MobileSAM; of random weights where they can't be had, which the table then says."""
+        if not self.toy:
+            try:
+                return str(weights.fetch("mobile_sam"))
+            except UserError:
+                pass
+        return self._random("tinyvit", SMALL if self.toy else 1024)
+
+    @property
+    def heavy(self) -> str:
+        """A ViT-H with random weights: as slow as SAM's."""
+        return self._random("tinyvit" if self.toy else "vit_h", SMALL if self.toy else 1024)
+
+    def _random(self, name: str, size: int) -> str:
+        path = self.place / f"random_{name}.pt"
+        if not path.is_file():
+            vit_h = {"width": 1280, "depth": 32, "heads": 16, "global_blocks": [7, 15, 23, 31]}
+            save_sam(Sam(SamViT(**vit_h) if name == "vit_h" else TinyViT(pretrained=False), image_size=size), path)
+        return str(path)
+
+
+@dataclass(frozen=True)
+class Part:
+    """seconds: it may take. least: under which it isn't begun."""
+
+    name: str
+    what: str
+    seconds: float
+    least: float
+
+
+PARTS = (
+    Part("tests", "the tests marked gpu", 200, 60),
+    Part("encoder", "speed of the image encoder", 50, 20),
+    Part("decoder", "speed of the mask decoder", 50, 20),
+    Part("everything", "speed of segmenting everything", 70, 30),
+    Part("step", "speed of a training step, 8 images at 1024 px", 80, 30),
+    Part("cache", "speed of caching a ViT-H's embeddings", 90, 40),
+    Part("train", "a training at 1024 px for the minutes left", 540, 90),
+)
+
+
+def words_of(part: str, setting: Setting, seconds: float, found: dict[str, Any]) -> list[str]:
+    """The command line of a part. seconds: left for it. found: by the parts before."""
+    run_dir, toy = f"hydra.run.dir={setting.place / part}", setting.toy
+    if part == "tests":
+        chosen = ["-k", "masks or batchnorm"] if toy else []
+        return [sys.executable, "-m", "pytest", "-m", "gpu", "-n", "0", "-rs", "-p", "no:cacheprovider", TESTS, *chosen]
+    if part == "cache":
+        images = ["data.images=4", "data.val_images=1", "trainer.workers=0"] if toy else ["data.images=160"]
+        size = f"batch_size={1 if toy else 8}"
+        wanted = [f"teacher.checkpoint={setting.heavy}", f"path={setting.place / 'cache'}", "plan=true"]
+        return [*COMMAND, "cache", *images, size, *wanted, setting.trainer]
+    if part == "train":
+        return [*COMMAND, "train", *_training(setting, seconds, found), run_dir]
+    options = ["seconds=2", "points_per_side=32", "batch_size=8"]
+    if toy:  # a CPU would take minutes at 1024 px, where these are measured, so they only compose their configuration
+        options = ["seconds=0.001", "batch_size=1", "trainer.workers=0", *([] if part == "step" else ["--cfg", "job"])]
+    return [*COMMAND, "bench", part, f"checkpoint={setting.teacher}", setting.trainer, *options, run_dir]
+
+
+def _training(setting: Setting, seconds: float, found: dict[str, Any]) -> list[str]:
+    """As many steps as there is time for, by what a step has been seen to take."""
+    shared = ["strategy=decoupled", "encoder=tinyvit", "encoder.pretrained=false", "logger=csv", setting.trainer]
+    shared += [f"teacher.checkpoint={setting.teacher}"]
+    if setting.toy:
+        small = [f"image_size={SMALL}", "batch_size=1", "budget='2 steps'", "data.images=2", "data.val_images=2"]
+        return [*shared, *small, "protocol.points=1", "trainer.workers=0", *setting.training]
+    a_step = 8 * found.get("step", {}).get("seconds_per_image", 0.05)
+    steps = max(20, int((seconds - AROUND) / a_step))
+    size = ["image_size=1024", "batch_size=8", f"budget='{steps} steps'", f"validate_every='{-(-steps // 2)} steps'"]
+    return [*shared, *size, *setting.training]
+
+
+def numbers_of(part: str, place: Path, output: str) -> dict[str, Any]:
+    """What a part has found, beside whether it went well."""
+    if part == "tests":
+        return {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|error)", output)}
+    if part == "cache":
+        rates = re.findall(r"at ([\d.]+) images/s", output)
+        return {"images_per_second": float(rates[-1])} if rates else {}
+    if part == "train":
+        metrics = json.loads((place / part / "metrics.json").read_text())
+        return {name: value for name, value in metrics.items() if isinstance(value, float | int)}
+    if not (place / part / "bench.json").is_file():  # only composed
+        return {}
+    timings = [t for f in json.loads((place / part / "bench.json").read_text())["findings"] for t in f["timings"]]
+    first = {"seconds_per_image": timings[0]["median"]} if part == "step" else {}
+    return first | {"milliseconds": {t["name"]: round(1000 * t["median"], 4) for t in timings}}
+
+
+def run(part: Part, setting: Setting, seconds: float, found: dict[str, Any]) -> dict[str, Any]:
+    """Do it, in `seconds` at most, and say how it went."""
+    words = words_of(part.name, setting, seconds, found)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])}
+    environment |= {"SAM_DISTILL_GPU_TESTS": "cpu"} if setting.toy else {}
+    begun = time.monotonic()
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(words, cwd=ROOT, env=environment, start_new_session=True, **pipes)
+    try:
+        output, _ = process.communicate(timeout=seconds)
+        state = "passed" if process.returncode == 0 else f"failed: exit status {process.returncode}"
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        state = f"failed: not done after {seconds:.0f} seconds"
+    finally:
+        if process.poll() is None:  # Ctrl-C
+            os.killpg(process.pid, signal.SIGKILL)
+    numbers = numbers_of(part.name, setting.place, output) if state == "passed" else {}
+    kept = {
+        "command": _shown(words, setting),
+        "tail": [_shown([line], setting) for line in output.splitlines()[-TAIL:]],
+    }
+    return {"state": state, "seconds": round(time.monotonic() - begun, 1), **numbers, **kept}
+
+
+def _shown(words: Sequence[str], setting: Setting) -> str:
+    """Without the paths of this machine."""
+    line = " ".join("sam-distill" if word == COMMAND[-1] else word for word in words)
+    line = line.replace(f"{sys.executable} -c sam-distill", "sam-distill").replace(sys.executable, "python")
+    for path, name in ((setting.place, "TMP"), (weights.home(), "$SAM_DISTILL_HOME"), (ROOT, ".")):
+        line = line.replace(str(path), name)
+    return line
+
+
+def write(results: dict[str, Any], out: Path) -> None:
+    """results.json, and a README.md for people."""
+    write_json(out / "results.json", results)
+    rows = [["part", "state", "seconds", "found"], ["---"] * 4]
+    for part in PARTS:
+        result = results["parts"].get(part.name, {"state": "not run"})
+        facts = {n: v for n, v in result.items() if n not in ("state", "seconds", "command", "tail", "milliseconds")}
+        facts |= {f"{name}, ms": value for name, value in result.get("milliseconds", {}).items()}
+        shown = "; ".join(f"{name} {value:.4g}" for name, value in facts.items())
+        rows.append([part.what, result["state"], str(result.get("seconds", "")), shown])
+    facts = ", ".join(f"{name}: {value}" for name, value in results["machine"].items())
+    intro = "# On a GPU\n\n```\nmake gpu-check\n```\n\nWritten by it. What stands as not run has not been run.\n"
+    write_text(out / "README.md", f"{intro}\n{facts}\n\n{markdown_table(rows)}\n")
+
+
+def machine(toy: bool, teacher: str) -> dict[str, str]:
+    device = "CPU, toy sizes: no numbers to go by" if toy else torch.cuda.get_device_name()
+    random = " (random weights: MobileSAM's can't be had here)" if "random" in teacher else ""
+    return {
+        "device": device,
+        "torch": str(torch.__version__),
+        "version": version(),
+        "teacher": Path(teacher).name + random,
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--parts", nargs="+", choices=[part.name for part in PARTS], help="only these")
+    parser.add_argument("--minutes", type=float, default=9, help="for all together (9)")
+    parser.add_argument("--out", type=Path, default=ROOT / "experiments" / "gpu")
+    parser.add_argument("--again", action="store_true", help="also what has passed already")
+    parser.add_argument("--toy", action="store_true", help="on the CPU, tiny: only whether the script works")
+    options, training = parser.parse_known_args(argv)
+    if not options.toy and not torch.cuda.is_available():
+        print("error: there is no GPU here that PyTorch can use; --toy tries the script on the CPU", file=sys.stderr)
+        return 1
+    end = time.monotonic() + 60 * options.minutes
+    options.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as place:
+        setting = Setting(options.toy, Path(place), training)
+        results = _before(options.out, machine(options.toy, setting.teacher), options.again)
+        for part in PARTS:
+            if options.parts and part.name not in options.parts:
+                continue
+            left = min(part.seconds, end - time.monotonic())
+            if results["parts"].get(part.name, {}).get("state") == "passed":
+                print(f"{part.name}: passed before")
+                continue
+            result = {"state": "not run: no time left"}
+            if left >= part.least or options.toy:
+                print(f"{part.name}: {part.what}", flush=True)
+                result = run(part, setting, left, results["parts"])
+            results["parts"][part.name] = result
+            write(results, options.out)
+            print("\n".join(result.get("tail", [])), f"\n{part.name}: {result['state']}", flush=True)
+    states = [results["parts"].get(part.name, {"state": "not run"})["state"] for part in PARTS]
+    print(f"table  {options.out / 'README.md'}")
+    return int(any(state.startswith("failed") for state in states))
+
+
+def _before(out: Path, here: dict[str, str], again: bool) -> dict[str, Any]:
+    """What an earlier run has found, if it was of this version and on such a machine."""
+    file = out / "results.json"
+    if file.is_file() and not again:
+        results: dict[str, Any] = json.loads(file.read_text())
+        if results["machine"] == here:
+            return results
+    return {"machine": here, "parts": {}}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
