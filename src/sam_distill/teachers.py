@@ -162,5 +162,5 @@ class _NoEncoder(nn.Module):
 def save_parts(sam: Sam, cache: Path) -> None:
     """All of a teacher but its backbone, for the `CachedTeacher` of that cache."""
     ours = Sam(_NoEncoder()).state_dict().keys()
-    with whole(cache / PARTS) as draft:
-        torch.save({key: value.detach().cpu() for key, value in sam.state_dict().items() if key in ours}, draft)
+    with whole(cache / PARTS) as draft, draft.open("wb") as file:
+        torch.save({key: value.detach().cpu() for key, value in sam.state_dict().items() if key in ours}, file)

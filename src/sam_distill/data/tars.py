@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 import requests
 
-from sam_distill.files import write_json
+from sam_distill.files import compression, write_json
 from sam_distill.models.weights import home
 from sam_distill.types import UserError
 
@@ -268,8 +268,15 @@ def _headers(file: Any, size: int | None, where: str) -> Contents:
                 if file.read(tarfile.BLOCKSIZE).strip(b"\0"):  # neither the end of the archive nor that of the file
                     raise tarfile.ReadError("damaged header")
     except (tarfile.TarError, OSError) as error:
+        if size and not names and (packed := compression(_start(file))):
+            return Contents([], f"{where} is compressed with {packed}: unpack it, or read it by a command, pipe:...")
         return Contents(list(names), f"the rest of {where} after {len(names)} files ({_one_line(error)})")
     return Contents(list(names))
+
+
+def _start(file: Any) -> bytes:
+    file.seek(0)
+    return bytes(file.read(8))
 
 
 def _remembered(key: str, read: Callable[[], Contents]) -> Contents:

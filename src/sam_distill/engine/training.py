@@ -18,6 +18,7 @@ from rich.table import Table
 
 from sam_distill.data.base import DataSource
 from sam_distill.engine.callbacks import Averaged, ProgressiveResizing, RunFolder, Throughput
+from sam_distill.engine.checkpoint_io import WholeCheckpoints
 from sam_distill.engine.datamodule import Loaders
 from sam_distill.engine.durations import in_steps
 from sam_distill.engine.hardware import Hardware
@@ -185,6 +186,7 @@ def _trainer(
         log_every_n_steps=max(1, min(50, steps // LOG_LINES)),
         gradient_clip_val=optim.clip or None,
         callbacks=callbacks,
+        plugins=[WholeCheckpoints()],
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=run_dir,
