@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -16,6 +17,15 @@ _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"(\xb5/
 def compression(start: bytes) -> str | None:
     """What the first bytes of a file say that it is compressed with. (A .pt is a zip, which is not meant here.)"""
     return next((name for mark, name in _COMPRESSED.items() if start.startswith(mark)), None)
+
+
+def disk_is_full(error: BaseException | None) -> bool:
+    """Whether that is what an error, or one that it came of, is about."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 @contextmanager

@@ -23,7 +23,9 @@ from sam_distill.cli.config import parameters
 from sam_distill.cli.sources import task_overrides
 from sam_distill.engine import processes
 from sam_distill.engine.status import Status, earlier
+from sam_distill.files import disk_is_full
 
+LAST = Path("checkpoints", "last.ckpt")  # in a run's folder
 tracebacks = logging.getLogger("sam_distill.tracebacks")  # goes to the log file only: conf/hydra/common.yaml
 
 
@@ -78,6 +80,9 @@ class Task:
             from sam_distill.types import UserError  # brings torch, which --help should not wait for
 
             cause = _unwrap(error)
+            if not isinstance(cause, UserError) and disk_is_full(cause):
+                goes_on = (run_dir / LAST).is_file()
+                cause = UserError("the disk is full: make room" + (f", then resume={run_dir} goes on" if goes_on else ""))
             expected = isinstance(cause, UserError)
             # A loader's worker process sends its traceback along, the message last.
             why = str(cause).rpartition("UserError: ")[2].strip() if expected else describe(cause)
@@ -94,7 +99,7 @@ class Task:
             code = 130 if isinstance(stop, KeyboardInterrupt) else getattr(stop, "code", None)
             signalled = {130: "interrupted", 143: "interrupted by SIGTERM"}.get(code) if isinstance(code, int) else None
             if first and status.end(signalled or describe(stop)) and signalled:
-                goes_on = (run_dir / "checkpoints" / "last.ckpt").is_file()
+                goes_on = (run_dir / LAST).is_file()
                 say(signalled + (f"; resume={run_dir} goes on from the last checkpoint" if goes_on else ""))
             raise SystemExit(code) from stop
         else:
@@ -107,7 +112,7 @@ class Task:
 def _done_before(cfg: DictConfig, run_dir: Path) -> bool:
     """A sweep that is run again in its folder does what is missing: jobs that were cut short go on where they were."""
     before = earlier(run_dir, OmegaConf.to_yaml(cfg, resolve=True))
-    if before not in (None, "finished") and "resume" in cfg and (run_dir / "checkpoints" / "last.ckpt").is_file():
+    if before not in (None, "finished") and "resume" in cfg and (run_dir / LAST).is_file():
         cfg.resume = str(run_dir)
     return before == "finished"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import io
 import logging
@@ -30,6 +29,7 @@ from sam_distill.data.embeddings import Dtype
 from sam_distill.engine import processes
 from sam_distill.engine.hardware import Hardware
 from sam_distill.engine.progress import Tally
+from sam_distill.files import disk_is_full
 from sam_distill.images import decode, to_frame
 from sam_distill.models.weights import digest
 from sam_distill.teachers import LiveTeacher, save_parts
@@ -190,7 +190,7 @@ class _Writer:
         try:
             self._behind.popleft().result()
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if not disk_is_full(error):
                 raise
             left = sum(self.expected.values()) - self.images
             wanted = left * self.bytes / max(1, self.images) / 1e9

@@ -128,8 +128,11 @@ def fingerprint(checkpoint: str) -> str:
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors under official names (or ours, from a .ckpt) and the description of the model they belong to."""
-    with path.open("rb") as file:
-        start = file.read(9)
+    try:
+        with path.open("rb") as file:
+            start = file.read(9)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from error
     if start[8:] == b"{":  # whatever its name: the length of a header, in 8 bytes, and the header, which is JSON
         return _read_safetensors(path)
     if packed := compression(start):
