@@ -76,12 +76,22 @@ class _Composer:
         self.parser = OverridesParser.create(config_loader=self.loader)
 
     def compose(self, overrides: list[str]) -> DictConfig:
-        return self.loader.load_configuration(self.command, overrides, run_mode=RunMode.RUN, from_shell=False)
+        cfg = self.loader.load_configuration(self.command, overrides, run_mode=RunMode.RUN, from_shell=False)
+        for override in self.parser.parse_overrides(overrides):
+            key, value = str(override.key_or_group), override.value()
+            if isinstance(value, str) and "${" not in value and _is_list(cfg, key):  # OmegaConf spells it out
+                raise ValueError(f"a list is expected: {key}=[{value}]")
+        return cfg
 
     def parse(self, overrides: list[str]) -> list[Override]:
         parsed, words = [], list(overrides)
         while words:
             text = words.pop(0)
+            if apart := _set_apart(text, words):
+                del words[: len(apart)]
+                together = "".join([text, *apart])
+                self.mistakes.append(f"{' '.join([text, *apart])}: leave out the spaces: {shlex.quote(together)}")
+                continue
             try:
                 parsed.append(self.parser.parse_override(text))
             except HydraException as error:
@@ -159,6 +169,20 @@ class _Composer:
                 if key in _dotted_names(self.compose([f"{group}={choice}"])):
                     having.append(f"{group}={choice}")
         return having
+
+
+def _is_list(cfg: DictConfig, key: str) -> bool:
+    with suppress(OmegaConfBaseException):
+        return OmegaConf.is_list(OmegaConf.select(cfg, key))
+    return False
+
+
+def _set_apart(text: str, words: list[str]) -> list[str]:
+    """What belongs to `text`, as in `batch_size = 4`, which the shell takes apart at its spaces."""
+    if "=" not in text and words and words[0].startswith("="):
+        return words[:2] if words[0] == "=" else words[:1]
+    lone = text.endswith("=") and bool(words) and "=" not in words[0] and not words[0].startswith(("-", "~"))
+    return words[:1] if lone else []
 
 
 def _torn_off(text: str, words: list[str]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 from collections.abc import Mapping
 from datetime import timedelta
@@ -108,7 +109,6 @@ def fit(
     if plan:
         plan_training(module, loaders, hardware, steps, accumulate)
         return {}
-    history = History(run_dir / "history.csv", resume=checkpoint is not None)
     facts: dict[str, Any] = {
         "images_per_step": images_per_step,
         "parameters": student.sizes["parameters"],
@@ -118,6 +118,9 @@ def fit(
         "data_keys": sha256("\n".join(sorted(source.train_keys)).encode()).hexdigest(),
         **protocol.description,
     }
+    if resume is not None:
+        _goes_on(Path(resume), facts)
+    history = History(run_dir / "history.csv", resume=checkpoint is not None)
     folder = RunFolder(run_dir, history, source, facts)
     callbacks: list[pl.Callback] = [Throughput(), folder]  # the run folder first: it saves the average
     callbacks += [ProgressiveResizing(progressive_resizing)] if progressive_resizing else []
@@ -223,3 +226,18 @@ def _last_checkpoint(run_dir: Path) -> Path:
     if not path.is_file():
         raise UserError(f"resume={run_dir}: there is no {path}; the run may have stopped before its first checkpoint")
     return path
+
+
+def _goes_on(run_dir: Path, facts: Mapping[str, Any]) -> None:
+    """Refuse to go on with what would not be the same run, though its options may read alike."""
+    metrics = run_dir / "metrics.json"
+    before = json.loads(metrics.read_text()) if metrics.is_file() else {}
+    anew = f"init={run_dir} starts a new run from its weights"
+    for name, told in {
+        "data_keys": f"the images to train on are not those that the run began with; {anew}",
+        "teacher_sha256": f"the teacher's weights are not those that the run began with; {anew}",
+        "images_per_step": f"{before.get('images_per_step')} images per step then, {facts['images_per_step']} now:"
+        " batch_size x accumulate x trainer.devices has to stay the same",
+    }.items():
+        if name in before and before[name] != facts[name]:
+            raise UserError(f"resume={run_dir}: {told}")

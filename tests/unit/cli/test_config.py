@@ -46,6 +46,7 @@ def toy(
     seed: int,
     run_dir: Path,
     callbacks: list[Encoder] | None = None,
+    tags: list[str] | None = None,
     schedule: Callable[..., Any] | None = None,
 ) -> None:
     pass
@@ -62,6 +63,7 @@ _target_: HERE.toy
 image: ???  # a picture, e.g. image=photo.jpg
 batch_size: 8
 seed: 0
+tags: []
 """,
     "encoder/tiny.yaml": "_target_: HERE.Tiny\nwidth: 8\n",
     "encoder/big.yaml": "_target_: HERE.Big\nwidth: 64\n",
@@ -129,7 +131,7 @@ def test_valid(conf: Path, overrides: tuple[str, ...]) -> None:
         ),
         ("+optim.lrr=1", "optim.lrr=1 (command line): Adam has no parameter lrr; did you mean optim.lr?"),
         ("+run_dir=x", "run_dir=x (command line): toy has no parameter run_dir; it takes: encoder, optim, image, "
-                       "batch_size, seed, callbacks, schedule"),
+                       "batch_size, seed, callbacks, tags, schedule"),
         ("encoder=wrong", f"encoder={__name__}.Adam (conf/encoder/wrong.yaml): builds a Adam, expected Encoder"),
         ("encoder=gone", f"encoder._target_={__name__}.Gone (conf/encoder/gone.yaml): can't be imported: module "
                          f"'{__name__}' has no attribute 'Gone'"),
@@ -139,7 +141,10 @@ def test_valid(conf: Path, overrides: tuple[str, ...]) -> None:
         ("seed=${nowhere}", "seed=${nowhere} (command line): can't be resolved: Interpolation key 'nowhere' not found"),
         ("encoder.width=${no}", "encoder.width=${no} (command line): can't be resolved: "
                                 "Interpolation key 'no' not found"),
-        ("+optim.betas=[0.8]", "optim.betas=[0.8] (command line): Field required"),
+        ("+optim.betas=[0.8]", "optim.betas=[0.8] (command line): should have 2 values, not 1"),
+        ("+optim.betas=[0.8,0.9,1]", "optim.betas=[0.8, 0.9, 1] (command line): should have 2 values, not 3"),
+        ("tags=first", "tags=first: a list is expected: tags=[first]"),
+        ("tags='a b'", "tags='a b': a list is expected: tags=[a b]"),
         ("+callbacks=[1]", "callbacks=[1] (command line): expected list[Encoder] or null, a node with _target_"),
         ("seed={a:1}", 'seed={"a": 1} (command line): a mapping without _target_, expected int'),
         ("optim=3", "optim=3: no such choice; choices: adam, bare"),
@@ -154,6 +159,14 @@ def test_valid(conf: Path, overrides: tuple[str, ...]) -> None:
 )  # fmt: skip
 def test_mistake(conf: Path, override: str, line: str) -> None:
     assert mistakes(conf, override) == [line]
+
+
+@pytest.mark.parametrize("words", [("seed", "=", "3"), ("seed=", "3"), ("seed", "=3")])
+def test_what_spaces_have_set_apart_is_one_mistake(conf: Path, words: tuple[str, ...]) -> None:
+    assert mistakes(conf, *words, "bach_size=1") == [
+        f"{' '.join(words)}: leave out the spaces: seed=3",
+        "bach_size=1: no such key; did you mean batch_size?",
+    ]
 
 
 def test_a_list_torn_apart_by_the_shell_is_one_mistake(conf: Path) -> None:
