@@ -76,12 +76,7 @@ class _Composer:
         self.parser = OverridesParser.create(config_loader=self.loader)
 
     def compose(self, overrides: list[str]) -> DictConfig:
-        cfg = self.loader.load_configuration(self.command, overrides, run_mode=RunMode.RUN, from_shell=False)
-        for override in self.parser.parse_overrides(overrides):
-            key, value = str(override.key_or_group), override.value()
-            if isinstance(value, str) and "${" not in value and _is_list(cfg, key):  # OmegaConf spells it out
-                raise ValueError(f"a list is expected: {key}=[{value}]")
-        return cfg
+        return self.loader.load_configuration(self.command, overrides, run_mode=RunMode.RUN, from_shell=False)
 
     def parse(self, overrides: list[str]) -> list[Override]:
         parsed, words = [], list(overrides)
@@ -169,12 +164,6 @@ class _Composer:
                 if key in _dotted_names(self.compose([f"{group}={choice}"])):
                     having.append(f"{group}={choice}")
         return having
-
-
-def _is_list(cfg: DictConfig, key: str) -> bool:
-    with suppress(OmegaConfBaseException):
-        return OmegaConf.is_list(OmegaConf.select(cfg, key))
-    return False
 
 
 def _set_apart(text: str, words: list[str]) -> list[str]:

@@ -123,7 +123,8 @@ def _check_value(
     if OmegaConf.is_missing(parent, field):
         yield Mistake(key, "???", f"no value given, expected {type_name(expected)}; give {key}=...")
         return
-    if "${hydra:" in str(_raw(parent)[field]):
+    raw = _raw(parent)[field]
+    if "${hydra:" in str(raw) and not (isinstance(raw, dict) and "_target_" in raw):
         return  # known only when the job runs, such as the folder of an earlier job
     try:
         value = parent[field]

@@ -9,13 +9,13 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import chain, islice, zip_longest
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from webdataset.shardlists import expand_urls
 from webdataset.tariterators import tar_file_iterator
 
-from sam_distill.data.choice import is_image, unique_keys
+from sam_distill.data.choice import is_image_member, unique_keys
 from sam_distill.data.kept import Kept
 from sam_distill.data.tars import Contents, HttpTar, LocalTar, PipedTar, Tar
 from sam_distill.types import UserError
@@ -43,15 +43,18 @@ class Shard:
         A companion that a member does not have is empty.
         """
         names = {m: [m, *(companion(m, kind) for kind in kinds if m in self.beside[kind])] for m in members}
-        owner = {name: member for member, its in names.items() for name in its}
+        owners: dict[str, list[str]] = {}  # several, where a.jpg and a.png share a.json
+        for member, its in names.items():
+            for name in its:
+                owners.setdefault(name, []).append(member)
         parts: dict[str, dict[str, bytes]] = {}  # of members that are not complete yet
-        for name, content in self._read(owner.keys()):
-            member = owner[name]
-            whole = parts.setdefault(member, {})
-            whole[name] = content
-            if len(whole) == len(names[member]):
-                yield member, [whole[member], *(whole.get(companion(member, kind), b"") for kind in kinds)]
-                del parts[member]
+        for name, content in self._read(owners.keys()):
+            for member in owners[name]:
+                whole = parts.setdefault(member, {})
+                whole[name] = content
+                if len(whole) == len(names[member]):
+                    yield member, [whole[member], *(whole.get(companion(member, kind), b"") for kind in kinds)]
+                    del parts[member]
 
     def _read(self, names: Collection[str]) -> Iterator[tuple[str, bytes]]:
         left = set(names)
@@ -85,7 +88,7 @@ def index_tars(path: str | list[str], option: str, local: str | None = None) -> 
     if not paths:
         raise UserError(f"{option}={path} names no tar")
     contents = _contents(paths)
-    members = [[n for n in c.names if is_image(PurePosixPath(n).name)] for c in contents]
+    members = [[n for n in c.names if is_image_member(n)] for c in contents]
     problems = [c.problem for c in contents if c.problem]
     names = [(tar, name) for tar, found in zip(paths, members, strict=True) for name in found]
     if not names:
@@ -106,8 +109,12 @@ def _expand(pattern: str, option: str) -> list[Tar]:
     if pattern.startswith("pipe:"):
         return [PipedTar(pattern)]
     is_remote = urlsplit(pattern).scheme in ("http", "https")
-    if not is_remote and Path(pattern).expanduser().is_dir():
-        pattern = f"{glob.escape(pattern)}/*.tar"
+    there = Path(pattern).expanduser()
+    if not is_remote and there.exists():  # no pattern, whatever brackets and braces it may have
+        named = sorted(there.glob("*.tar")) if there.is_dir() else [there]
+        if not named:
+            raise UserError(f"{option}={pattern}: there is no .tar in that folder")
+        return [LocalTar(str(tar)) for tar in named]
     try:
         names = expand_urls(pattern)
     except ValueError as error:

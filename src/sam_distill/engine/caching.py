@@ -31,7 +31,7 @@ from sam_distill.engine.status import alone
 from sam_distill.files import disk_is_full
 from sam_distill.images import decode, to_frame
 from sam_distill.models.weights import digest
-from sam_distill.teachers import LiveTeacher, save_parts
+from sam_distill.teachers import LiveTeacher, check_finite, save_parts
 from sam_distill.types import FRAME, Sample, UserError
 
 log = logging.getLogger(__name__)
@@ -100,7 +100,8 @@ class CacheJob:
     def loader(self, todo: list[int]) -> DataLoader[tuple[int, list[Prepared]]]:
         """Batches for the tars of these numbers."""
         stream = ToCache(self.blocks, todo, self.batch_size, self.quality)
-        return DataLoader(stream, batch_size=None, num_workers=self.hardware.num_workers)
+        workers = self.hardware.num_workers
+        return DataLoader(stream, batch_size=None, num_workers=workers, worker_init_fn=processes.begin_worker)
 
     def members(self, prepared: list[Prepared], embeddings: list[Tensor]) -> Iterator[dict[str, bytes]]:
         """What the tar holds of each image that can be read. embeddings: theirs, as `embed` gives them."""
@@ -115,7 +116,9 @@ class CacheJob:
             return []
         batch = collate(samples).to(self.hardware.kind)
         with self.hardware.autocast():
-            return list(self.teacher.sam.encode(batch.images, batch.sizes).cpu())
+            embeddings = self.teacher.sam.encode(batch.images, batch.sizes).cpu()
+        check_finite(embeddings, batch.keys, "teacher")
+        return list(embeddings)
 
 
 @torch.inference_mode()

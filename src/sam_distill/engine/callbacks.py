@@ -147,7 +147,11 @@ class RunFolder(pl.Callback):
         return time.perf_counter() - self._started
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self.history.forget_after(trainer.global_step)
+        step = trainer.global_step
+        self.history.forget_after(step)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger) and step in self.history.rows:  # a kill may have kept it from being sent
+                logger.log_metrics(self.history.rows[step], step)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Batch, index: int

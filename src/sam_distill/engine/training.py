@@ -138,8 +138,10 @@ def fit(
         log.warning(source.shortage)
     with all_processes(hardware, run_dir):
         if source.val_images < processes:
-            told = f"data.val_images: {source.val_images} to validate on, but every device needs one: {processes}"
-            raise UserError(told)
+            raise UserError(
+                f"data.val_images: {source.val_images} images are held out to judge the student on, but every device"
+                f" needs one: {processes}"
+            )
         trainer = _trainer(hardware, optim, run_dir, steps, interval, accumulate, callbacks)
         first = trainer.is_global_zero
         trainer.loggers = [history, *(logger.build(run_dir, facts) if first else [])]

@@ -46,7 +46,6 @@ def toy(
     seed: int,
     run_dir: Path,
     callbacks: list[Encoder] | None = None,
-    tags: list[str] | None = None,
     schedule: Callable[..., Any] | None = None,
 ) -> None:
     pass
@@ -63,10 +62,10 @@ _target_: HERE.toy
 image: ???  # a picture, e.g. image=photo.jpg
 batch_size: 8
 seed: 0
-tags: []
 """,
     "encoder/tiny.yaml": "_target_: HERE.Tiny\nwidth: 8\n",
     "encoder/big.yaml": "_target_: HERE.Big\nwidth: 64\n",
+    "encoder/named.yaml": "_target_: HERE.Tiny\nwidth: first\nsize: ${hydra:job.name}\n",
     "encoder/broken.yaml": "_target_: HERE.Tiny\nwidht: 8\n",
     "encoder/wrong.yaml": "_target_: HERE.Adam\nlr: 1.0\n",
     "encoder/gone.yaml": "_target_: HERE.Gone\n",
@@ -131,7 +130,7 @@ def test_valid(conf: Path, overrides: tuple[str, ...]) -> None:
         ),
         ("+optim.lrr=1", "optim.lrr=1 (command line): Adam has no parameter lrr; did you mean optim.lr?"),
         ("+run_dir=x", "run_dir=x (command line): toy has no parameter run_dir; it takes: encoder, optim, image, "
-                       "batch_size, seed, callbacks, tags, schedule"),
+                       "batch_size, seed, callbacks, schedule"),
         ("encoder=wrong", f"encoder={__name__}.Adam (conf/encoder/wrong.yaml): builds a Adam, expected Encoder"),
         ("encoder=gone", f"encoder._target_={__name__}.Gone (conf/encoder/gone.yaml): can't be imported: module "
                          f"'{__name__}' has no attribute 'Gone'"),
@@ -143,13 +142,12 @@ def test_valid(conf: Path, overrides: tuple[str, ...]) -> None:
                                 "Interpolation key 'no' not found"),
         ("+optim.betas=[0.8]", "optim.betas=[0.8] (command line): should have 2 values, not 1"),
         ("+optim.betas=[0.8,0.9,1]", "optim.betas=[0.8, 0.9, 1] (command line): should have 2 values, not 3"),
-        ("tags=first", "tags=first: a list is expected: tags=[first]"),
-        ("tags='a b'", "tags='a b': a list is expected: tags=[a b]"),
+        ("encoder=named", "encoder.width=first (conf/encoder/named.yaml): should be a valid integer"),
         ("+callbacks=[1]", "callbacks=[1] (command line): expected list[Encoder] or null, a node with _target_"),
         ("seed={a:1}", 'seed={"a": 1} (command line): a mapping without _target_, expected int'),
         ("optim=3", "optim=3: no such choice; choices: adam, bare"),
         ("encoder=tinny", "encoder=tinny: no such choice; did you mean tiny? "
-                          "choices: big, broken, gone, open, tiny, wrong"),
+                          "choices: big, broken, gone, named, open, tiny, wrong"),
         ("lr=1", "lr=1: no such key; did you mean optim.lr?"),
         ("bach_size=1", "bach_size=1: no such key; did you mean batch_size?"),
         ("optim.eps=1", "optim.eps=1: in no file yet; add it with +optim.eps=1"),

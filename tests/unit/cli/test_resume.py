@@ -85,6 +85,6 @@ def test_what_cannot_change_on_the_way(tmp_path: Path) -> None:
     assert changed(budget="2 epochs", optim=free, data={"path": "b", "images": None}, trainer={"devices": 1}) == []
     assert changed(optim=free | {"_target_": "b.Muon"}) == ["optim=b.Muon"]
     assert changed(strategy={"_target_": "a.Coupled"}, seed="${nowhere:}") == ["strategy=a.Coupled"]
-    assert changed(data={"path": "a", "images": 5}, seed=1, later=3) == ["data.images=5", "seed=1"]
+    assert changed(data={"path": "a", "images": 5}, seed=1, later=3) == ["seed=1", "data.images=5"]
     (line,) = told(tmp_path, str(tmp_path), **before | {"seed": 1})
     assert line.startswith(f"seed=1: the run in {tmp_path} began with 0, and goes on with it; init=")
