@@ -167,7 +167,7 @@ def save_parts(sam: Sam, cache: Path) -> None:
 
 
 def check_finite(embeddings: Tensor, keys: Sequence[str], whose: str) -> None:
-    """A UserError names an image whose embedding is no number: its masks would be empty. embeddings: [B, 256, 64, 64]."""
+    """A UserError names an image with a broken embedding, whose masks would be empty. embeddings: [B, 256, 64, 64]."""
     finite = embeddings.isfinite().flatten(1).all(1).tolist()
     if not all(finite):
         raise UserError(

@@ -59,12 +59,13 @@ def misplaced(cfg: DictConfig, command: str) -> list[str]:
 
 def taken(run_dir: Path, command: str) -> str | None:
     """Why `command` may not begin a run in this folder, if it may not: it would write over another."""
-    other = (status.read(run_dir).get("command") or [command])[0]
+    record = status.read(run_dir)
+    other = (record.get("command") or [command])[0]
     if other != command:
         return f"{run_dir} holds a run of sam-distill {other}: choose another folder"
     if (run_dir / LAST).is_file():
         return f"{run_dir} holds a run already: resume={run_dir} goes on with it; else choose another folder"
-    if (run_dir / "student.pt").is_file():
+    if (run_dir / "student.pt").is_file() and record.get("status") == "finished":
         return f"{run_dir} holds a student already: choose another folder"
     return None
 

@@ -49,6 +49,8 @@ def test_where_no_run_can_begin_or_go_on(tmp_path: Path) -> None:
             f"hydra.run.dir={tmp_path} holds a run of sam-distill train: choose another folder"
         ]
     (tmp_path / "student.pt").touch()
+    assert told(tmp_path, None) == [], "cut short before its first checkpoint"
+    write_json(tmp_path / "status.json", {"command": ["train"], "status": "finished"})
     assert told(tmp_path, None)[0] == f"hydra.run.dir={tmp_path} holds a student already: choose another folder"
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "last.ckpt").touch()
