@@ -91,7 +91,7 @@ def _changed(cfg: DictConfig, run_dir: Path) -> Iterator[str]:
 
 def _leaves(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in node.items():
-        if isinstance(value, dict) and value:
+        if isinstance(value, dict) and value and all(isinstance(name, str) for name in value):
             yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

@@ -75,7 +75,7 @@ def test_where_a_run_is_going_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_what_cannot_change_on_the_way(tmp_path: Path) -> None:
     write_json(tmp_path / "status.json", {"command": ["train"]})
     before = {"seed": 0, "strategy": {"_target_": "a.Decoupled"}, "optim": {"_target_": "b.AdamW", "lr": 1e-3},
-              "data": {"path": "a", "images": None}, "budget": "1 epoch", "init": None}  # fmt: skip
+              "data": {"path": "a", "images": None}, "budget": "1 epoch", "init": None, "sizes": {128: 0.3}}  # fmt: skip
     (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(before)))
 
     def changed(**options: object) -> list[str]:

@@ -327,6 +327,18 @@ def test_a_resumed_run_takes_new_rates_but_no_other_images(
         run(tmp_path / "run", live, student(live), source=other, **there)
 
 
+def test_nothing_held_out_is_told(finished: tuple[Path, Sam], tmp_path: Path, live: LiveTeacher) -> None:
+    source = Drawings()
+    source.val = range(0)
+    with pytest.raises(UserError, match="data.val_images: 0 images are held out to judge the student on"):
+        run(tmp_path, live, student(live), source=source)
+    with pytest.raises(UserError, match="split=val: there is no such image; are any held out, by data.val_images"):
+        judge(
+            student=live.sam, teacher=live, source=source, split="val", protocol=Agreement(points=1),
+            hardware=HARDWARE, batch_size=2, run_dir=tmp_path,
+        )  # fmt: skip
+
+
 def test_a_student_that_says_nan_is_no_zero(live: LiveTeacher) -> None:
     batch = collate([Drawings().load(0), Drawings().load(3)])
     agreement = Agreement(points=1)
