@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -9,13 +10,34 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"(\xb5/\xfd": "zstd"}  # by first bytes
+
+
+def compression(start: bytes) -> str | None:
+    """What the first bytes of a file say that it is compressed with. (A .pt is a zip, which is not meant here.)"""
+    return next((name for mark, name in _COMPRESSED.items() if start.startswith(mark)), None)
+
+
+def disk_is_full(error: BaseException | None) -> bool:
+    """Whether that is what an error, or one that it came of, is about."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A draft to write to, which takes the place of `path` when all went well, and is gone when it did not."""
+    """A draft to write to, which takes the place of `path` when all went well, and is gone when it did not.
+
+    It is on the disk by then: even a power cut leaves either the old file or the new one.
+    """
     draft = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield draft
+        with draft.open("rb") as written:
+            os.fsync(written.fileno())
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)

@@ -20,6 +20,8 @@ from sam_distill.types import FRAME, LOW_RES, UserError, upload
 
 Size = tuple[int, int]  # (height, width), pixels
 
+_ORIENTATION = 0x0112  # in EXIF
+
 
 def decode(data: bytes | Path, name: str | None = None, full: bool = False) -> tuple[Image.Image, Size]:
     """An encoded image, or the path of one, as upright 8-bit RGB, with its original (H, W).
@@ -35,9 +37,8 @@ def decode(data: bytes | Path, name: str | None = None, full: bool = False) -> t
             if not full:
                 height, width = frame_size(stored)
                 image.draft(None, (width, height))  # JPEG only: other formats ignore it
-            turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientations 5 to 8 lie on their side
-            ImageOps.exif_transpose(image, in_place=True)
-            rgb = _to_rgb(image)
+            turned = image.getexif().get(_ORIENTATION, 1) >= 5  # 5 to 8 lie on their side
+            rgb = to_rgb(image)
     except Image.DecompressionBombError:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 1_000_000
         raise UserError(f"{name}: larger than {limit} megapixels, which no photograph is; scale it down") from None
@@ -91,7 +92,10 @@ def upscale_weights(size: Size, original_size: Size) -> tuple[Tensor, Tensor]:
     return rows, columns
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any Pillow image as `decode` leaves a file: upright 8-bit RGB."""
+    if image.getexif().get(_ORIENTATION, 1) != 1:
+        image = ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":  # 16-bit and 32-bit integers, floats
         image = _to_8_bit(np.asarray(image, np.float32), ranges=(1, 255, 65535) if image.mode == "F" else (65535,))
     if image.has_transparency_data:

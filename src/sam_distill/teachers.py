@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -158,5 +158,15 @@ class _NoEncoder(nn.Module):
 def save_parts(sam: Sam, cache: Path) -> None:
     """All of a teacher but its backbone, for the `CachedTeacher` of that cache."""
     ours = Sam(_NoEncoder()).state_dict().keys()
-    with whole(cache / PARTS) as draft:
-        torch.save({key: value.detach().cpu() for key, value in sam.state_dict().items() if key in ours}, draft)
+    with whole(cache / PARTS) as draft, draft.open("wb") as file:
+        torch.save({key: value.detach().cpu() for key, value in sam.state_dict().items() if key in ours}, file)
+
+
+def check_finite(embeddings: Tensor, keys: Sequence[str], whose: str) -> None:
+    """A UserError names an image with a broken embedding, whose masks would be empty. embeddings: [B, 256, 64, 64]."""
+    finite = embeddings.isfinite().flatten(1).all(1).tolist()
+    if not all(finite):
+        raise UserError(
+            f"the {whose}'s embedding of {keys[finite.index(False)]} holds NaN or infinity: its weights are broken, or"
+            " trainer.precision is too low for them"
+        )

@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw
 
 from sam_distill.cli import app
 from sam_distill.data.cache import Cache
-from sam_distill.engine import caching
+from sam_distill.engine import status
 from sam_distill.engine.hardware import Hardware
 from sam_distill.engine.loggers import CsvOnly
 from sam_distill.engine.optim import AdamW
@@ -118,7 +118,7 @@ def test_two_processes_share_the_work(images: Path, cached: Path, tmp_path: Path
 def test_one_at_a_time(
     images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(caching, "LOCK_PATIENCE", 0)
+    monkeypatch.setattr(status, "PATIENCE", 0)
     with FileLock(tmp_path / ".writing-0.lock"):
         assert app.main(command(images, tmp_path)) == 1
     assert "another process is writing this cache" in capfd.readouterr().err

@@ -14,6 +14,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from sam_distill.cli import app
+from sam_distill.engine import status as run_status
 from sam_distill.types import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -77,7 +78,8 @@ def test_a_job_that_ends_well(toy: Callable[..., int], capsys: pytest.CaptureFix
     assert OmegaConf.load("run/config.yaml").how == "fine"
     assert "hydra" not in OmegaConf.load("run/config.yaml")
     assert Path("run/toy.log").read_text().endswith("INFO toy: hello\n")
-    assert sorted(p.name for p in Path("run").iterdir()) == ["config.yaml", "status.json", "toy.log"]
+    files = [path.name for path in Path("run").iterdir() if not path.name.startswith(".")]
+    assert sorted(files) == ["config.yaml", "status.json", "toy.log"]
     assert arguments == [before]  # Lightning replays it to start further processes
     assert sys.argv == before
 
@@ -85,6 +87,42 @@ def test_a_job_that_ends_well(toy: Callable[..., int], capsys: pytest.CaptureFix
 def test_running_again_in_the_same_folder_appends_to_the_log(toy: Callable[..., int]) -> None:
     assert toy("hydra.run.dir=run") == toy("hydra.run.dir=run") == 0
     assert Path("run/toy.log").read_text().count("hello") == 2
+
+
+def test_a_home_is_a_home_in_any_value(
+    toy: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "me"))
+    assert toy("hydra.run.dir=~/run", "how='~/a'", "+hydra.job.env_set={A: x}") == 0
+    assert (tmp_path / "me" / "run" / "status.json").is_file()
+    assert OmegaConf.load(tmp_path / "me" / "run" / "config.yaml").how == str(tmp_path / "me" / "a")
+    assert not Path("~").exists()
+
+
+def test_another_run_is_writing_there(
+    toy: Callable[..., int], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is touched, and once more where two begin at the same moment."""
+    monkeypatch.setattr(run_status, "PATIENCE", 0.1)
+    assert toy("hydra.run.dir=run") == 0
+    before = status()
+    with run_status.writing(Path("run")):
+        assert toy("hydra.run.dir=run") == 2
+        monkeypatch.setattr(app, "misplaced", lambda *_: [])
+        assert toy("hydra.run.dir=run") == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.endswith("another run is writing there; wait for it, or choose another folder") for line in lines] == [
+        True, True,
+    ]  # fmt: skip
+    assert status() == before
+
+
+def test_a_sweep_does_not_write_over_students(toy: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    assert toy("-m", "hydra.sweep.dir=sweep", "seed=0") == 0
+    Path("sweep/0/student.pt").touch()
+    assert toy("-m", "hydra.sweep.dir=sweep", "seed=1") == 1
+    assert "job 0 (seed=1): " in (said := capsys.readouterr().err)
+    assert "holds a student already: choose another folder" in said
 
 
 def test_seed_0_is_a_seed(toy: Callable[..., int]) -> None:

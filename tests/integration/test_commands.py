@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -222,6 +223,22 @@ def test_a_run_is_not_overwritten(tmp_path: Path, capfd: pytest.CaptureFixture[s
     assert app.main(["train", f"hydra.run.dir={tmp_path}"]) == 2
     assert f"holds a run already: resume={tmp_path} goes on with it" in capfd.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
+
+
+def test_a_full_disk_is_one_line(images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run_dir, before = tmp_path / "run", resource.getrlimit(resource.RLIMIT_FSIZE)
+    command = ["train", "data=folder", f"data.path={images}", *QUICK, "logger=csv", "budget=1 step"]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))
+    try:
+        assert app.main([*command, f"hydra.run.dir={run_dir}"]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [line for line in capfd.readouterr().err.splitlines() if "error" in line] == [
+        "error: the disk is full: make room"
+    ]
+    status = json.loads((run_dir / "status.json").read_text())
+    assert (status["status"], status["why"]) == ("failed", "the disk is full: make room")
+    assert not [*run_dir.rglob("*.part"), *run_dir.rglob("last.ckpt")]
 
 
 def test_kill_and_resume(images: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from PIL import Image
 from wandb.proto.wandb_internal_pb2 import Record
 
 from sam_distill.cli import app
+from sam_distill.engine.loggers import WandB, close
 from sam_distill.models import weights
 
 TINY = ["data=photos", "data.images=4", "data.val_images=2", "image_size=64", "batch_size=2", "budget=4 steps",
@@ -82,6 +84,21 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         options = ["experiment=padding_mask", "scale=small", *sweep, "logger.tags=[first]"]
         assert app.main(["train", "-m", *options, f"hydra.sweep.dir={tmp_path / 'sweep'}", *TINY]) == 0
         yield tmp_path / "sweep"
+
+
+def test_steps_go_on_in_a_resumed_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """W&B would count each part from 0, and drop what it has had before when they are synced."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for steps in ((1, 2, 3), (3, 4)):
+        (logger,) = WandB().build(tmp_path, {})
+        for step in steps:
+            logger.log_metrics({"train/loss": 1.0}, step)
+        close([logger])
+    seen, deadline = [], time.monotonic() + 60  # W&B's own process may take a moment to write the last of it
+    while seen != [[1, 2, 3], [3, 4]] and time.monotonic() < deadline:
+        files = sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+        seen = [[r.history.step.num for r in records(file) if r.HasField("history")] for file in files]
+    assert seen == [[1, 2, 3], [3, 4]]
 
 
 def test_a_sweep_as_wandb_has_it(sweep: Path) -> None:

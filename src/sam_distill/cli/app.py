@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import secrets
 import signal
 import sys
@@ -42,6 +43,7 @@ from sam_distill.engine import processes
 
 PROGRAM = "sam-distill"
 ON_ONE_DEVICE = ("bench", "demo", "evaluate", "segment")  # these commands run
+_HOME = re.compile(r"""(?<=[=\[,"'])~[\w.-]*(?=/)|(?<==)~$""")  # where a value, or one of a list, begins
 
 
 def default_conf_dir() -> Path:
@@ -98,7 +100,8 @@ def run(command: str, argv: Sequence[str], conf_dir: Path | None = None) -> int:
 
 
 def _in_full(command: str, word: str) -> str:
-    """`bench data`, `report DIR`: what a command is mostly asked may be said in short."""
+    """What a command is mostly asked may be said in short: `bench data`, `report DIR`. `~/` is as in a shell."""
+    word = _HOME.sub(lambda found: os.path.expanduser(found[0]), word)
     if command == "bench" and word.isidentifier():
         return f"suite={word}"
     if command == "report" and word.startswith("experiment="):  # to Hydra a recipe for training
@@ -121,7 +124,8 @@ def _run(command: str, argv: list[str], conf_dir: Path, folders: tuple[str, str]
         mistakes = list(_of_another_command(jobs, command)) or mistakes
         mistakes += _forbidden_sweep(jobs, command, args.multirun)
         mistakes += _too_many(jobs, command)
-        mistakes += [] if args.multirun else [line for job in jobs for line in misplaced(job)]
+        swept = args.multirun or any(job.hydra.mode == RunMode.MULTIRUN for job in jobs)
+        mistakes += _sweep_of_one(jobs) if swept else [line for job in jobs for line in misplaced(job, command)]
         mistakes += _homeless(argv)
     if mistakes:
         return _fail(*dict.fromkeys(mistakes), status=2)
@@ -181,6 +185,14 @@ def _forbidden_sweep(jobs: list[DictConfig], command: str, multirun: bool) -> It
                 f"trainer.devices={devices} in a multirun (-m): use trainer.devices=1, or run the jobs one by one"
                 f" without -m: {PROGRAM} {command} {own}"
             )
+
+
+def _sweep_of_one(jobs: list[DictConfig]) -> Iterator[str]:
+    if any(job.get("resume") is not None for job in jobs):
+        yield (
+            "resume goes on with one run, without -m; a sweep goes on by its own command with hydra.sweep.dir=DIR, the"
+            " folder it has"
+        )
 
 
 def _of_another_command(jobs: list[DictConfig], command: str) -> Iterator[str]:

@@ -82,6 +82,11 @@ class _Composer:
         parsed, words = [], list(overrides)
         while words:
             text = words.pop(0)
+            if apart := _set_apart(text, words):
+                del words[: len(apart)]
+                together = "".join([text, *apart])
+                self.mistakes.append(f"{' '.join([text, *apart])}: leave out the spaces: {shlex.quote(together)}")
+                continue
             try:
                 parsed.append(self.parser.parse_override(text))
             except HydraException as error:
@@ -159,6 +164,14 @@ class _Composer:
                 if key in _dotted_names(self.compose([f"{group}={choice}"])):
                     having.append(f"{group}={choice}")
         return having
+
+
+def _set_apart(text: str, words: list[str]) -> list[str]:
+    """What belongs to `text`, as in `batch_size = 4`, which the shell takes apart at its spaces."""
+    if "=" not in text and words and words[0].startswith("="):
+        return words[:2] if words[0] == "=" else words[:1]
+    lone = text.endswith("=") and bool(words) and "=" not in words[0] and not words[0].startswith(("-", "~"))
+    return words[:1] if lone else []
 
 
 def _torn_off(text: str, words: list[str]) -> list[str]:

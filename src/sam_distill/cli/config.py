@@ -25,6 +25,7 @@ from sam_distill.cli.sources import Sources
 RESERVED = {"_target_", "_partial_", "_recursive_", "_convert_", "_args_"}
 SUPPLIED = {"run_dir"}  # parameters of a command that cli/app.py fills in, not the configuration
 _WANTS_OBJECT = {"needs_python_object", "dataclass_type", "callable_type"}  # pydantic's names for "not plain data"
+_PYDANTIC = re.compile("^Input |^Value error, | after validation")  # words that mean nothing to a user
 _ABSENT = object()
 
 
@@ -122,7 +123,8 @@ def _check_value(
     if OmegaConf.is_missing(parent, field):
         yield Mistake(key, "???", f"no value given, expected {type_name(expected)}; give {key}=...")
         return
-    if "${hydra:" in str(_raw(parent)[field]):
+    raw = _raw(parent)[field]
+    if "${hydra:" in str(raw) and not (isinstance(raw, dict) and "_target_" in raw):
         return  # known only when the job runs, such as the folder of an earlier job
     try:
         value = parent[field]
@@ -159,9 +161,11 @@ def _leaf_mistake(value: Any, expected: Any) -> str:
         errors = failed.errors()
         if any(error["type"] in _WANTS_OBJECT for error in errors):
             return f"expected {type_name(expected)}, a node with _target_"
-        said = " or ".join(
-            dict.fromkeys(error["msg"].removeprefix("Input ").removeprefix("Value error, ") for error in errors)
-        )
+        tuples = [get_args(member) for member in _members(expected) if get_origin(member) is tuple]
+        lengths = [len(entries) for entries in tuples if ... not in entries]
+        if lengths and isinstance(value, list) and len(value) not in lengths:
+            return f"should have {lengths[0]} values, not {len(value)}"
+        said = " or ".join(dict.fromkeys(_PYDANTIC.sub("", error["msg"]) for error in errors))
         choices = [str(c) for m in _members(expected) if get_origin(m) is Literal for c in get_args(m)]
         guess = nearest(str(value), choices)
         return f"{said}; did you mean {guess}?" if guess else said

@@ -9,6 +9,7 @@ import random
 import sys
 import time
 import warnings
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from sam_distill.cli import pool
 from sam_distill.cli.config import parameters
+from sam_distill.cli.resume import LAST, taken
 from sam_distill.cli.sources import task_overrides
 from sam_distill.engine import processes
-from sam_distill.engine.status import Status, earlier
+from sam_distill.engine.status import Status, earlier, writing
+from sam_distill.files import disk_is_full
 
 tracebacks = logging.getLogger("sam_distill.tracebacks")  # goes to the log file only: conf/hydra/common.yaml
 
@@ -56,58 +59,78 @@ class Task:
         """Failures are told and recorded; a multirun goes on."""
         settings = HydraConfig.get()
         run_dir = Path(settings.runtime.output_dir)
-        log = run_dir / f"{settings.job.name}.log"
         swept = settings.mode == RunMode.MULTIRUN
         has_folder = "run_dir" in parameters(pkgutil.resolve_name(cfg._target_))
         recorded = has_folder and not cfg.get("plan")
         words = [self.command, *(task_overrides(settings) if swept else self.argv)]
         first = processes.is_first()
+        which = f"job {settings.job.num} ({settings.job.override_dirname})" if swept else ""
         if swept and recorded and _done_before(cfg, run_dir):
-            print(f"job {settings.job.num} ({settings.job.override_dirname}) has finished before: {run_dir}")
+            print(f"{which} has finished before: {run_dir}")
             return True
+        if swept and recorded and cfg.get("resume") is None and (line := taken(run_dir, self.command)):
+            say(f"{which}: {line}")
+            return False
         choices = {g: c for g, c in settings.runtime.choices.items() if c and not g.startswith("hydra/")}
         status = Status(run_dir, words, choices, first, recorded, resumed=cfg.get("resume") is not None)
+        log = run_dir / f"{settings.job.name}.log"
         if not first:
             log = log.with_suffix(f".{processes.name()}.log")
             _be_quiet(log)
-        try:
-            status.begin(OmegaConf.to_yaml(cfg, resolve=True))
-            _seed(cfg.get("seed"))
-            instantiate(cfg, _convert_="all", **({"run_dir": run_dir} if has_folder else {}))
-        except Exception as error:
-            from sam_distill.types import UserError  # brings torch, which --help should not wait for
+        with ExitStack() as held:
+            try:
+                held.enter_context(writing(run_dir) if first and recorded else nullcontext())
+            except Exception as busy:
+                say(str(busy))
+                return False
+            return _carry_out(
+                cfg, {"run_dir": run_dir} if has_folder else {}, status, log, f"{which}: " if swept else ""
+            )
 
-            cause = _unwrap(error)
-            expected = isinstance(cause, UserError)
-            # A loader's worker process sends its traceback along, the message last.
-            why = str(cause).rpartition("UserError: ")[2].strip() if expected else describe(cause)
-            if recorded or not expected:  # a command without records leaves no log behind for a user's mistake
-                tracebacks.exception(why)
-            if not first:
-                time.sleep(1)  # where all processes fail alike, the first one says so
-                why = f"{processes.name()}: {why}"
-            if status.end(why):
-                where = f"job {settings.job.num} ({settings.job.override_dirname}): " if swept else ""
-                say(where + why + ("" if expected else f" (traceback in {log})"))
-            return False
-        except BaseException as stop:  # a signal or sys.exit
-            code = 130 if isinstance(stop, KeyboardInterrupt) else getattr(stop, "code", None)
-            signalled = {130: "interrupted", 143: "interrupted by SIGTERM"}.get(code) if isinstance(code, int) else None
-            if first and status.end(signalled or describe(stop)) and signalled:
-                goes_on = (run_dir / "checkpoints" / "last.ckpt").is_file()
-                say(signalled + (f"; resume={run_dir} goes on from the last checkpoint" if goes_on else ""))
-            raise SystemExit(code) from stop
-        else:
-            status.end(None)
-            return True
-        finally:
-            gc.collect()  # trainer and module refer to each other; the next job of a sweep needs their memory
+
+def _carry_out(cfg: DictConfig, given: dict[str, Path], status: Status, log: Path, where: str) -> bool:
+    """given: arguments beside `cfg`. where: begins what is told."""
+    run_dir, first, recorded = status.run_dir, status.first, status.recorded
+    try:
+        status.begin(OmegaConf.to_yaml(cfg, resolve=True))
+        _seed(cfg.get("seed"))
+        instantiate(cfg, _convert_="all", **given)
+    except Exception as error:
+        from sam_distill.types import UserError  # brings torch, which --help should not wait for
+
+        cause = _unwrap(error)
+        if not isinstance(cause, UserError) and disk_is_full(cause):
+            again = f", then resume={run_dir} goes on" if (run_dir / LAST).is_file() else ""
+            cause = UserError(f"the disk is full: make room{again}")
+        expected = isinstance(cause, UserError)
+        # A loader's worker process sends its traceback along, the message last.
+        why = str(cause).rpartition("UserError: ")[2].strip() if expected else describe(cause)
+        if recorded or not expected:  # a command without records leaves no log behind for a user's mistake
+            tracebacks.exception(why)
+        if not first:
+            time.sleep(1)  # where all processes fail alike, the first one says so
+            why = f"{processes.name()}: {why}"
+        if status.end(why):
+            say(where + why + ("" if expected else f" (traceback in {log})"))
+        return False
+    except BaseException as stop:  # a signal or sys.exit
+        code = 130 if isinstance(stop, KeyboardInterrupt) else getattr(stop, "code", None)
+        signalled = {130: "interrupted", 143: "interrupted by SIGTERM"}.get(code) if isinstance(code, int) else None
+        if first and status.end(signalled or describe(stop)) and signalled:
+            goes_on = (run_dir / LAST).is_file()
+            say(signalled + (f"; resume={run_dir} goes on from the last checkpoint" if goes_on else ""))
+        raise SystemExit(code) from stop
+    else:
+        status.end(None)
+        return True
+    finally:
+        gc.collect()  # trainer and module refer to each other; the next job of a sweep needs their memory
 
 
 def _done_before(cfg: DictConfig, run_dir: Path) -> bool:
     """A sweep that is run again in its folder does what is missing: jobs that were cut short go on where they were."""
     before = earlier(run_dir, OmegaConf.to_yaml(cfg, resolve=True))
-    if before not in (None, "finished") and "resume" in cfg and (run_dir / "checkpoints" / "last.ckpt").is_file():
+    if before not in (None, "finished") and "resume" in cfg and (run_dir / LAST).is_file():
         cfg.resume = str(run_dir)
     return before == "finished"
 

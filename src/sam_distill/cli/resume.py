@@ -1,39 +1,111 @@
-"""`resume=RUN_DIR` alone is enough: the run goes on in its own folder with the options it was started with."""
+"""Where a run may begin, and how one goes on: `resume=RUN_DIR` alone is enough, in its own folder with its options."""
 
 from __future__ import annotations
 
 import json
+import pkgutil
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-from omegaconf import DictConfig
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sam_distill.cli.config import parameters, show
+from sam_distill.engine import processes, status
+
+LAST = Path("checkpoints", "last.ckpt")  # in a run's folder
+
+# What a resumed run may do differently, and does; the engine sees to it that images and batches stay what they were.
+_FREE = ("resume", "plan", "scale", "budget", "validate_every", "step_times", "logger", "trainer", "optim",
+         "batch_size", "accumulate", "data.path", "data.local", "data.shuffle_buffer", "teacher.memory_gb")  # fmt: skip
 
 
 def continued(argv: list[str]) -> list[str]:
     """The command line with the options of the run that it resumes. Those given now take precedence."""
     given = {_key(word): word for word in argv}
-    run_dir = given.get("resume", "").partition("=")[2]
-    if run_dir in ("", "null"):
+    run_dir = _value(given["resume"]) if "resume" in given else None
+    if not run_dir:
         return argv
     try:
         before = json.loads((Path(run_dir) / "status.json").read_text())["command"][1:]
-    except (OSError, ValueError, KeyError):  # not a run folder: the engine says so when it looks for the checkpoint
-        return argv
+    except (OSError, ValueError, KeyError):
+        return argv  # `misplaced` says so
     kept = [word for word in before if _key(word) not in given and _key(word) not in ("resume", "hydra.run.dir")]
-    place = [] if "hydra.run.dir" in given else [f"hydra.run.dir={run_dir}"]
+    quoted = run_dir.replace('"', '\\"')
+    place = [] if "hydra.run.dir" in given else [f'hydra.run.dir="{quoted}"']
     return [*kept, *argv, *place]
 
 
-def misplaced(cfg: DictConfig) -> list[str]:
-    """A complaint if a run is to go on nowhere, or to begin in the folder of another, whose checkpoint it'd replace."""
-    run_dir, resume = Path(cfg.hydra.run.dir), cfg.get("resume", "")
-    if resume and not Path(resume).is_dir():
+def misplaced(cfg: DictConfig, command: str) -> list[str]:
+    """A complaint if a run is to go on nowhere or as another, or to begin where another lies or is going on."""
+    run_dir, resume = Path(cfg.hydra.run.dir), cfg.get("resume")
+    if "run_dir" not in parameters(pkgutil.resolve_name(cfg._target_)):
+        return []  # it leaves nothing there
+    if resume is not None and not Path(resume).is_dir():
         return [f"resume={resume}: there is no such folder; expected that of a run"]
-    if resume is None and (run_dir / "checkpoints" / "last.ckpt").is_file():
-        return [
-            f"hydra.run.dir={run_dir} holds a run already: resume={run_dir} goes on with it; else choose another folder"
-        ]
-    return []
+    if resume is not None and not status.read(Path(resume)).get("command"):
+        return [f"resume={resume}: no status.json there can be read, which says with what options the run began"]
+    if processes.is_first() and (busy := status.busy(run_dir)):
+        return [busy]
+    if resume is not None:
+        return list(_changed(cfg, Path(resume)))
+    return [] if (line := taken(run_dir, command)) is None else [f"hydra.run.dir={line}"]
+
+
+def taken(run_dir: Path, command: str) -> str | None:
+    """Why `command` may not begin a run in this folder, if it may not: it would write over another."""
+    record = status.read(run_dir)
+    other = (record.get("command") or [command])[0]
+    if other != command:
+        return f"{run_dir} holds a run of sam-distill {other}: choose another folder"
+    if (run_dir / LAST).is_file():
+        return f"{run_dir} holds a run already: resume={run_dir} goes on with it; else choose another folder"
+    if (run_dir / "student.pt").is_file() and record.get("status") == "finished":
+        return f"{run_dir} holds a student already: choose another folder"
+    return None
+
+
+def _changed(cfg: DictConfig, run_dir: Path) -> Iterator[str]:
+    """What is not as its config.yaml has it, and can't change in a run's midst. Options that are new don't count."""
+    with suppress(OSError):
+        then = dict(_leaves(yaml.safe_load((run_dir / "config.yaml").read_text())))
+        for key, _ in _leaves(OmegaConf.to_container(cfg, resolve=False)):
+            free = key != "optim._target_" and any(f"{key}.".startswith(f"{name}.") for name in (*_FREE, "hydra"))
+            if free or key not in then:
+                continue
+            with suppress(OmegaConfBaseException):  # known only when the job runs
+                value = OmegaConf.select(cfg, key)
+                now = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+                if now != then[key]:
+                    name, old, new = key.removesuffix("._target_"), show(then[key]), show(now)
+                    yield (
+                        f"{name}={new}: the run in {run_dir} began with {old}, and goes on with it;"
+                        f" init={run_dir} starts a new run from its weights"
+                    )
+
+
+def _leaves(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        if isinstance(value, dict) and value and all(isinstance(name, str) for name in value):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _key(word: str) -> str:
     return word.lstrip("+~").partition("=")[0]
+
+
+def _value(word: str) -> str | None:
+    """Of an override, without the quotes; None for null, or if it is several."""
+    try:
+        override = OverridesParser.create().parse_override(word)
+    except HydraException:
+        return None  # told when the job is composed
+    value = None if override.is_sweep_override() else override.value()
+    return None if value is None else str(value)

@@ -18,6 +18,7 @@ from pycocotools import mask as coco
 from pydantic import Field
 
 from sam_distill.data.choice import is_image, unique_keys
+from sam_distill.data.folder import image_files
 from sam_distill.engine.hardware import Hardware
 from sam_distill.engine.progress import Tally
 from sam_distill.files import write_text
@@ -102,8 +103,8 @@ def _jobs(image: str, path: Path) -> list[tuple[Path, Path]]:
     else:
         if path.suffix.lower() in Image.registered_extensions() or path.is_file():
             raise UserError(f"path={path}: image={image} is more than one, so path= is the folder for the results")
-        pattern = source / "**" if source.is_dir() else source
-        files = sorted(Path(name) for name in glob.glob(str(pattern), recursive=True) if is_image(Path(name).name))
+        named = () if source.is_dir() else map(Path, sorted(glob.glob(str(source), recursive=True)))
+        files = image_files(source) if source.is_dir() else [file for file in named if is_image(file.name)]
         if not files:
             raise UserError(f"image={image}: there is no image; expected jpg, png, webp, bmp or tif files")
         base = source if source.is_dir() else Path(os.path.commonpath([file.parent for file in files]))

@@ -42,7 +42,7 @@ def train(
     ema: Annotated[float, Field(gt=0, lt=1)] | None,
     progressive_resizing: dict[ImageSize, Annotated[float, Field(gt=0, lt=1)]] | None,
     step_times: bool,
-    seed: int,
+    seed: Annotated[int, Field(ge=0, lt=2**32)],
     image_size: ImageSize,
     neck_from_teacher: bool,
     init: Checkpoint | None,

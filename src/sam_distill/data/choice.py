@@ -10,6 +10,7 @@ import hashlib
 import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from pathlib import PurePosixPath
 from typing import Annotated
 
 import numpy as np
@@ -32,6 +33,12 @@ def is_image(name: str) -> bool:
     """Whether a file's name, without its folders, is that of an image; hidden files are not."""
     stem, dot, suffix = name.rpartition(".")
     return bool(stem) and not stem.startswith(".") and (dot + suffix).lower() in IMAGE_SUFFIXES
+
+
+def is_image_member(name: str) -> bool:
+    """Whether a member of a tar is an image; what lies in hidden folders is not."""
+    *folders, last = PurePosixPath(name).parts or ("",)
+    return is_image(last) and not any(folder.startswith(".") for folder in folders)
 
 
 def unique_keys(short: Sequence[str], long: Sequence[str]) -> list[str]:

@@ -12,14 +12,14 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from sam_distill.data.choice import digest, is_image
+from sam_distill.data.choice import digest, is_image_member
 from sam_distill.files import whole
 from sam_distill.models.weights import home
 
@@ -53,7 +53,7 @@ class Contents:
     @classmethod
     def of(cls, files: Sequence[str], problem: str | None = None) -> Contents:
         """files: those that the tar holds whole."""
-        images, there = [name for name in files if is_image(PurePosixPath(name).name)], set(files)
+        images, there = [name for name in files if is_image_member(name)], set(files)
         beside = [
             sum((companion(name, kind) in there) << bit for bit, kind in enumerate(COMPANIONS)) for name in images
         ]

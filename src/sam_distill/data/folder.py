@@ -70,13 +70,27 @@ class Folder(IndexedSource[ImageFile]):
             self._truth = coco_json(Path(self.annotations).expanduser())
 
 
+def image_files(folder: Path) -> list[Path]:
+    """Images at any depth, hidden files and folders left out. Links are followed, but no folder is entered twice."""
+    found, entered, tops = [], set(), [str(folder)]
+    for top in tops:  # links wait their turn, so that what lies below has its own name rather than a link's
+        for parent, below, names in os.walk(top):
+            about = os.stat(parent)
+            if (about.st_dev, about.st_ino) in entered:
+                below.clear()
+                continue
+            entered.add((about.st_dev, about.st_ino))
+            below[:] = sorted(name for name in below if not name.startswith("."))
+            tops += [path for name in below if os.path.islink(path := os.path.join(parent, name))]
+            found += [Path(parent, name) for name in names if is_image(name)]
+    return sorted(found)
+
+
 def _find(folder: Path) -> list[ImageFile]:
     if not folder.is_dir():
         reason = "is not a folder" if folder.exists() else "does not exist"
         raise UserError(f"data.path={folder} {reason}; expected a folder of images")
-    paths = sorted(
-        Path(parent, name) for parent, _, names in os.walk(folder, followlinks=True) for name in names if is_image(name)
-    )
+    paths = image_files(folder)
     if not paths:
         raise UserError(f"data.path={folder} holds no image; expected jpg, png, webp, bmp or tif files, at any depth")
     names = [path.relative_to(folder).as_posix() for path in paths]

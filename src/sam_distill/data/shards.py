@@ -84,15 +84,18 @@ class Shard:
         """
         having = {kind: set(compress(self.members(), self.beside(kind))) for kind in kinds}
         names = {m: [m, *(companion(m, kind) for kind in kinds if m in having[kind])] for m in members}
-        owner = {name: member for member, its in names.items() for name in its}
+        owners: dict[str, list[str]] = {}  # several, where a.jpg and a.png share a.json
+        for member, its in names.items():
+            for name in its:
+                owners.setdefault(name, []).append(member)
         parts: dict[str, dict[str, bytes]] = {}  # of members that are not complete yet
-        for name, content in self._read(owner.keys()):
-            member = owner[name]
-            whole = parts.setdefault(member, {})
-            whole[name] = content
-            if len(whole) == len(names[member]):
-                yield member, [whole[member], *(whole.get(companion(member, kind), b"") for kind in kinds)]
-                del parts[member]
+        for name, content in self._read(owners.keys()):
+            for member in owners[name]:
+                whole = parts.setdefault(member, {})
+                whole[name] = content
+                if len(whole) == len(names[member]):
+                    yield member, [whole[member], *(whole.get(companion(member, kind), b"") for kind in kinds)]
+                    del parts[member]
 
     def _read(self, names: Collection[str]) -> Iterator[tuple[str, bytes]]:
         left = set(names)
@@ -162,8 +165,12 @@ def _expand(pattern: str, option: str) -> list[Tar]:
     if pattern.startswith("pipe:"):
         return [PipedTar(pattern)]
     is_remote = urlsplit(pattern).scheme in ("http", "https")
-    if not is_remote and Path(pattern).expanduser().is_dir():
-        pattern = f"{glob.escape(pattern)}/*.tar"
+    there = Path(pattern).expanduser()
+    if not is_remote and there.exists():  # no pattern, whatever brackets and braces it may have
+        named = sorted(there.glob("*.tar")) if there.is_dir() else [there]
+        if not named:
+            raise UserError(f"{option}={pattern}: there is no .tar in that folder")
+        return [LocalTar(str(tar)) for tar in named]
     try:
         names = expand_urls(pattern)
     except ValueError as error:

@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 import requests
 
 from sam_distill.data.contents import FEW, Contents, remembered, stamp_of
+from sam_distill.files import compression
 from sam_distill.types import UserError
 
 log = logging.getLogger(__name__)
@@ -264,8 +265,15 @@ def _headers(file: Any, size: int | None, where: str) -> Contents:
                 if file.read(tarfile.BLOCKSIZE).strip(b"\0"):  # neither the end of the archive nor that of the file
                     raise tarfile.ReadError("damaged header")
     except (tarfile.TarError, OSError) as error:
+        if size and not names and (packed := compression(_start(file))):
+            return Contents.of([], f"{where} is compressed with {packed}: unpack it, or read it by a command, pipe:...")
         return Contents.of(list(names), f"the rest of {where} after {len(names)} files ({_one_line(error)})")
     return Contents.of(list(names))
+
+
+def _start(file: Any) -> bytes:
+    file.seek(0)
+    return bytes(file.read(8))
 
 
 def _one_line(error: BaseException) -> str:

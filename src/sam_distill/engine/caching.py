@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import io
 import logging
@@ -11,7 +10,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import count, islice
@@ -19,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
@@ -30,15 +27,16 @@ from sam_distill.data.embeddings import Dtype
 from sam_distill.engine import processes
 from sam_distill.engine.hardware import Hardware
 from sam_distill.engine.progress import Tally
+from sam_distill.engine.status import alone
+from sam_distill.files import disk_is_full
 from sam_distill.images import decode, to_frame
 from sam_distill.models.weights import digest
-from sam_distill.teachers import LiveTeacher, save_parts
+from sam_distill.teachers import LiveTeacher, check_finite, save_parts
 from sam_distill.types import FRAME, Sample, UserError
 
 log = logging.getLogger(__name__)
 
 WAITING = 4  # batches that may wait for the writer
-LOCK_PATIENCE = 20  # seconds; the loader workers of a process that was killed need a few to notice
 
 
 @dataclass(frozen=True)
@@ -102,7 +100,8 @@ class CacheJob:
     def loader(self, todo: list[int]) -> DataLoader[tuple[int, list[Prepared]]]:
         """Batches for the tars of these numbers."""
         stream = ToCache(self.blocks, todo, self.batch_size, self.quality)
-        return DataLoader(stream, batch_size=None, num_workers=self.hardware.num_workers)
+        workers = self.hardware.num_workers
+        return DataLoader(stream, batch_size=None, num_workers=workers, worker_init_fn=processes.begin_worker)
 
     def members(self, prepared: list[Prepared], embeddings: list[Tensor]) -> Iterator[dict[str, bytes]]:
         """What the tar holds of each image that can be read. embeddings: theirs, as `embed` gives them."""
@@ -117,7 +116,9 @@ class CacheJob:
             return []
         batch = collate(samples).to(self.hardware.kind)
         with self.hardware.autocast():
-            return list(self.teacher.sam.encode(batch.images, batch.sizes).cpu())
+            embeddings = self.teacher.sam.encode(batch.images, batch.sizes).cpu()
+        check_finite(embeddings, batch.keys, "teacher")
+        return list(embeddings)
 
 
 @torch.inference_mode()
@@ -127,7 +128,8 @@ def write_cache(job: CacheJob) -> dict[str, Any]:
     facts = _facts(job)
     _begin(folder, facts, job.teacher)
     rank, ranks = processes.place(hardware.devices, hardware.nodes)
-    with _alone(folder, rank):
+    told = f"path={folder}: another process is writing this cache; wait for it, or stop it"
+    with alone(folder / f".writing-{rank}.lock", told):  # two would write the same tars
         job.teacher.sam.to(hardware.kind)
         todo = [number for number in range(rank, len(blocks), ranks) if not done(folder, number)]
         log.info(
@@ -142,20 +144,6 @@ def write_cache(job: CacheJob) -> dict[str, Any]:
     while rank == 0 and not all(done(folder, number) for number in range(len(blocks))):
         time.sleep(0.5)  # the other processes are still at it
     return update_manifest(folder, facts)
-
-
-@contextmanager
-def _alone(folder: Path, rank: int) -> Iterator[None]:
-    """Two that write the same tars would be in each other's way. The lock goes with the process, however it ends."""
-    lock = FileLock(folder / f".writing-{rank}.lock")
-    try:
-        lock.acquire(timeout=LOCK_PATIENCE)
-    except Timeout:
-        raise UserError(f"path={folder}: another process is writing this cache; wait for it, or stop it") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 class _Writer:
@@ -190,7 +178,7 @@ class _Writer:
         try:
             self._behind.popleft().result()
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if not disk_is_full(error):
                 raise
             left = sum(self.expected.values()) - self.images
             wanted = left * self.bytes / max(1, self.images) / 1e9

@@ -152,9 +152,12 @@ class RunFolder(pl.Callback):
         return time.perf_counter() - self._started
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """A run that was killed while it validated has a checkpoint of that step, but not yet its scores."""
+        """A run that was killed may have a checkpoint of a step whose scores are not written yet, or not sent."""
         step, interval = trainer.global_step, int(trainer.val_check_interval) // trainer.accumulate_grad_batches
         self.history.forget_after(step)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger) and step in self.history.rows:
+                logger.log_metrics(self.history.rows[step], step)
         judged = any(name.startswith("val/") for name in self.history.rows.get(step, {}))
         if step % interval == 0 and not trainer.strategy.broadcast(judged):
             trainer.validating = True  # as Lightning does in mid-training

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from typing import Any
 
 import pytorch_lightning as pl
@@ -10,6 +9,7 @@ from torch.utils.data import DataLoader
 
 from sam_distill.data.base import DataSource, collate
 from sam_distill.engine.hardware import Hardware
+from sam_distill.engine.processes import begin_worker
 from sam_distill.types import Sample, UserError
 
 
@@ -39,7 +39,7 @@ class Loaders(pl.LightningDataModule):
             collate_fn=collate,
             num_workers=self.hardware.num_workers,
             persistent_workers=self.hardware.num_workers > 0,
-            worker_init_fn=_ignore_signals,
+            worker_init_fn=begin_worker,
             pin_memory=self.hardware.kind == "cuda",
         )
 
@@ -52,9 +52,3 @@ class Loaders(pl.LightningDataModule):
         return DataLoader(
             share, batch_size=self.batch_size, collate_fn=collate, pin_memory=self.hardware.kind == "cuda"
         )
-
-
-def _ignore_signals(worker: int) -> None:
-    """Ctrl-C and a scheduler's SIGTERM reach all processes, but the training process decides what happens then."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from sam_distill.data.base import DataSource, EvalStream, Split, collate
 from sam_distill.engine.hardware import Hardware
 from sam_distill.engine.judge import BLIND, Answer, Judge, blind
+from sam_distill.engine.processes import begin_worker
 from sam_distill.engine.record import write_prompts
 from sam_distill.evaluate.fastsam import FastSam
 from sam_distill.evaluate.protocol import Protocol
@@ -43,6 +44,8 @@ def judge(
     """Compare `student` and `teacher` on the images of `source`; writes metrics.json, prompts.csv and pictures/."""
     started = time.perf_counter()
     total = source.num_eval_images(split)
+    if not total:
+        raise UserError(f"split={split}: there is no such image; are any held out, by data.val_images?")
     for model in (student, teacher.sam):
         if isinstance(model, Sam):
             model.to(hardware.kind).to(memory_format=torch.channels_last)
@@ -109,7 +112,7 @@ def loader(
     stream = EvalStream(source, split, truth)
     return DataLoader(
         stream, batch_size=batch_size, collate_fn=collate, num_workers=hardware.num_workers,
-        pin_memory=hardware.kind == "cuda",
+        pin_memory=hardware.kind == "cuda", worker_init_fn=begin_worker,
     )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from sam_distill.losses import embedding_cosine, embedding_mse
 from sam_distill.metrics import Mean, MeanIoU, bootstrap
 from sam_distill.models.sam import Sam
 from sam_distill.predict.overlays import column, comparison
+from sam_distill.teachers import check_finite
 from sam_distill.types import GRID, Batch, valid_area
 
 BLIND = "an encoder that answers every image with the teacher's mean embedding of the others"
@@ -67,6 +68,8 @@ class Judge(nn.Module):
         """teacher_embedding: [B, 256, 64, 64]; targets: the right answers, from `protocol.ask`."""
         batch = student.batch
         if student.embedding is not None:
+            check_finite(student.embedding, batch.keys, "student")
+            check_finite(teacher_embedding, batch.keys, "teacher")
             area = valid_area(batch.sizes, GRID)
             for name, measure in (("embedding_mse", embedding_mse), ("embedding_cosine", embedding_cosine)):
                 self.errors[name].update(measure(student.embedding, teacher_embedding, area), weight=len(batch))  # type: ignore[operator]

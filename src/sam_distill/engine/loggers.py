@@ -17,6 +17,7 @@ import yaml
 from PIL import Image, ImageOps
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.loggers.logger import Logger
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from sam_distill.engine import status
 from sam_distill.engine.judge import Judge, Picture
@@ -38,6 +39,18 @@ _TAGS = ("experiment", "strategy", "encoder", "teacher", "data")  # groups whose
 _SAID = (*_TAGS, "scale", "image_size", "seed")  # what a run's name need not spell out
 _MACHINERY = ("hydra", "logger", "trainer", "protocol", "resume", "validate_every", "step_times")
 _DATA_DIR = os.environ.get("WANDB_DATA_DIR")  # as the user has it
+
+
+class ByStep(WandbLogger):
+    """Rows are numbered by the optimizer step.
+
+    W&B's own number begins at 0 again in each part of an offline run that was resumed, and `wandb sync` drops rows
+    whose numbers are not higher than those before.
+    """
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        self.experiment.log({**metrics, STEP: step}, step=step)
 
 
 @dataclass(frozen=True)
@@ -68,7 +81,7 @@ class WandB:
         told = {"choices": choices, "version": record.get("version"), **facts}
         wandb.setup(wandb.Settings(silent=True))
         os.environ["WANDB_DATA_DIR"] = _DATA_DIR or str(run_dir.absolute() / "wandb")  # what tables hold, till synced
-        logger = WandbLogger(
+        logger = ByStep(
             project=self.project,
             entity=self.entity,
             group=self.group,

@@ -185,6 +185,11 @@ class Distillation(pl.LightningModule):
         optimizer, schedule = self.optim.build(self.trainable, self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def on_train_start(self) -> None:
+        """A resumed optimizer has the options back that it was saved with; what is asked for now is put in place."""
+        (optimizer,), (schedule,) = self.trainer.optimizers, self.trainer.lr_scheduler_configs
+        self.optim.renew(optimizer, schedule.scheduler, self.trainable, self.trainer.max_steps)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._check()
         checkpoint[DESCRIPTION] = describe(self.student)

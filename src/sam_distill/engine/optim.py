@@ -60,6 +60,14 @@ class AdamW:
         optimizer = self._optimizer([group for name, part in parts.items() for group in self._groups(name, part)])
         return optimizer, LambdaLR(optimizer, lambda step: self._factor(step, total_steps))
 
+    def renew(self, optimizer: Optimizer, schedule: LambdaLR, parts: Mapping[str, nn.Module], total_steps: int) -> None:
+        """Give what `build` made for these parts, perhaps with other options, the options of this one."""
+        fresh, _ = self.build(parts, total_steps)
+        for group, asked in zip(optimizer.param_groups, fresh.param_groups, strict=True):
+            group.update({name: value for name, value in asked.items() if name != "params"})
+            group["lr"] = asked["initial_lr"] * self._factor(schedule.last_epoch, total_steps)
+        schedule.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
+
     def _optimizer(self, groups: list[dict[str, Any]]) -> Optimizer:
         return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps)
 

@@ -1,8 +1,11 @@
-"""The processes of a data-parallel run, as the environment describes them. Quick to import: no torch."""
+"""The processes of a data-parallel run, as the environment describes them, and loader workers. No torch: quick."""
 
 from __future__ import annotations
 
 import os
+import signal
+import threading
+import time
 
 # srun's, torchrun's, and those of Lightning's own contract for processes that someone else starts
 _RANKS = ("SLURM_PROCID", "RANK", "LOCAL_RANK", "NODE_RANK")
@@ -62,3 +65,20 @@ def shared_name() -> str | None:
     if launcher() == "torchrun" and env["TORCHELASTIC_RUN_ID"] != "none":  # what torchrun says without --rdzv-id
         return f"torchrun_{env['TORCHELASTIC_RUN_ID']}"
     return None
+
+
+def begin_worker(worker: int) -> None:
+    """What the worker processes of a loader do first: leave signals to the process they work for, and end with it.
+
+    Ctrl-C and a scheduler's SIGTERM reach all processes, but that one decides what happens then. If it is killed, a
+    worker would wait for ever for somebody to take what it has read, and hold its memory and its master's locks.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)

@@ -5,14 +5,20 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 
 from sam_distill.files import write_json, write_text
+
+LOCK = ".lock"  # in a run's folder
+PATIENCE = 5  # seconds; the loader workers of a process that was killed hold its locks for a moment
 
 
 class Status:
@@ -54,6 +60,38 @@ class Status:
 
     def _write(self) -> None:
         write_json(self.run_dir / "status.json", self._content)
+
+
+@contextmanager
+def alone(lock: Path, told: str) -> Iterator[None]:
+    """Hold `lock`, which goes with this process however it ends. A UserError says `told` if another one has it."""
+    held = FileLock(lock)
+    try:
+        held.acquire(timeout=PATIENCE)
+    except Timeout:
+        from sam_distill.types import UserError
+
+        raise UserError(told) from None
+    except (OSError, NotImplementedError):  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        held.release()
+
+
+def writing(run_dir: Path) -> AbstractContextManager[None]:
+    """For whoever keeps a run's records: two would write over each other."""
+    return alone(run_dir / LOCK, f"{run_dir}: another run is writing there; wait for it, or choose another folder")
+
+
+def busy(run_dir: Path) -> str:
+    """What `writing` would say now; empty if nothing."""
+    try:
+        with writing(run_dir) if (run_dir / LOCK).exists() else nullcontext():
+            return ""
+    except Exception as error:
+        return str(error)
 
 
 def earlier(run_dir: Path, config: str) -> str | None:

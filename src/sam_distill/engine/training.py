@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 from collections.abc import Mapping
 from datetime import timedelta
@@ -15,6 +16,7 @@ from rich.table import Table
 
 from sam_distill.data.base import DataSource
 from sam_distill.engine.callbacks import Averaged, ProgressiveResizing, RunFolder, Throughput
+from sam_distill.engine.checkpoint_io import WholeCheckpoints
 from sam_distill.engine.datamodule import Loaders
 from sam_distill.engine.durations import in_steps
 from sam_distill.engine.hardware import Hardware
@@ -104,7 +106,6 @@ def fit(
     if plan:
         plan_training(module, loaders, hardware, steps, accumulate)
         return {}
-    history = History(run_dir / "history.csv", resume=checkpoint is not None)
     facts: dict[str, Any] = {
         "images_per_step": images_per_step,
         "workers": hardware.num_workers,  # part of what the order of images in tars depends on
@@ -115,6 +116,9 @@ def fit(
         "data_keys": source.fingerprint,
         **protocol.description,
     }
+    if resume is not None:
+        _goes_on(Path(resume), facts)
+    history = History(run_dir / "history.csv", resume=checkpoint is not None)
     folder = RunFolder(run_dir, history, source, facts)
     callbacks: list[pl.Callback] = [Throughput(), folder]  # the run folder first: it saves the average
     callbacks += [ProgressiveResizing(progressive_resizing)] if progressive_resizing else []
@@ -136,8 +140,10 @@ def fit(
         log.warning(source.shortage)
     with all_processes(hardware, run_dir):
         if source.val_images < processes:
-            told = f"data.val_images: {source.val_images} to validate on, but every device needs one: {processes}"
-            raise UserError(told)
+            raise UserError(
+                f"data.val_images: {source.val_images} images are held out to judge the student on, but every device"
+                f" needs one: {processes}"
+            )
         trainer = _trainer(hardware, optim, run_dir, steps, interval, accumulate, callbacks)
         first = trainer.is_global_zero
         trainer.loggers = [history, *(logger.build(run_dir, facts) if first else [])]
@@ -186,6 +192,7 @@ def _trainer(
         log_every_n_steps=max(1, min(50, steps // LOG_LINES)),
         gradient_clip_val=optim.clip or None,
         callbacks=callbacks,
+        plugins=[WholeCheckpoints()],
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=run_dir,
@@ -222,3 +229,18 @@ def _last_checkpoint(run_dir: Path) -> Path:
     if not path.is_file():
         raise UserError(f"resume={run_dir}: there is no {path}; the run may have stopped before its first checkpoint")
     return path
+
+
+def _goes_on(run_dir: Path, facts: Mapping[str, Any]) -> None:
+    """Refuse to go on with what would not be the same run, though its options may read alike."""
+    metrics = run_dir / "metrics.json"
+    before = json.loads(metrics.read_text()) if metrics.is_file() else {}
+    anew = f"init={run_dir} starts a new run from its weights"
+    for name, told in {
+        "data_keys": f"the images to train on are not those that the run began with; {anew}",
+        "teacher_sha256": f"the teacher's weights are not those that the run began with; {anew}",
+        "images_per_step": f"{before.get('images_per_step')} images per step then, {facts['images_per_step']} now:"
+        " batch_size x accumulate x trainer.devices has to stay the same",
+    }.items():
+        if name in before and before[name] != facts[name]:
+            raise UserError(f"resume={run_dir}: {told}")

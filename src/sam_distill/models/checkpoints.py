@@ -20,7 +20,7 @@ from pydantic import AfterValidator
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sam_distill.files import whole
+from sam_distill.files import compression, whole
 from sam_distill.models import weights
 from sam_distill.models.encoders import ImageEncoder, SamViT, TinyViT, build_encoder
 from sam_distill.models.sam import Sam
@@ -74,8 +74,8 @@ def save_sam(sam: Sam, path: str | Path) -> None:
     """Write the official layout. Their encoders load strictly in SAM's and MobileSAM's code."""
     state = official_state(sam)
     state._metadata = {DESCRIPTION: describe(sam)}  # type: ignore[attr-defined]
-    with whole(Path(path)) as draft:
-        torch.save(state, draft)
+    with whole(Path(path)) as draft, draft.open("wb") as file:  # a path would hide that the disk is full
+        torch.save(state, file)
 
 
 def describe(sam: Sam) -> dict[str, Any]:
@@ -128,10 +128,18 @@ def fingerprint(checkpoint: str) -> str:
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors under official names (or ours, from a .ckpt) and the description of the model they belong to."""
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file:
+            start = file.read(9)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from error
+    if start[8:] == b"{":  # whatever its name: the length of a header, in 8 bytes, and the header, which is JSON
+        return _read_safetensors(path)
+    if packed := compression(start):
+        raise UserError(f"{path} is compressed with {packed}: unpack it first")
+    try:
+        with path.open("rb") as file:  # of a path, torch would go by the name
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever a broken file makes it raise
         reason = re.split(r"\.\s|\n", str(error).strip())[0]  # the first sentence; the others are torch's advice
         raise UserError(f"{path} is not a PyTorch checkpoint that loads safely ({reason})") from error
@@ -167,10 +175,19 @@ def _recognise(state: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
         spec = {"class": "SamViT", "width": width, "depth": len(tables), "heads": width // tables[0].shape[1]}
         spec["global_blocks"] = [i for i, table in enumerate(tables) if len(table) == 2 * side - 1]
     if spec is None:
-        raise UserError(
-            f"{path} holds no SAM we know: its tensors match neither SAM's ViTs, MobileSAM's TinyViT nor ours"
-        )
+        raise UserError(f"{path} holds no SAM we know: {_what_else(state)}")
     return {"encoder": spec, "image_size": FRAME}
+
+
+def _what_else(state: Mapping[str, Any]) -> str:
+    parts = {name for key in state for name in (_ENCODER, "prompt_encoder.", "mask_decoder.") if key.startswith(name)}
+    inside = next((key for key, value in state.items() if isinstance(value, Mapping)), None)
+    if inside:
+        return f"it holds {inside} and other things, not the tensors themselves: save {inside} alone"
+    if parts != {_ENCODER} and parts:
+        return "its tensors match neither SAM's ViTs, MobileSAM's TinyViT nor ours"
+    first = next(iter(state), "nothing")
+    return f"an image encoder alone, it seems ({first}, ...), without prompt_encoder and mask_decoder"
 
 
 def _load(sam: Sam, state: dict[str, Tensor], path: Path) -> None:
@@ -186,6 +203,9 @@ def _load(sam: Sam, state: dict[str, Tensor], path: Path) -> None:
     told = [f"{len(keys)} tensors {what} ({keys[0]}, ...)" for what, keys in problems.items() if keys]
     if told:
         raise UserError(f"{path} does not fit {in_words(describe(sam)['encoder'])}: {'; '.join(told)}")
+    broken = sorted(key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all())
+    if broken:
+        raise UserError(f"{path} holds NaN or infinity in {len(broken)} tensors ({broken[0]}, ...): it can't be used")
     sam.load_state_dict(state)
 
 

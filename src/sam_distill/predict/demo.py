@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from sam_distill.images import to_rgb
 from sam_distill.metrics import mask_iou
 from sam_distill.models.sam import Sam
 from sam_distill.predict.mask_generator import SamAutomaticMaskGenerator
@@ -59,7 +60,7 @@ def build(models: Mapping[str, Sam], examples: Sequence[Image.Image], points_per
         visit = gr.State()
         gr.Markdown(f"## sam-distill\n**{'** beside **'.join(models)}**. Load an image, then click on it.")
         with gr.Row():
-            source = gr.Image(type="pil", label="image", sources=["upload", "clipboard"], height=420)
+            source = gr.Image(type="pil", image_mode=None, label="image", sources=["upload", "clipboard"], height=420)
             views = [gr.Image(label=name, interactive=False, format="png", height=420) for name in models]
         with gr.Row():
             mode = gr.Radio([FOREGROUND, BACKGROUND, BOX], value=FOREGROUND, label="what a click means", scale=3)
@@ -102,7 +103,7 @@ def build(models: Mapping[str, Sam], examples: Sequence[Image.Image], points_per
 
 
 def _begin(image: Image.Image, models: Mapping[str, Sam]) -> list[Any]:
-    image = image.convert("RGB")
+    image = to_rgb(image)
     image.thumbnail((LONG_SIDE, LONG_SIDE))
     visit = Visit(image, {name: SamPredictor(model) for name, model in models.items()})
     times = {}

@@ -12,11 +12,12 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from sam_distill.images import Size, decode, to_frame, upscale_masks
+from sam_distill.images import Size, decode, to_frame, to_rgb, upscale_masks
 from sam_distill.models.sam import Sam
+from sam_distill.predict.checks import check_one, check_several, check_values
 from sam_distill.predict.transforms import ResizeLongestSide
 from sam_distill.prompts.forms import box_prompts, point_prompts
-from sam_distill.types import FRAME, MULTI, SINGLE, Prompts
+from sam_distill.types import FRAME, LOW_RES, MULTI, SINGLE, Prompts
 
 Picture = np.ndarray | Tensor | Image.Image | str | Path
 Answer = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -26,7 +27,8 @@ _PROMPT = {"point_coords", "point_labels", "box", "mask_input", "multimask_outpu
 class SamPredictor:
     """Encode an image once with `set_image`, then ask for masks with `predict` as often as needed.
 
-    An image is [H, W, 3] uint8 (numpy), [3, H, W] uint8 (torch), a Pillow image or a file's path. Everything runs where
+    An image is [H, W, 3] uint8 (numpy), [3, H, W] uint8 (torch), a Pillow image or a file's path; arrays may also be
+    gray, [H, W] or of one channel, or have alpha, a fourth. All are seen as their file would be. Everything runs where
     the model is, in fp32, or in bf16 within `torch.autocast`.
     """
 
@@ -88,6 +90,8 @@ class SamPredictor:
     ) -> Answer:
         """Masks for one prompt, which may be several points, a box, a mask, or all of them together.
 
+        A prompt that is none, such as NaN or two boxes, is a ValueError; one outside the image is warned of.
+
         point_coords: [N, 2] (x, y); point_labels: [N], 1 foreground, 0 background; box: [4] (x0, y0, x1, y1), all in
         pixels of the image. mask_input: [1, 256, 256] logits of an earlier prediction.
         Returns masks [C, H, W] bool (float32 logits if return_logits), predicted IoUs [C], and low-res logits
@@ -140,8 +144,11 @@ class SamPredictor:
         point_coords: [P, N, 2]; point_labels: [P, N]; boxes: [P, 4]; mask_input: [P, 1, 256, 256].
         Returns masks [P, C, H, W], predicted IoUs [P, C] and low-res logits [P, C, 256, 256], as `predict` does.
         """
-        prompts = _prompts(point_coords, point_labels, boxes, mask_input)
-        return self._decode(self._only("predict_torch"), prompts, multimask_output, return_logits)
+        check_several(point_coords, point_labels, boxes, mask_input)
+        given = (
+            None if part is None else part.to(self.device) for part in (point_coords, point_labels, boxes, mask_input)
+        )
+        return self._decode(self._only("predict_torch"), *given, multimask_output, return_logits)
 
     def get_image_embedding(self) -> Tensor:
         """[1, 256, 64, 64]; of several images [B, 256, 64, 64]."""
@@ -169,26 +176,35 @@ class SamPredictor:
         return_logits: bool = False,
     ) -> Answer:
         """`predict` for one of the images."""
-        if (point_coords is None) != (point_labels is None):
-            raise ValueError("point_coords and point_labels belong together: give both or neither")
+        check_one(point_coords, point_labels, box, mask_input)
+        self._features("predict")
         size = self.original_sizes[index]
         points = None if point_coords is None else self.transform.apply_coords(point_coords, size)[None]
         labels = None if point_labels is None else np.asarray(point_labels)[None]
         boxes = None if box is None else self.transform.apply_boxes(box, size)
-        masks = None if mask_input is None else np.asarray(mask_input).reshape(1, 1, *np.shape(mask_input)[-2:])
+        masks = None if mask_input is None else np.asarray(mask_input).reshape(1, 1, LOW_RES, LOW_RES)
         given = (
             None if part is None else torch.as_tensor(part.astype(np.float32), device=self.device)
             for part in (points, labels, boxes, masks)
         )
-        answer = self._decode(index, _prompts(*given), multimask_output, return_logits)
+        answer = self._decode(index, *given, multimask_output, return_logits)
         found, iou, low_res = (tensor[0].cpu().numpy() for tensor in answer)
         return found, iou, low_res
 
     @torch.no_grad()
     def _decode(
-        self, index: int, prompts: Prompts, multimask_output: bool, return_logits: bool
+        self,
+        index: int,
+        points: Tensor | None,
+        labels: Tensor | None,
+        boxes: Tensor | None,
+        masks: Tensor | None,
+        multimask_output: bool,
+        return_logits: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`predict_torch` for one of the images."""
+        check_values(points, labels, boxes, masks, self.input_sizes[index])
+        prompts = _prompts(points, labels, boxes, masks)
         embedding = self._features("predict")[index : index + 1]
         found = self.model.decode(embedding, prompts.to(self.device), MULTI if multimask_output else SINGLE)
         low_res, iou = found.low_res[0], found.iou[0]
@@ -213,16 +229,21 @@ def picture(image: Picture, image_format: str = "RGB") -> Image.Image:
     if image_format not in ("RGB", "BGR"):
         raise ValueError(f"image_format must be RGB or BGR, not {image_format}")
     if isinstance(image, str | Path):
-        return decode(Path(image), full=True)[0]
+        return decode(Path(image).expanduser(), full=True)[0]
     if isinstance(image, Image.Image):
-        return image.convert("RGB")
+        return to_rgb(image)
     if not isinstance(image, np.ndarray | Tensor):
         raise TypeError(f"an image is an array, a tensor, a Pillow image or a path, not a {type(image).__name__}")
-    array = image.detach().cpu().movedim(0, -1).numpy() if isinstance(image, Tensor) else image
-    if array.ndim != 3 or array.shape[-1] != 3 or array.dtype != np.uint8:
+    array = image.detach().cpu().numpy() if isinstance(image, Tensor) else image
+    if isinstance(image, Tensor) and array.ndim == 3:
+        array = np.moveaxis(array, 0, -1)
+    array = array[..., None] if array.ndim == 2 else array
+    if array.ndim != 3 or array.shape[-1] not in (1, 3, 4) or array.dtype != np.uint8:
         kind = "[3, H, W]" if isinstance(image, Tensor) else "[H, W, 3]"
-        raise ValueError(f"an image is {kind} uint8, not {list(image.shape)} {image.dtype}")
-    return Image.fromarray(np.ascontiguousarray(array if image_format == "RGB" else array[..., ::-1]))
+        raise ValueError(f"an image is {kind} uint8 (or gray, or with alpha), not {list(image.shape)} {image.dtype}")
+    if image_format == "BGR" and array.shape[-1] > 1:
+        array = array[..., [2, 1, 0, 3][: array.shape[-1]]]
+    return to_rgb(Image.fromarray(np.ascontiguousarray(array.squeeze(-1) if array.shape[-1] == 1 else array)))
 
 
 def _prompts(points: Tensor | None, labels: Tensor | None, boxes: Tensor | None, masks: Tensor | None) -> Prompts:

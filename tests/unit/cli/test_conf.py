@@ -45,6 +45,14 @@ def test_choice(choice: str) -> None:
     assert mistakes(command, choice, *MANDATORY.get(choice, []), *MANDATORY.get(command, [])) == []
 
 
+def test_what_lies_beside_a_value_of_hydra_is_checked() -> None:
+    """The logger's group is known only when a job runs."""
+    assert mistakes("train", "logger.tags=first", "seed=-1") == [
+        "seed=-1 (command line): should be greater than or equal to 0",
+        "logger.tags=first (command line): should be a valid array",
+    ]
+
+
 def test_every_experiment_is_in_the_report_and_every_table_has_a_recipe() -> None:
     recipes = {path.stem for path in (CONF / "experiment").glob("*.yaml")}
     assert recipes == set(known()) - {"first_light"}, "first_light was one command without a recipe"

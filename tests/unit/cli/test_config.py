@@ -65,6 +65,7 @@ seed: 0
 """,
     "encoder/tiny.yaml": "_target_: HERE.Tiny\nwidth: 8\n",
     "encoder/big.yaml": "_target_: HERE.Big\nwidth: 64\n",
+    "encoder/named.yaml": "_target_: HERE.Tiny\nwidth: first\nsize: ${hydra:job.name}\n",
     "encoder/broken.yaml": "_target_: HERE.Tiny\nwidht: 8\n",
     "encoder/wrong.yaml": "_target_: HERE.Adam\nlr: 1.0\n",
     "encoder/gone.yaml": "_target_: HERE.Gone\n",
@@ -139,12 +140,14 @@ def test_valid(conf: Path, overrides: tuple[str, ...]) -> None:
         ("seed=${nowhere}", "seed=${nowhere} (command line): can't be resolved: Interpolation key 'nowhere' not found"),
         ("encoder.width=${no}", "encoder.width=${no} (command line): can't be resolved: "
                                 "Interpolation key 'no' not found"),
-        ("+optim.betas=[0.8]", "optim.betas=[0.8] (command line): Field required"),
+        ("+optim.betas=[0.8]", "optim.betas=[0.8] (command line): should have 2 values, not 1"),
+        ("+optim.betas=[0.8,0.9,1]", "optim.betas=[0.8, 0.9, 1] (command line): should have 2 values, not 3"),
+        ("encoder=named", "encoder.width=first (conf/encoder/named.yaml): should be a valid integer"),
         ("+callbacks=[1]", "callbacks=[1] (command line): expected list[Encoder] or null, a node with _target_"),
         ("seed={a:1}", 'seed={"a": 1} (command line): a mapping without _target_, expected int'),
         ("optim=3", "optim=3: no such choice; choices: adam, bare"),
         ("encoder=tinny", "encoder=tinny: no such choice; did you mean tiny? "
-                          "choices: big, broken, gone, open, tiny, wrong"),
+                          "choices: big, broken, gone, named, open, tiny, wrong"),
         ("lr=1", "lr=1: no such key; did you mean optim.lr?"),
         ("bach_size=1", "bach_size=1: no such key; did you mean batch_size?"),
         ("optim.eps=1", "optim.eps=1: in no file yet; add it with +optim.eps=1"),
@@ -154,6 +157,14 @@ def test_valid(conf: Path, overrides: tuple[str, ...]) -> None:
 )  # fmt: skip
 def test_mistake(conf: Path, override: str, line: str) -> None:
     assert mistakes(conf, override) == [line]
+
+
+@pytest.mark.parametrize("words", [("seed", "=", "3"), ("seed=", "3"), ("seed", "=3")])
+def test_what_spaces_have_set_apart_is_one_mistake(conf: Path, words: tuple[str, ...]) -> None:
+    assert mistakes(conf, *words, "bach_size=1") == [
+        f"{' '.join(words)}: leave out the spaces: seed=3",
+        "bach_size=1: no such key; did you mean batch_size?",
+    ]
 
 
 def test_a_list_torn_apart_by_the_shell_is_one_mistake(conf: Path) -> None:

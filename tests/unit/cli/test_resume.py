@@ -3,16 +3,20 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from omegaconf import OmegaConf
 
 from sam_distill.cli.resume import continued, misplaced
+from sam_distill.engine import status
+from sam_distill.files import write_json
 
 
 def test_options_of_the_resumed_run_come_back(tmp_path: Path) -> None:
     command = ["train", "encoder=vit_b", "optim.lr=1e-3", "seed=7", "hydra.run.dir=elsewhere", "resume=older"]
     (tmp_path / "status.json").write_text(json.dumps({"command": command}))
-    resume = f"resume={tmp_path}"
-    assert continued([resume]) == ["encoder=vit_b", "optim.lr=1e-3", "seed=7", resume, f"hydra.run.dir={tmp_path}"]
+    there = f'hydra.run.dir="{tmp_path}"'
+    for resume in (f"resume={tmp_path}", f'resume="{tmp_path}"', f"resume='{tmp_path}'"):
+        assert continued([resume]) == ["encoder=vit_b", "optim.lr=1e-3", "seed=7", resume, there]
     assert continued([resume, "seed=1", "hydra.run.dir=new"]) == [
         "encoder=vit_b", "optim.lr=1e-3", resume, "seed=1", "hydra.run.dir=new",
     ]  # fmt: skip
@@ -23,13 +27,66 @@ def test_other_command_lines_stay_as_they_are(tmp_path: Path) -> None:
         assert continued(argv) == argv
 
 
-def test_where_no_run_can_begin_or_go_on(tmp_path: Path) -> None:
-    def told(resume: str | None) -> list[str]:
-        return misplaced(OmegaConf.create({"resume": resume, "hydra": {"run": {"dir": str(tmp_path)}}}))
+def train(*, run_dir: Path, **_: object) -> None:
+    pass
 
-    assert told("/nope") == ["resume=/nope: there is no such folder; expected that of a run"]
-    assert told(str(tmp_path)) == told(None) == []
+
+def told(run_dir: Path, resume: str | None, command: str = "train", **options: object) -> list[str]:
+    cfg = {"_target_": f"{__name__}.train", "resume": resume, "hydra": {"run": {"dir": str(run_dir)}}, **options}
+    return misplaced(OmegaConf.create(cfg), command)
+
+
+def test_where_no_run_can_begin_or_go_on(tmp_path: Path) -> None:
+    assert told(tmp_path, "/nope") == ["resume=/nope: there is no such folder; expected that of a run"]
+    assert told(tmp_path, str(tmp_path)) == [
+        f"resume={tmp_path}: no status.json there can be read, which says with what options the run began"
+    ]
+    assert told(tmp_path, None) == []
+    write_json(tmp_path / "status.json", {"command": ["train"]})
+    assert told(tmp_path, str(tmp_path)) == told(tmp_path, None) == []
+    for command in ("evaluate", "bench"):
+        assert told(tmp_path, None, command) == [
+            f"hydra.run.dir={tmp_path} holds a run of sam-distill train: choose another folder"
+        ]
+    (tmp_path / "student.pt").touch()
+    assert told(tmp_path, None) == [], "cut short before its first checkpoint"
+    write_json(tmp_path / "status.json", {"command": ["train"], "status": "finished"})
+    assert told(tmp_path, None)[0] == f"hydra.run.dir={tmp_path} holds a student already: choose another folder"
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "last.ckpt").touch()
-    assert told(None)[0].startswith(f"hydra.run.dir={tmp_path} holds a run already")
-    assert told(str(tmp_path)) == []
+    assert told(tmp_path, None)[0].startswith(f"hydra.run.dir={tmp_path} holds a run already")
+    assert told(tmp_path, str(tmp_path)) == []
+
+
+def test_where_a_run_is_going_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(status, "PATIENCE", 0.1)
+    write_json(tmp_path / "status.json", {"command": ["train"]})
+    with status.writing(tmp_path):
+        for resume in (None, str(tmp_path)):
+            assert told(tmp_path, resume) == [
+                f"{tmp_path}: another run is writing there; wait for it, or choose another folder"
+            ]
+        monkeypatch.setenv("LOCAL_RANK", "1")
+        assert told(tmp_path, None) == [], "a process of that very run"
+        monkeypatch.delenv("LOCAL_RANK")
+    assert told(tmp_path, None) == []
+
+
+def test_what_cannot_change_on_the_way(tmp_path: Path) -> None:
+    write_json(tmp_path / "status.json", {"command": ["train"]})
+    before = {"seed": 0, "strategy": {"_target_": "a.Decoupled"}, "optim": {"_target_": "b.AdamW", "lr": 1e-3},
+              "data": {"path": "a", "images": None}, "budget": "1 epoch", "init": None, "sizes": {128: 0.3}}  # fmt: skip
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(before)))
+
+    def changed(**options: object) -> list[str]:
+        lines = told(tmp_path, str(tmp_path), **{**before, **options})
+        assert all(line.endswith(f"init={tmp_path} starts a new run from its weights") for line in lines)
+        return [line.partition(": ")[0] for line in lines]
+
+    free = {"_target_": "b.AdamW", "lr": 3e-4}
+    assert changed(budget="2 epochs", optim=free, data={"path": "b", "images": None}, trainer={"devices": 1}) == []
+    assert changed(optim=free | {"_target_": "b.Muon"}) == ["optim=b.Muon"]
+    assert changed(strategy={"_target_": "a.Coupled"}, seed="${nowhere:}") == ["strategy=a.Coupled"]
+    assert changed(data={"path": "a", "images": 5}, seed=1, later=3) == ["seed=1", "data.images=5"]
+    (line,) = told(tmp_path, str(tmp_path), **before | {"seed": 1})
+    assert line.startswith(f"seed=1: the run in {tmp_path} began with 0, and goes on with it; init=")

@@ -38,6 +38,23 @@ def test_every_image_is_found(photos: Path) -> None:
     assert {"0.jpg", "0.png", "deep", "a/1", "a/b/2"} < keys
 
 
+def test_links_are_followed_but_no_image_is_found_twice(photos: Path) -> None:
+    for name in (".thumbnails", "a/.ipynb_checkpoints"):
+        (photos / name).mkdir()
+        (photos / name / "0.jpg").write_bytes((photos / "0.jpg").read_bytes())
+    elsewhere = photos.parent / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "more.jpg").write_bytes((photos / "0.jpg").read_bytes())
+    (photos / "a/b/loop").symlink_to(photos)
+    (photos / "a/alias").symlink_to(photos / "a/b")
+    (photos / "beside").symlink_to(elsewhere)
+    source = Folder(str(photos), val_images=2)
+    keys = [file.key for file in source.files]
+    assert len(keys) == 15
+    assert "beside/more" in keys
+    assert not any("alias" in key or "loop" in key or "/." in f"/{key}" for key in keys)
+
+
 def test_validation_is_fixed_and_apart(photos: Path, jpeg) -> None:
     source = Folder(str(photos), val_images=2)
     held_out = {sample.key for sample in source.val_samples()}

@@ -1,5 +1,6 @@
 """The SA-1B source: sharing out, resuming, and tars as people have them."""
 
+import gzip
 from collections import Counter
 from itertools import chain
 from pathlib import Path
@@ -134,6 +135,42 @@ def test_keys_stay_unique(make_tar, jpeg) -> None:
     again = make_tar("t/a.tar", {"0.jpg": jpeg(0)})
     with pytest.raises(UserError, match="rename one of them"):
         Sa1b([str(again), str(again.parent.parent / "s")])
+
+
+@pytest.mark.parametrize("folder", ["a[1]", "a{1}", "a{1,2}"])
+def test_names_with_brackets(make_tar, jpeg, folder: str) -> None:
+    """A folder or a tar that is there is no pattern."""
+    tar = make_tar(f"{folder}/b[{{x}}].tar", {f"{number}.jpg": jpeg(number) for number in range(3)})
+    for path in (tar, tar.parent):
+        assert Sa1b(str(path), val_images=0).num_train_images == 3
+
+
+def test_twins_share_what_lies_beside_them(make_tar, jpeg) -> None:
+    """a.jpg and a.png have one a.json, wherever it lies; what is in hidden folders is no image."""
+    beside = b'{"annotations": []}'
+    members = {
+        "a.jpg": jpeg(1),
+        "a.json": beside,
+        "a.png": jpeg(2),
+        "b.json": beside,
+        "b.jpg": jpeg(3),
+        "b.png": jpeg(4),
+    }
+    members |= {"c.jpg": jpeg(5), "./d.jpg": jpeg(6), ".cache/e.jpg": jpeg(7)}
+    source = Sa1b(str(make_tar("twins.tar", members)), val_images=0)
+    source.load_json()
+    samples = {sample.key: sample.json for sample in (load() for load in source.eval_loads("all"))}
+    assert samples == dict.fromkeys(
+        ["twins/a.jpg", "twins/a.png", "twins/b.jpg", "twins/b.png"], beside
+    ) | dict.fromkeys(["c", "./d"], b"")
+
+
+def test_a_compressed_tar_is_named_as_such(make_tar, tmp_path: Path, jpeg) -> None:
+    packed = tmp_path / "sa.tar.gz"
+    packed.write_bytes(gzip.compress(make_tar("sa.tar", {"a.jpg": jpeg(1), "b.jpg": jpeg(2)}).read_bytes()))
+    with pytest.raises(UserError, match=r"sa.tar.gz is compressed with gzip: unpack it, or read it by a command"):
+        Sa1b(str(packed))
+    assert Sa1b(f"pipe:gunzip -c {packed}", val_images=0).num_train_images == 2
 
 
 def test_every_way_to_name_tars(make_shards, tmp_path: Path) -> None:

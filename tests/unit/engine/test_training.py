@@ -6,6 +6,7 @@ import csv
 import json
 import logging
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -422,6 +423,47 @@ def test_a_plan_trains_nothing(tmp_path: Path, live: LiveTeacher, capfd: pytest.
 def test_resuming_nothing(tmp_path: Path, live: LiveTeacher) -> None:
     with pytest.raises(UserError, match=r"there is no .*last\.ckpt"):
         run(tmp_path, live, student(live), resume=str(tmp_path))
+
+
+def test_a_resumed_run_takes_new_rates_but_no_other_images(
+    finished: tuple[Path, Sam], tmp_path: Path, live: LiveTeacher
+) -> None:
+    shutil.copytree(finished[0], tmp_path / "run")
+    there: dict[str, Any] = {"resume": str(finished[0])}
+    run(tmp_path / "run", live, student(live), budget="8 steps", optim=AdamW(lr=1e-5, weight_decay=0.5), **there)
+    assert history(tmp_path / "run", "train/lr")[7] <= 1e-5
+    groups = torch.load(tmp_path / "run/checkpoints/last.ckpt")["optimizer_states"][0]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [0.5, 0.0]
+    with pytest.raises(UserError, match="2 images per step then, 4 now"):
+        run(tmp_path / "run", live, student(live), batch_size=4, **there)
+    other = Drawings()
+    other.train = range(3)
+    with pytest.raises(UserError, match="the images to train on are not those that the run began with; init="):
+        run(tmp_path / "run", live, student(live), source=other, **there)
+
+
+def test_nothing_held_out_is_told(finished: tuple[Path, Sam], tmp_path: Path, live: LiveTeacher) -> None:
+    source = Drawings()
+    source.val = range(0)
+    with pytest.raises(UserError, match="data.val_images: 0 images are held out to judge the student on"):
+        run(tmp_path, live, student(live), source=source)
+    with pytest.raises(UserError, match="split=val: there is no such image; are any held out, by data.val_images"):
+        judge(
+            student=live.sam, teacher=live, source=source, split="val", protocol=Agreement(points=1),
+            hardware=HARDWARE, batch_size=2, run_dir=tmp_path,
+        )  # fmt: skip
+
+
+def test_a_student_that_says_nan_is_no_zero(live: LiveTeacher) -> None:
+    batch = collate([Drawings().load(0), Drawings().load(3)])
+    agreement = Agreement(points=1)
+    own = torch.zeros(2, 256, 64, 64)
+    broken = own.clone()
+    broken[1, 0, 0, 0] = torch.nan
+    with pytest.raises(UserError, match="the student's embedding of drawing3 holds NaN or infinity"):
+        Judge(agreement).update(agreement.see(live.sam, broken, batch), own, [])
+    with pytest.raises(UserError, match="the teacher's embedding of drawing3 holds NaN"):
+        Judge(agreement).update(agreement.see(live.sam, own, batch), broken, [])
 
 
 def test_resuming_another_architecture(finished: tuple[Path, Sam], tmp_path: Path, live: LiveTeacher) -> None:

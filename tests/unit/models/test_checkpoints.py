@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import gzip
+from functools import partial
 from pathlib import Path
+from typing import IO
 
 import pytest
 import torch
 
+from sam_distill.export.official import save_safetensors
 from sam_distill.models import checkpoints
 from sam_distill.models.encoders import TimmEncoder, TinyViT
 from sam_distill.models.sam import Sam
@@ -34,15 +38,42 @@ def test_a_file_with_tensors_missing_is_refused(teacher: Sam, tmp_path: Path) ->
         checkpoints.load_sam(tmp_path / "broken.pt")
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused(teacher: Sam, tmp_path: Path, value: float) -> None:
+    """They would score 0 without a word."""
+    state = checkpoints.official_state(teacher)
+    state["image_encoder.neck.0.weight"] = torch.full_like(state["image_encoder.neck.0.weight"], value)
+    torch.save(state, tmp_path / "broken.pt")
+    for load in (checkpoints.load_sam, partial(checkpoints.load_weights, teacher)):
+        with pytest.raises(UserError, match=r"NaN or infinity in 1 tensors \(image_encoder.neck.reduce.0.weight"):
+            load(tmp_path / "broken.pt")
+
+
+def test_what_a_file_is_called_does_not_matter(tmp_path: Path) -> None:
+    sam = Sam(TimmEncoder("resnet18", pretrained=False))
+    save_safetensors(sam, tmp_path / "tensors.pt")
+    checkpoints.save_sam(sam, tmp_path / "pickled.safetensors")
+    for name in ("tensors.pt", "pickled.safetensors"):
+        again = checkpoints.load_sam(tmp_path / name).state_dict()
+        assert all(torch.equal(value, again[key]) for key, value in sam.state_dict().items())
+
+
 def test_what_is_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "notes.pt").write_text("hello")
     (tmp_path / "photo.jpg").write_bytes(b"\xff\xd8\xff\xe0 JFIF")
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pt")
+    torch.save({"patch_embed.weight": torch.zeros(1)}, tmp_path / "encoder.pt")
+    torch.save({"model": {"a": torch.zeros(1)}, "epoch": 3}, tmp_path / "nested.pt")
+    torch.save({f"{part}.a": torch.zeros(1) for part in ("image_encoder", "mask_decoder")}, tmp_path / "sam3.pt")
+    (tmp_path / "sam.tar.gz").write_bytes(gzip.compress(b"whatever"))
     (tmp_path / "empty").mkdir()
     for name, complaint in {
         "photo.jpg": r"photo.jpg is not a PyTorch checkpoint that loads safely \(Weights only load failed\)$",
         "notes.pt": "not a PyTorch checkpoint that loads safely",
-        "other.pt": "holds no SAM we know",
+        "encoder.pt": r"an image encoder alone, it seems \(patch_embed.weight, ...\), without prompt_encoder",
+        "nested.pt": "it holds model and other things, not the tensors themselves: save model alone",
+        "sam3.pt": "holds no SAM we know: its tensors match neither",
+        "sam.tar.gz": "sam.tar.gz is compressed with gzip: unpack it first",
         "empty": "not a run folder",
         "mobil_sam": "neither a file, a run folder nor a name",
     }.items():
@@ -66,8 +97,8 @@ def test_saving_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.Monke
     checkpoints.save_sam(sam, tmp_path / "student.pt")
     before = (tmp_path / "student.pt").read_bytes()
 
-    def half(_: object, path: Path) -> None:
-        path.write_bytes(b"half")
+    def half(_: object, file: IO[bytes]) -> None:
+        file.write(b"half")
         raise OSError("disk full")
 
     monkeypatch.setattr(torch, "save", half)

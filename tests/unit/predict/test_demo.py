@@ -56,6 +56,15 @@ def test_everything(teacher: Sam, tiles: Image.Image) -> None:
     assert told.startswith("Everything: student, ")
 
 
+def test_an_image_is_seen_as_its_file(teacher: Sam) -> None:
+    """16 bits are scaled, not clipped to white; Gradio itself must leave them alone."""
+    visit = demo._begin(Image.fromarray(np.full((20, 30), 128 * 256, np.uint16)), {"student": teacher})[0]
+    assert visit.image.getpixel((0, 0)) == (128, 128, 128)
+    page = demo.build({"student": teacher}, [], 4)
+    (source,) = (block for block in page.blocks.values() if getattr(block, "label", None) == "image")
+    assert source.image_mode is None
+
+
 def test_the_page_is_built(teacher: Sam, tiles: Image.Image) -> None:
     page = demo.build({"student": teacher}, [tiles], 4)
     assert {block.label for block in page.blocks.values() if getattr(block, "label", None)} >= {"image", "student"}

@@ -152,6 +152,58 @@ def test_any_kind_of_image(
         assert (images == first).all()
 
 
+def test_arrays_of_one_or_four_channels_are_seen_as_their_files(
+    teacher: Sam, photograph: np.ndarray, recorded: list[tuple[Tensor, Tensor]], tmp_path: Path
+) -> None:
+    gray, alpha = photograph[..., 1], np.dstack([photograph, photograph[..., :1]])
+    predictor = SamPredictor(teacher)
+    for array, others in ((gray, [gray[..., None]]), (alpha, [])):
+        Image.fromarray(array).save(tmp_path / "array.png")
+        tensors = [torch.from_numpy(array[..., None] if array.ndim == 2 else array).permute(2, 0, 1)]
+        recorded.clear()
+        for image in (tmp_path / "array.png", array, *others, *tensors):
+            predictor.set_image(image)
+        (first, _), *rest = recorded
+        assert all((images == first).all() for images, _ in rest)
+    recorded.clear()
+    predictor.set_image(alpha[..., [2, 1, 0, 3]], image_format="BGR")
+    predictor.set_image(torch.from_numpy(gray))
+    assert (recorded[0][0] == first).all()
+
+
+def _sixteen_bit(photograph: np.ndarray) -> Image.Image:
+    return Image.fromarray(photograph[..., 0].astype(np.uint16) * 256)
+
+
+def _transparent(photograph: np.ndarray) -> Image.Image:
+    return Image.fromarray(np.dstack([photograph, photograph[..., :1]]))
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "options"),
+    [
+        (_sixteen_bit, "deep.png", {}),
+        (_transparent, "clear.png", {}),
+        (
+            Image.fromarray,
+            "turned.png",
+            {"exif": b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"},
+        ),
+    ],
+    ids=["16 bits", "alpha", "EXIF"],
+)
+def test_a_pillow_image_is_seen_as_its_file(
+    teacher: Sam, photograph: np.ndarray, recorded: list[Any], tmp_path: Path, make: Any, name: str, options: Any
+) -> None:
+    make(photograph).save(tmp_path / name, **options)
+    predictor = SamPredictor(teacher)
+    for image in (tmp_path / name, Image.open(tmp_path / name)):
+        predictor.set_image(image)
+    (theirs, their_sizes), (ours, our_sizes) = recorded
+    assert their_sizes.tolist() == our_sizes.tolist()
+    assert (theirs == ours).all()
+
+
 def test_images_of_several_sizes(teacher: Sam, photograph: np.ndarray) -> None:
     """Each as if it were alone."""
     images = [photograph, photograph.transpose(1, 0, 2)[:, 50:]]
@@ -180,10 +232,68 @@ def test_wrong_use_is_told(teacher: Sam, photograph: np.ndarray) -> None:
     predictor = SamPredictor(teacher)
     with pytest.raises(RuntimeError, match="set_image"):
         predictor.predict(**POINT)
-    for image in (photograph[..., 0], photograph.astype(np.float32)):
+    for image in (photograph[..., :2], photograph.transpose(2, 0, 1), photograph.astype(np.float32)):
         with pytest.raises(ValueError, match="uint8"):
             predictor.set_image(image)
     with pytest.raises(ValueError, match="RGB or BGR"):
         predictor.set_image(photograph, "HSV")
     with pytest.raises(ValueError, match="long side of 1024"):
         predictor.set_torch_image(torch.zeros(1, 3, 100, 200), (100, 200))
+
+
+NAN = float("nan")
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"point_coords": [[NAN, 5]], "point_labels": [1]}, "point_coords holds NaN or infinity"),
+    ({"point_coords": [[90, 100]], "point_labels": [5]}, r"point_labels are 1 \(foreground\), 0 \(background\)"),
+    ({"point_coords": [90, 100], "point_labels": 1}, r"point_coords is \[N, 2\], such as \[\[320, 240\]\], not \[2\]"),
+    ({"point_coords": [[[90, 100]]], "point_labels": [[1]]}, "several prompts on one image are for predict_torch"),
+    ({"point_coords": [[90, 100]], "point_labels": [1, 0]}, r"point_labels is \[1\], one for each point, not \[2\]"),
+    ({"point_coords": [[90, 100]]}, "give both or neither"),
+    (
+        {"box": [[35, 45, 145, 155], [195, 35, 245, 165]]},
+        r"box is \[4\], .* not \[2, 4\]; several prompts on one image",
+    ),
+    ({"box": [145, 45, 35, 155]}, "one has x1 < x0 or y1 < y0"),
+    ({"box": [35, NAN, 145, 155]}, "a box holds NaN"),
+    ({"mask_input": np.ones((1, 200, 300), np.float32)}, r"mask_input is \[1, 256, 256\], one of the low-res logits"),
+    ({"mask_input": np.zeros((3, 256, 256), np.float32)}, r"not \[3, 256, 256\]"),
+    ({"mask_input": np.eye(256, dtype=np.uint8)}, "mask_input is uint8, a mask, but logits are expected"),
+    ({"mask_input": np.eye(256, dtype=bool)[None]}, "mask_input is bool, a mask"),
+    ({"mask_input": 255 * np.eye(256, dtype=np.float32)[None]}, "a mask of 0 and 1 or 255, but logits are expected"),
+    ({"mask_input": np.full((1, 256, 256), NAN)}, "mask_input holds NaN"),
+]
+
+
+@pytest.mark.parametrize(("prompt", "told"), WRONG, ids=[told for _, told in WRONG])
+def test_a_wrong_prompt_is_refused(predictors: tuple[Any, Any], prompt: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        predictors[0].predict(**prompt)
+    with pytest.raises(ValueError, match=told):
+        predictors[0].predict_batch([prompt])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "told"),
+    [
+        ((None, None, BOXES[:, [2, 1, 0, 3]]), "one has x1 < x0"),
+        ((None, None, BOXES * NAN), "a box holds NaN"),
+        ((POINTS, SIGNS + 4), "point_labels are 1"),
+        ((POINTS[0], SIGNS[0]), r"point_coords is \[P, N, 2\], not \[2, 2\]; predict takes one prompt"),
+        ((POINTS, SIGNS[0]), r"point_labels is \[P, N\]"),
+        ((POINTS, SIGNS, BOXES[:1]), "P differs: 2 in point_coords, 2 in point_labels, 1 in boxes"),
+        ((None, None, None, torch.zeros(2, 256, 256)), r"mask_input is \[P, 1, 256, 256\]"),
+    ],
+)
+def test_wrong_prompts_are_refused(predictors: tuple[Any, Any], prompt: Any, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        predictors[0].predict_torch(*prompt)
+
+
+@pytest.mark.filterwarnings("error")
+def test_prompts_outside_the_image_are_warned_of(predictors: tuple[Any, Any]) -> None:
+    predictor, _ = predictors
+    for prompt in ({"point_coords": [[310, 100]], "point_labels": [1]}, {"box": [310, 210, 350, 250]}):
+        with pytest.warns(UserWarning, match="a point or box lies outside the image"):
+            predictor.predict(**prompt)
+    predictor.predict(point_coords=[[300, 200], [-9, -9]], point_labels=[1, -1])  # the corner; and no point at all
+    predictor.predict(box=[-5, -5, 305, 205])  # detectors do that

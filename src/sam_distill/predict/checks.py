@@ -1,0 +1,98 @@
+"""Prompts as users give them: those that would be answered with nonsense are refused, and the right call is named."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sam_distill.images import Size
+from sam_distill.types import BACKGROUND, FOREGROUND, LOW_RES, NOT_A_POINT
+
+_SEVERAL = "several prompts on one image are for predict_torch, one on each of several images for predict_batch"
+_LOGITS = "the low-res logits that an earlier predict returned third"
+
+
+def check_one(point_coords: Any, point_labels: Any, box: Any, mask_input: Any) -> None:
+    """The arguments of `predict`, by their shapes and dtypes. Raises ValueError."""
+    if (point_coords is None) != (point_labels is None):
+        raise ValueError("point_coords and point_labels belong together: give both or neither")
+    if point_coords is not None:
+        shape, signs = np.shape(point_coords), np.shape(point_labels)
+        if len(shape) != 2 or shape[1] != 2 or not shape[0]:
+            raise ValueError(f"point_coords is [N, 2], such as [[320, 240]], not {list(shape)}; {_SEVERAL}")
+        if signs != shape[:1]:
+            raise ValueError(f"point_labels is [{shape[0]}], one for each point, not {list(signs)}")
+    if box is not None and np.size(box) != 4:
+        raise ValueError(f"box is [4], (x0, y0, x1, y1), not {list(np.shape(box))}; {_SEVERAL}")
+    if mask_input is not None:
+        shape, dtype = np.shape(mask_input), np.asarray(mask_input).dtype
+        if shape[-2:] != (LOW_RES, LOW_RES) or np.size(mask_input) != LOW_RES**2:
+            raise ValueError(f"mask_input is [1, {LOW_RES}, {LOW_RES}], one of {_LOGITS}, not {list(shape)}")
+        if not np.issubdtype(dtype, np.floating):
+            raise ValueError(f"mask_input is {dtype}, a mask, but logits are expected: one of {_LOGITS}")
+
+
+def check_several(points: Tensor | None, labels: Tensor | None, boxes: Tensor | None, masks: Tensor | None) -> None:
+    """The arguments of `predict_torch`, by their shapes. Raises ValueError."""
+    if (points is None) != (labels is None):
+        raise ValueError("point_coords and point_labels belong together: give both or neither")
+    wanted = {
+        "point_coords": (points, "[P, N, 2]", points is None or (points.ndim == 3 and points.shape[2] == 2)),
+        "point_labels": (labels, "[P, N]", labels is None or points is None or labels.shape == points.shape[:2]),
+        "boxes": (boxes, "[P, 4]", boxes is None or (boxes.ndim == 2 and boxes.shape[1] == 4)),
+        "mask_input": (masks, f"[P, 1, {LOW_RES}, {LOW_RES}]", masks is None or _are_low_res(masks)),
+    }
+    for name, (given, expected, right) in wanted.items():
+        if given is not None and not right:
+            raise ValueError(f"{name} is {expected}, not {list(given.shape)}; predict takes one prompt, without P")
+    counts = {name: len(given) for name, (given, _, _) in wanted.items() if given is not None}
+    if len(set(counts.values())) > 1:
+        raise ValueError(f"P differs: {', '.join(f'{count} in {name}' for name, count in counts.items())}")
+
+
+def check_values(
+    points: Tensor | None, labels: Tensor | None, boxes: Tensor | None, masks: Tensor | None, size: Size
+) -> None:
+    """Any numbers of prompts in pixels of the frame, where the image is of this (h, w). Raises ValueError.
+
+    A prompt beside the image is only warned of. The device is asked once.
+    """
+    given = next((part for part in (points, boxes, masks) if part is not None), None)
+    if given is None:
+        return
+    wrong: dict[str, Tensor] = {}
+    outside = torch.zeros((), dtype=torch.bool, device=given.device)
+    corner = torch.tensor([size[1], size[0]], device=given.device) + 0.5  # what scaling may have added
+    if points is not None and labels is not None:
+        known = torch.tensor([FOREGROUND, BACKGROUND, NOT_A_POINT], device=given.device)
+        wrong["point_coords holds NaN or infinity: (x, y) are expected"] = ~points.isfinite().all()
+        unknown = ~torch.isin(labels, known.to(labels.dtype)).all()
+        wrong["point_labels are 1 (foreground), 0 (background) or -1 (no point), nothing else"] = unknown
+        inside = ((points >= 0) & (points <= corner)).all(-1)
+        outside |= (~inside & (labels != NOT_A_POINT)).any()
+    if boxes is not None:
+        start, end = boxes[..., :2], boxes[..., 2:]
+        wrong["a box holds NaN or infinity: (x0, y0, x1, y1) are expected"] = ~boxes.isfinite().all()
+        wrong["a box is (x0, y0, x1, y1), its top left and bottom right; one has x1 < x0 or y1 < y0"] = (
+            end < start
+        ).any()
+        outside |= ((end < 0) | (start > corner)).any()
+    if masks is not None:
+        top = masks.amax()
+        is_mask = ((masks == 0) | (masks == top)).all() & ((top == 1) | (top == 255))
+        wrong["mask_input holds NaN or infinity: logits are expected"] = ~masks.isfinite().all()
+        wrong[f"mask_input is a mask of 0 and 1 or 255, but logits are expected: one of {_LOGITS}"] = is_mask
+    *answers, lies_outside = torch.stack([*wrong.values(), outside]).tolist()
+    told = next((line for line, found in zip(wrong, answers, strict=True) if found), None)
+    if told:
+        raise ValueError(told)
+    if lies_outside:
+        warnings.warn("a point or box lies outside the image: SAM was trained on none that do", stacklevel=4)
+
+
+def _are_low_res(masks: Tensor) -> bool:
+    return masks.ndim == 4 and masks.shape[1:] == (1, LOW_RES, LOW_RES)
