@@ -55,21 +55,25 @@ class Chromium:
             message, _, self._buffer = self._buffer.partition(b"\0")
             answer = json.loads(message)
             if answer.get("id") == self._calls:
-                assert "error" not in answer, answer
+                if "error" in answer:
+                    raise RuntimeError(answer["error"]["message"])
                 return answer["result"]
 
     def evaluate(self, script: str) -> Any:
         answer = self.call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
-        assert "exceptionDetails" not in answer, answer
+        if "exceptionDetails" in answer:
+            raise RuntimeError(answer["exceptionDetails"]["exception"]["description"])
         return answer["result"].get("value")
 
     def wait(self, script: str, seconds: float) -> None:
-        """Until `script` is true."""
-        end = time.monotonic() + seconds
-        while not self.evaluate(script):
-            assert time.monotonic() < end, (
-                f"{script} is not true; the page says: {self.evaluate('document.body.innerText')}"
-            )
+        """Until `script` is true; while a page loads, it may fail."""
+        end, said = time.monotonic() + seconds, None
+        while said is not True:
+            try:
+                said = self.evaluate(script)
+            except RuntimeError as error:
+                said = error
+            assert said is True or time.monotonic() < end, f"{script} is not true, but {said}"
             time.sleep(0.2)
 
     def choose(self, selector: str, file: Path) -> None:

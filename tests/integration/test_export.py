@@ -16,6 +16,7 @@ from PIL import Image
 
 from sam_distill.cli import app
 from sam_distill.data.photos import photo
+from sam_distill.engine.bench.models import exported_encoders
 from sam_distill.export import formats, onnx
 from sam_distill.models.checkpoints import save_sam
 from sam_distill.models.encoders import TimmEncoder
@@ -65,6 +66,10 @@ def test_onnx_and_the_snippets_of_the_docs(place: Path, student: Sam, capfd: pyt
                 (t["name"], len(t["shape"])) for t in told[graph][side]
             ]
     assert told["checked"]["mask_iou"] > 0.999
+    ((contender, about),) = exported_encoders(Path("student_onnx"))  # as `sam-distill bench encoder exported=DIR` does
+    assert contender.run().shape == (1, 256, 64, 64)
+    assert about.startswith("sam-distill, onnx, fp32: 6")
+    assert "mask IoU 0.999" in about or "mask IoU 1.0000" in about
 
     predictor = SamPredictor(student)
     predictor.set_image(np.asarray(Image.open("photo.jpg")))

@@ -65,7 +65,7 @@ def compare(sam: Sam, runner: Runner, samples: Sequence[Sample]) -> Agreement:
         found = torch.from_numpy(runner.encode(sample))
         timed(0, started)
         embeddings.append(float((found - expected).abs().max()))
-        cosines.append(float(F.cosine_similarity(found.flatten(), expected.flatten(), dim=0)))
+        cosines.append(float(F.cosine_similarity(found.flatten().double(), expected.flatten().double(), dim=0)))
         for prompt in prompts(sam, expected, sample):
             started = perf_counter()
             right = sam.decode(expected, prompt.as_sam_has_it(), ALL)

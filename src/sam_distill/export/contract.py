@@ -58,7 +58,7 @@ class TensorSpec:
     example: tuple[int, ...] | None = None
 
     def zeros(self) -> Tensor:
-        return torch.zeros(self.example or self.shape, dtype=getattr(torch, self.dtype))  # type: ignore[arg-type]
+        return torch.zeros([int(side) for side in self.example or self.shape], dtype=getattr(torch, self.dtype))
 
     def as_json(self) -> dict[str, Any]:
         values = asdict(self)

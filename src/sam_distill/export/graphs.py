@@ -100,7 +100,7 @@ class WindowBlock(nn.Module):
 
     bias: Tensor
 
-    def __init__(self, block: TinyVitBlock) -> None:
+    def __init__(self, block: Any) -> None:
         super().__init__()
         self.norm, self.qkv, self.proj = block.attn.norm, block.attn.qkv, block.attn.proj
         self.local_conv, self.mlp = block.local_conv, block.mlp

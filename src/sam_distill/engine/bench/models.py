@@ -63,7 +63,7 @@ def bench_encoder(sam: Sam, device: str, compiled: bool, onnx: bool, exported: P
         contenders.append(Contender("sam-distill, bf16, torch.compile", encode(torch.bfloat16, twin)))
     told = []
     if device == "cpu" and exported:
-        for contender, about in _exported_encoders(exported):
+        for contender, about in exported_encoders(exported):
             contenders.append(contender)
             told.append(about)
     elif onnx and device == "cpu" and find_spec("onnx") and find_spec("onnxruntime") and find_spec("onnxscript"):
@@ -94,7 +94,7 @@ def _onnx_encoder(sam: Sam) -> Contender:
     return Contender("sam-distill, ONNX Runtime, fp32", partial(session.run, None, onnx.encoder_input(_sample())))
 
 
-def _exported_encoders(folder: Path) -> Iterator[tuple[Contender, str]]:
+def exported_encoders(folder: Path) -> Iterator[tuple[Contender, str]]:
     """Each export in its own runtime, and in a line its size and how near its masks came to PyTorch's."""
     for file in contracts(folder):
         settings, content = Settings.read(file)

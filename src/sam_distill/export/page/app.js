@@ -68,7 +68,6 @@ async function open(file) {
   size = frameSize(bitmap.height, bitmap.width);
   for (const canvas of [$("photo"), $("masks")]) [canvas.height, canvas.width] = size;
   $("photo").getContext("2d").drawImage(bitmap, 0, 0, size[1], size[0]);
-  $("hint").hidden = true;
   $("hint").style.display = "none";
   clear();
   for (const button of buttons) button.disabled = true;
