@@ -25,6 +25,7 @@ from sam_distill.engine.module import Distillation
 from sam_distill.engine.optim import AdamW
 from sam_distill.evaluate.agreement import Agreement
 from sam_distill.evaluate.fastsam import FastSam, is_fastsam
+from sam_distill.export.contract import CONTRACT, contracts
 from sam_distill.images import decode
 from sam_distill.models.checkpoints import load_sam
 from sam_distill.models.encoders import ImageEncoder
@@ -98,8 +99,8 @@ def bench(
 
 def _folder(exported: str) -> Path:
     folder = Path(exported).expanduser()
-    if not (folder / "encoder.onnx").is_file():
-        raise UserError(f"exported={exported}: no encoder.onnx there; sam-distill export format=onnx writes one")
+    if not contracts(folder):
+        raise UserError(f"exported={exported}: no {CONTRACT} there; sam-distill export format=onnx, for one, writes it")
     return folder
 
 

@@ -3,117 +3,96 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
-from itertools import islice
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from time import perf_counter
-from typing import Literal
+from typing import Annotated, Literal
 
-import numpy as np
-import torch
+from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
-from sam_distill.data.base import DataSource, collate
-from sam_distill.evaluate.agreement import Agreement
+from sam_distill.data.base import DataSource
+from sam_distill.export import check
+from sam_distill.export.contract import CONTRACT, UPSCALING, Normalize, Quantize, Settings
+from sam_distill.export.formats import FORMATS, load_format
 from sam_distill.export.official import save_official, save_safetensors
-from sam_distill.metrics import MeanIoU
+from sam_distill.files import write_json
 from sam_distill.models.checkpoints import Checkpoint, load_sam
 from sam_distill.models.sam import Sam
 from sam_distill.types import FRAME, Sample, UserError
 
 log = logging.getLogger(__name__)
 
-ENCODER, INT8_ENCODER, DECODER = "encoder.onnx", "encoder.int8.onnx", "decoder.onnx"
-CHECKED = 4  # images that ONNX Runtime and PyTorch must agree on
-CALIBRATED_ON = 8  # training images that show int8 what values there are
-EXTRA = ("onnx", "onnxruntime", "onnxscript")  # packages that only format=onnx needs
+CHECKED = 10  # photographs at most that the runtime and PyTorch must agree on
 
 
 def export(
     *,
     checkpoint: Checkpoint,
-    format: Literal["mobile_sam", "sam", "onnx", "safetensors"],
-    quantize: Literal["int8"] | None,
+    format: Literal["mobile_sam", "sam", "safetensors", "onnx", "litert", "web"],
+    quantize: Quantize | None,
+    points: Annotated[int, Field(ge=1)],
+    normalize: Normalize,
+    least_iou: Annotated[float, Field(ge=0, le=1)] | None,
     data: DataSource,
-    protocol: Agreement,
     path: str,
 ) -> None:
     """Write `checkpoint` to `path`; conf/export.yaml says what each option means."""
-    if quantize and format != "onnx":
-        raise UserError(f"quantize={quantize} goes with format=onnx, not with format={format}")
-    if format == "onnx" and (missing := [name for name in EXTRA if find_spec(name) is None]):
-        raise UserError(f"format=onnx needs {', '.join(missing)}: pip install 'sam-distill[export]'")
-    sam = load_sam(checkpoint).requires_grad_(False)
     target = Path(path).expanduser()
-    with _arriving(target, folder=format == "onnx") as draft:
-        if format == "onnx":
-            samples = data.val_samples()
-            _export_onnx(sam, draft, samples[:CHECKED])
-            if quantize:
-                _export_int8(sam, draft, data, samples, protocol)
-        elif format == "safetensors":
-            save_safetensors(sam, draft)
-        else:
-            name = save_official(sam, draft, format)
-            log.info('for sam_model_registry["%s"](checkpoint="%s")', name, path)
-            _warn_of_image_size(sam)
-    for file in sorted(target.glob("*.onnx*")) if target.is_dir() else [target]:
+    if format in FORMATS:
+        load_format(format)
+        sam = load_sam(checkpoint).requires_grad_(False)
+        settings = Settings(format, quantize, sam.image_size, points, normalize)
+        floor = check.LEAST_IOU[quantize] if least_iou is None else least_iou
+        with _arriving(target, folder=True) as draft:
+            _export_graphs(sam, draft, settings, floor, data.val_samples()[:CHECKED])
+        files = sorted(file for file in target.rglob("*") if file.is_file())
+    else:
+        if quantize:
+            raise UserError(f"quantize={quantize} goes with format={', '.join(FORMATS)}, not with format={format}")
+        sam = load_sam(checkpoint).requires_grad_(False)
+        with _arriving(target, folder=False) as draft:
+            if format == "safetensors":
+                save_safetensors(sam, draft)
+            elif format == "mobile_sam" or format == "sam":
+                name = save_official(sam, draft, format)
+                log.info('for sam_model_registry["%s"](checkpoint="%s")', name, path)
+                _warn_of_image_size(sam)
+        files = [target]
+    for file in files:
         log.info("%s: %.1f MB", file, file.stat().st_size / 1e6)
 
 
-def _export_onnx(sam: Sam, folder: Path, samples: list[Sample]) -> None:
-    from sam_distill.export import check, onnx
-
-    onnx.write_encoder(sam, folder / ENCODER)
-    onnx.write_decoder(sam, folder / DECODER)
-    encoder, decoder = onnx.open_session(folder / ENCODER), onnx.open_session(folder / DECODER)
-    found = check.compare(sam, encoder, decoder, samples)
-    table = Table("", "largest", "allowed", title=f"ONNX Runtime minus PyTorch, {len(samples)} images")
-    for difference in found:
-        table.add_row(difference.output, f"{difference.largest:.1e}", f"{difference.allowed:.0e}")
-    Console().print(table)
-    if bad := [difference.output for difference in found if not difference.tolerated]:
-        raise UserError(
-            f"ONNX Runtime and PyTorch disagree in {', '.join(bad)}, so nothing was written; please report it with"
-            " the versions of torch, onnxscript and onnxruntime"
-        )
+def _export_graphs(sam: Sam, folder: Path, settings: Settings, least_iou: float, samples: list[Sample]) -> None:
+    """Write, run in the format's own runtime, compare with PyTorch, and say what came of it."""
+    module, runtime = load_format(settings.format), FORMATS[settings.format].runtime
+    if not samples:
+        raise UserError("data= has no held-out photograph to run the export on: it needs one at least")
+    graphs = module.write(sam, folder, settings)
+    found = check.compare(sam, module.open_runner(folder, settings), samples)
+    _show(found, runtime, least_iou)
+    if not found.good(least_iou):
+        agree = f"agree to a mask IoU of {found.mask_iou:.4f} and a cosine of {found.cosine:.4f} only"
+        mend = "take another quantize= or a smaller least_iou="
+        raise UserError(f"{runtime} and PyTorch {agree}, less than {least_iou:g}, so nothing was written: {mend}")
+    checked = {"runtime": runtime, "least_iou": least_iou} | found.as_json()
+    write_json(folder / CONTRACT, asdict(settings) | graphs | {"upscaling": UPSCALING, "checked": checked})
 
 
-@torch.no_grad()
-def _export_int8(sam: Sam, folder: Path, data: DataSource, samples: list[Sample], protocol: Agreement) -> None:
-    """Write the encoder once more, and tell what 8 bits cost in masks and gain in time and space."""
-    from sam_distill.export import onnx
-    from sam_distill.export.quantize import quantize_encoder
-
-    stream = data.train_stream(start=0, seed=0, rank=0, world_size=1, batch_size=1)
-    calibration = [onnx.encoder_input(sample) for sample in islice(stream, CALIBRATED_ON)]
-    converted, layers = quantize_encoder(folder / ENCODER, folder / INT8_ENCODER, calibration)
-
-    files = [folder / ENCODER, folder / INT8_ENCODER]
-    sessions, seconds = [onnx.open_session(file) for file in files], []
-    miou = {"point": MeanIoU(), "box": MeanIoU()}
-    for sample in samples:
-        batch, embeddings, took = collate([sample]), [], []
-        for session in sessions:  # in turn, so that both see the same machine
-            started = perf_counter()
-            embeddings.append(torch.from_numpy(session.run(None, onnx.encoder_input(sample))[0]))
-            took.append(perf_counter() - started)
-        seconds.append(took)
-        exact, rounded = (protocol.see(sam, embedding, batch) for embedding in embeddings)
-        for target in protocol.ask(exact):
-            for outcome in protocol.compare(rounded, target):
-                miou[target.kind].update(torch.tensor(outcome.comparison.iou))
-    table = Table("", "int8", title=f"int8 against fp32, {len(samples)} images")
-    table.add_row("layers in int8", f"{converted} of {layers}")
-    for kind, metric in miou.items():
-        table.add_row(f"mIoU, one {kind}", f"{metric.compute()['miou']:.4f}")
-    whole, small = np.median(seconds, axis=0)
-    table.add_row("speed", f"{whole / small:.2f}x")
-    table.add_row("size", f"{files[1].stat().st_size / files[0].stat().st_size:.2f}x")
+def _show(found: check.Agreement, runtime: str, least_iou: float) -> None:
+    title = f"{runtime} beside PyTorch, {found.images} photographs, {found.prompts} prompts"
+    table = Table("", "", title=title, show_header=False)
+    table.add_row("embeddings: largest difference, least cosine", f"{found.embedding:.1e}, {found.cosine:.5f}")
+    table.add_row("masks: mean IoU, worst", f"{found.mask_iou:.4f}, {found.worst_mask_iou:.4f} ({least_iou:g} wanted)")
+    table.add_row("predicted IoUs: largest difference", f"{found.predicted_iou:.1e}")
+    speeds = found.pytorch_encoder_seconds / found.encoder_seconds, found.encoder_seconds * 1000
+    table.add_row("a picture: time, against PyTorch's", f"{speeds[1]:.0f} ms, {speeds[0]:.2f}x as fast")
+    speeds = found.pytorch_decoder_seconds / found.decoder_seconds, found.decoder_seconds * 1000
+    table.add_row("a prompt: time, against PyTorch's", f"{speeds[1]:.0f} ms, {speeds[0]:.2f}x as fast")
     Console().print(table)
 
 
@@ -142,6 +121,8 @@ def _arriving(target: Path, folder: bool) -> Iterator[Path]:
             if folder:
                 target.mkdir(exist_ok=True)
                 for file in sorted(draft.iterdir(), reverse=True):  # weights before the graph that names them
+                    if file.is_dir():
+                        shutil.rmtree(target / file.name, ignore_errors=True)
                     file.replace(target / file.name)
             else:
                 draft.replace(target)

@@ -23,6 +23,7 @@ from sam_distill.types import ABSENT, EMBED_DIM, GRID, LOW_RES, Masks
 
 NUM_MASKS = 4  # token 0: the single mask; tokens 1-3: whole, part, sub-part of an ambiguous prompt
 HEADS = 8
+HIDDEN = -1e4  # added to scores, so that nobody looks there; finite, as some of the runtimes know no infinity
 # Without gradients, so many prompts are decoded at a time: their image features, 4 MB each, should stay in a CPU's
 # cache and fit a GPU's memory.
 CHUNK_CPU, CHUNK_GPU = 1, 64
@@ -39,12 +40,12 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(inner_width, EMBED_DIM)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
-        """q, k, v [B, P, T, C] -> [B, P, T, C]. key_mask: [B, P, T] bool, False for keys nobody may look at."""
-        q, k, v = _heads(self.q_proj(q)), _heads(self.k_proj(k)), _heads(self.v_proj(v))
-        mask = None if key_mask is None else key_mask[:, :, None, None, :].flatten(0, 1)
+        """q, k, v [B, P, T, C] -> [B, P, T, C]. key_mask: [B, P, T], added to what looks at a key."""
         batch = q.shape[:2]
-        q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # ONNX knows attention in four dimensions
-        return self.out_proj(_merge(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).unflatten(0, batch)))
+        mask = None if key_mask is None else key_mask.flatten(0, 1)[:, None, None]
+        q, k, v = self.q_proj(q.flatten(0, 1)), self.k_proj(k.flatten(0, 1)), self.v_proj(v.flatten(0, 1))
+        out = F.scaled_dot_product_attention(_heads(q), _heads(k), _heads(v), attn_mask=mask)
+        return self.out_proj(_merge(out)).unflatten(0, batch)
 
 
 class TokenToImage(Attention):
@@ -52,20 +53,19 @@ class TokenToImage(Attention):
 
     def forward(self, tokens: Tensor, keys: Tensor, values: Tensor) -> Tensor:  # type: ignore[override]
         """tokens [B, P, T, C], keys and values [B, G, L, C] -> [B, P, T, C]."""
-        q = _heads(self.q_proj(tokens))
+        batch = tokens.shape[:2]
         if keys.shape[1] < tokens.shape[1]:  # all prompts ask the same keys: one long row of queries
-            k, v = _heads(self.k_proj(keys)), _heads(self.v_proj(values))
-            rows = q.transpose(1, 2).flatten(2, 3)
-            out = F.scaled_dot_product_attention(rows, k[:, 0], v[:, 0])
-            return self.out_proj(_merge(out.unflatten(2, tokens.shape[1:3]).transpose(1, 2)))
+            q, k, v = self.q_proj(tokens.flatten(1, 2)), self.k_proj(keys[:, 0]), self.v_proj(values[:, 0])
+            out = F.scaled_dot_product_attention(_heads(q), _heads(k), _heads(v))
+            return self.out_proj(_merge(out)).unflatten(1, tokens.shape[1:3])
+        q = _heads(self.q_proj(tokens.flatten(0, 1)))
         q = q * q.shape[-1] ** -0.5
         bias = (q * self.k_proj.bias.view(HEADS, 1, -1)).sum(-1, keepdim=True)
         q = _fold(q, self.k_proj.weight)
-        scores = q.flatten(2, 3) @ keys.mT + bias.flatten(2, 3)  # [B, P, hT, L]
-        looks = scores.softmax(-1) @ values
-        weight = self.v_proj.weight.unflatten(0, (HEADS, -1))
-        out = torch.einsum("bphtc,hdc->bphtd", looks.unflatten(2, (HEADS, -1)), weight)
-        return self.out_proj(_merge(out) + self.v_proj.bias)
+        scores = q.flatten(1, 2) @ keys.flatten(0, 1).transpose(-2, -1) + bias.flatten(1, 2)  # [BP, hT, L]
+        looks = (scores.softmax(-1) @ values.flatten(0, 1)).unflatten(1, (HEADS, -1))
+        out = looks @ self.v_proj.weight.unflatten(0, (HEADS, -1)).transpose(-2, -1)
+        return self.out_proj(_merge(out) + self.v_proj.bias).unflatten(0, batch)
 
 
 class ImageToToken(Attention):
@@ -76,37 +76,37 @@ class ImageToToken(Attention):
     ) -> Tensor:
         """image and its queries [B, G, L, C], keys and values [B, P, T, C] -> image + answers [B, P, L, C].
 
-        key_mask: [B, P, T] bool, False for tokens nobody may look at.
+        key_mask: [B, P, T], added to what looks at a token.
         """
-        k, v = _heads(self.k_proj(keys)), _heads(self.v_proj(values))
+        batch, prompts = keys.shape[:2]
+        k, v = _heads(self.k_proj(keys.flatten(0, 1))), _heads(self.v_proj(values.flatten(0, 1)))
         k = k * k.shape[-1] ** -0.5
         bias = (k * self.q_proj.bias.view(HEADS, 1, -1)).sum(-1, keepdim=True)
         k = _fold(k, self.q_proj.weight)
-        rows = k.reshape(len(image), image.shape[1], -1, EMBED_DIM)  # prompts that see the same image in one product
-        scores = (rows @ queries.mT).view(*k.shape[:4], -1) + bias  # [B, P, h, T, L]
+        rows = k.reshape(batch, image.shape[1], -1, EMBED_DIM)  # prompts that see the same image in one product
+        scores = (rows @ queries.transpose(-2, -1)).view(*k.shape[:3], -1) + bias  # [BP, h, T, L]
         if key_mask is not None:
-            scores = scores.masked_fill(~key_mask[:, :, None, :, None], -torch.inf)
-        attention = scores.softmax(-2).flatten(2, 3)
+            scores = scores + key_mask.flatten(0, 1)[:, None, :, None]
+        attention = scores.softmax(-2).flatten(1, 2)
         # A cell's attention to all tokens is 1 in each head, so each head brings its share of the bias.
-        answers = _fold(v, self.out_proj.weight.mT) + self.out_proj.bias / HEADS
-        batch, prompts = keys.shape[:2]
+        answers = _fold(v, self.out_proj.weight.transpose(-2, -1)) + self.out_proj.bias / HEADS
         image = image.expand(-1, prompts, -1, -1).flatten(0, 1)
-        looks = torch.baddbmm(image, attention.flatten(0, 1).mT, answers.flatten(2, 3).flatten(0, 1))
+        looks = torch.baddbmm(image, attention.transpose(-2, -1), answers.flatten(1, 2))
         return looks.unflatten(0, (batch, prompts))
 
 
 def _heads(x: Tensor) -> Tensor:
-    """[B, G, L, inner] -> [B, G, h, L, d]."""
-    return x.unflatten(-1, (HEADS, -1)).transpose(2, 3)
+    """[n, L, inner] -> [n, h, L, d]."""
+    return x.unflatten(-1, (HEADS, -1)).transpose(1, 2)
 
 
 def _merge(x: Tensor) -> Tensor:
-    """[B, G, h, L, d] -> [B, G, L, inner]."""
-    return x.transpose(2, 3).flatten(3)
+    """[n, h, L, d] -> [n, L, inner]."""
+    return x.transpose(1, 2).flatten(2)
 
 
 def _fold(x: Tensor, weight: Tensor) -> Tensor:
-    """[B, P, h, T, d], weight [inner, C] -> [B, P, h, T, C]: each head's part of x through its rows of the weight."""
+    """[n, h, T, d], weight [inner, C] -> [n, h, T, C]: each head's part of x through its rows of the weight."""
     return x @ weight.unflatten(0, (HEADS, -1))
 
 
@@ -166,7 +166,7 @@ class TwoWayTransformer(nn.Module):
     def forward(
         self, tokens: Tensor, image: Tensor, image_pe: Tensor, token_mask: Tensor | None
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """tokens [B, P, T, C], image [B, G, L, C], image_pe [L, C], token_mask [B, P, T] or None.
+        """tokens [B, P, T, C], image [B, G, L, C], image_pe [L, C], token_mask [B, P, T] (see `_token_mask`) or None.
 
         Yields tokens [B, p, T, C] and image [B, p, L, C], p prompts at a time.
         """
@@ -227,13 +227,13 @@ class MaskDecoder(nn.Module):
         """Decode every prompt of every image in one pass.
 
         embedding: [B, 256, 64, 64]; image_pe: [4096, 256].
-        tokens: [B, P, N, 256]; dense: [B, P, 256, 64, 64] or [1, 1, 256, 1, 1] (no mask prompt, shared).
-        labels: [B, P, N], to keep ABSENT tokens out of attention; None: there are none (exporters can't look).
+        tokens: [B, P, N, 256]; dense: [B, P, 4096, 256] or [1, 1, 1, 256] (no mask prompt, shared).
+        labels: [B, P, N], to keep ABSENT tokens out of attention; None: there are none.
         wanted: the mask tokens to decode: SINGLE, MULTI or ALL.
         least_iou: prompts none of whose predicted IoUs exceeds it get no masks, but zeros: drawing is half the work.
         """
         batch, prompts = tokens.shape[:2]
-        image = (embedding.unsqueeze(1) + dense).flatten(3).mT.contiguous()
+        image = embedding.flatten(2).transpose(-2, -1).unsqueeze(1) + dense
         output_tokens = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
         tokens = torch.cat([output_tokens.expand(batch, prompts, -1, -1), tokens], dim=2)
         parts = self.transformer(tokens, image, image_pe, _token_mask(labels, len(output_tokens)))
@@ -264,8 +264,9 @@ class MaskDecoder(nn.Module):
         image = gelu(_quarter(image, second)).flatten(1, 2)
         mlps = self.output_hypernetworks_mlps[wanted]
         filters = torch.stack([mlp(tokens[:, i]) for i, mlp in enumerate(mlps)], dim=1)
-        masks = (filters @ image.mT).float().unflatten(2, (GRID, GRID, 2, 2, 2, 2))
-        return masks.permute(0, 1, 2, 4, 6, 3, 5, 7).reshape(*filters.shape[:2], LOW_RES, LOW_RES)
+        masks = (filters @ image.transpose(-2, -1)).float()  # cells, then the 4 and 4 pixels of each
+        pixels = masks.reshape(-1, GRID, 2, 8).transpose(1, 2).reshape(-1, 2 * GRID, 2, 2).transpose(1, 2)
+        return pixels.reshape(*filters.shape[:2], LOW_RES, LOW_RES)
 
 
 def _quarter(x: Tensor, conv: nn.ConvTranspose2d) -> Tensor:
@@ -276,10 +277,12 @@ def _quarter(x: Tensor, conv: nn.ConvTranspose2d) -> Tensor:
 
 
 def _token_mask(labels: Tensor | None, num_output_tokens: int) -> Tensor | None:
-    """[B, P, T] bool, or None when every token is there: faster on a CPU; on a GPU to look would take longer."""
+    """[B, P, T], 0 or HIDDEN for absent tokens. None when every token is there, which is faster on a CPU; a GPU would have
+    to be waited for to know, and an exported graph can't look.
+    """
     if labels is None:
         return None
     present = labels != ABSENT
-    if labels.device.type == "cpu" and bool(present.all()):
+    if not torch.compiler.is_compiling() and labels.device.type == "cpu" and bool(present.all()):
         return None
-    return F.pad(present, (num_output_tokens, 0), value=True)
+    return F.pad((1 - present.float()) * HIDDEN, (num_output_tokens, 0))

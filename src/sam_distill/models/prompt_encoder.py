@@ -23,7 +23,8 @@ class RandomFourierFeatures(nn.Module):
         """[..., 2] (x, y) in [0, 1] -> [..., 2 * features], in float32."""
         matrix: Tensor = self.positional_encoding_gaussian_matrix  # type: ignore[assignment]
         # Not a matmul: autocast would round the phases to bfloat16.
-        phase = 2 * math.pi * ((2 * positions - 1).unsqueeze(-1) * matrix).sum(-2)
+        x, y = (2 * positions - 1).split(1, dim=-1)
+        phase = 2 * math.pi * (x * matrix[0] + y * matrix[1])
         return torch.cat([phase.sin(), phase.cos()], dim=-1)
 
 
@@ -47,7 +48,7 @@ class PromptEncoder(nn.Module):
         self.no_mask_embed = nn.Embedding(1, EMBED_DIM)
 
     def forward(self, prompts: Prompts) -> tuple[Tensor, Tensor]:
-        """Tokens [B, P, N, 256] and dense embeddings, [B, P, 256, 64, 64] or, without masks, [1, 1, 256, 1, 1]."""
+        """Tokens [B, P, N, 256] and dense embeddings, [B, P, 4096, 256] or, without masks, [1, 1, 1, 256]."""
         return self._tokens(prompts), self._dense(prompts.masks)
 
     def dense_positions(self) -> Tensor:
@@ -59,13 +60,18 @@ class PromptEncoder(nn.Module):
     def _tokens(self, prompts: Prompts) -> Tensor:
         position = self.pe_layer((prompts.points + 0.5) / FRAME)  # SAM points at the centres of pixels
         labels = prompts.labels.unsqueeze(-1)
-        tokens = torch.where(labels >= 0, position, 0.0)
-        tokens = tokens + torch.where(labels == NOT_A_POINT, self.not_a_point_embed.weight, 0.0)
+        nothing = torch.zeros_like(self.not_a_point_embed.weight)  # not 0.0: Core ML's `where` takes tensors only
+        tokens = torch.where(labels >= 0, position, nothing)
+        tokens = tokens + torch.where(labels == NOT_A_POINT, self.not_a_point_embed.weight, nothing)
         for label, embedding in enumerate(self.point_embeddings):
-            tokens = tokens + torch.where(labels == label, cast(Tensor, embedding.weight), 0.0)
+            tokens = tokens + torch.where(labels == label, cast(Tensor, embedding.weight), nothing)
         return tokens
 
     def _dense(self, masks: Tensor | None) -> Tensor:
         if masks is None:
-            return self.no_mask_embed.weight.view(1, 1, EMBED_DIM, 1, 1)
-        return self.mask_downscaling(masks.flatten(0, 1)).unflatten(0, masks.shape[:2])
+            return self.no_mask_embed.weight.view(1, 1, 1, EMBED_DIM)
+        return self.embed_masks(masks.flatten(0, 1)).unflatten(0, masks.shape[:2])
+
+    def embed_masks(self, masks: Tensor) -> Tensor:
+        """Logits [n, 1, 256, 256] -> [n, 4096, 256]."""
+        return self.mask_downscaling(masks).flatten(2).transpose(-2, -1)

@@ -149,7 +149,7 @@ def test_gradients_are_the_official_ones(teacher: Sam, embedding: Tensor) -> Non
         tokens, dense = teacher.prompt_encoder(prompts)
         image_pe = teacher.prompt_encoder.dense_positions()
     masks = ours(embedding, image_pe, tokens, dense, prompts.labels, MULTI)
-    pe_map, dense_map = image_pe.T.reshape(1, 256, 64, 64), dense[0].expand(2, -1, 64, 64)
+    pe_map, dense_map = image_pe.T.reshape(1, 256, 64, 64), dense.view(1, 256, 1, 1).expand(2, -1, 64, 64)
     low_res, iou = theirs(embedding, pe_map, tokens[0], dense_map, multimask_output=True)
     (masks.low_res.sigmoid().mean() + masks.iou.mean()).backward()
     (low_res.sigmoid().mean() + iou.mean()).backward()

@@ -22,6 +22,8 @@ from sam_distill.engine.bench.peers import MISSING, mobile_sam, peer_of
 from sam_distill.engine.bench.tables import Finding
 from sam_distill.evaluate.fastsam import FastSam
 from sam_distill.evaluate.speed import Contender, race
+from sam_distill.export.contract import Settings, contracts
+from sam_distill.export.formats import load_format
 from sam_distill.images import frame_size, to_frame
 from sam_distill.models.sam import Sam
 from sam_distill.predict.predictor import SamPredictor
@@ -39,9 +41,10 @@ PAPER_IMAGE = "paper, Table 6, one GPU: MobileSAM 12 ms, FastSAM 64 ms"
 
 @torch.no_grad()
 def bench_encoder(sam: Sam, device: str, compiled: bool, onnx: bool, exported: Path | None, seconds: float) -> Finding:
-    """One image of 1024 x 683, normalised and padded, in fp32 and in bf16; on a CPU in ONNX Runtime if `onnx`, too.
+    """One image of 1024 x 683, normalised and padded, in fp32 and in bf16; on a CPU in other runtimes, too.
 
-    exported: what `sam-distill export format=onnx` has written of this model; without it, that is done here.
+    exported: a folder that `sam-distill export` has written of this model, or one of several; without it ONNX Runtime
+    has its turn if `onnx`, with a file that is written here.
     """
     image, sizes = _image(device)
     sam = sam.to(device).to(memory_format=torch.channels_last)
@@ -58,8 +61,13 @@ def bench_encoder(sam: Sam, device: str, compiled: bool, onnx: bool, exported: P
         twin = deepcopy(sam)
         twin.image_encoder = torch.compile(twin.image_encoder)  # type: ignore[assignment]
         contenders.append(Contender("sam-distill, bf16, torch.compile", encode(torch.bfloat16, twin)))
-    if onnx and device == "cpu" and find_spec("onnx") and find_spec("onnxruntime") and find_spec("onnxscript"):
-        contenders += _onnx_encoders(sam, image, exported)
+    told = []
+    if device == "cpu" and exported:
+        for contender, about in exported_encoders(exported):
+            contenders.append(contender)
+            told.append(about)
+    elif onnx and device == "cpu" and find_spec("onnx") and find_spec("onnxruntime") and find_spec("onnxscript"):
+        contenders.append(_onnx_encoder(sam))
     peer = peer_of(sam)
     if peer is not None:
         name, model = peer[0], peer[1].to(device)
@@ -69,24 +77,32 @@ def bench_encoder(sam: Sam, device: str, compiled: bool, onnx: bool, exported: P
         encode(None)()
     facts = f"{sam.sizes['parameters'] / 1e6:.2f}M parameters, {counter.get_total_flops() / 2e9:.1f} GMACs"
     what = f"Image encoder at {sam.image_size} px, {device}: {facts}"
-    note = PAPER_ENCODER if peer else f"{MISSING}\n{PAPER_ENCODER}"
+    note = "\n".join([*told, *([] if peer else [MISSING]), PAPER_ENCODER])
     finding = Finding(what, "image", race(contenders, device, seconds), note)
     return _with_times(finding, "encoder_ms")
 
 
-def _onnx_encoders(sam: Sam, image: Tensor, exported: Path | None) -> Iterator[Contender]:
-    from sam_distill.export.onnx import open_session, write_encoder
+def _onnx_encoder(sam: Sam) -> Contender:
+    from sam_distill.export import onnx
+    from sam_distill.export.graphs import prepared
+    from sam_distill.export.sam_layout import AnySizeEncoder
 
-    pixels = image[0, :, : SIZE[0]].permute(1, 2, 0).contiguous().numpy()
     with TemporaryDirectory() as place:
-        folder = exported or Path(place)
-        if exported is None:
-            write_encoder(sam, folder / "encoder.onnx")
-        for precision, file in (("fp32", folder / "encoder.onnx"), ("int8", folder / "encoder.int8.onnx")):
-            if file.is_file():
-                session = open_session(file)
-                run = partial(session.run, None, {"image": pixels})
-                yield Contender(f"sam-distill, ONNX Runtime, {precision}", run)
+        file = Path(place) / onnx.ENCODER
+        onnx.write_graph(AnySizeEncoder(prepared(sam)), file)
+        session = onnx.open_session(file)
+    return Contender("sam-distill, ONNX Runtime, fp32", partial(session.run, None, onnx.encoder_input(_sample())))
+
+
+def exported_encoders(folder: Path) -> Iterator[tuple[Contender, str]]:
+    """Each export in its own runtime, and in a line its size and how near its masks came to PyTorch's."""
+    for file in contracts(folder):
+        settings, content = Settings.read(file)
+        runner = load_format(settings.format).open_runner(file.parent, settings)
+        name = f"sam-distill, {settings.format}, {settings.quantize or 'fp32'}"
+        size = sum((file.parent / content[graph]["file"]).stat().st_size for graph in ("encoder", "decoder"))
+        about = f"{name}: {size / 1e6:.1f} MB with the decoder, mask IoU {content['checked']['mask_iou']:.4f}"
+        yield Contender(name, partial(runner.encode, _sample())), about
 
 
 @torch.no_grad()
@@ -184,11 +200,15 @@ def _peer_decoder(model: Any, embedding: Tensor, points: Tensor, labels: Tensor)
     return run
 
 
+def _sample() -> Sample:
+    """Noise: how long a network takes does not depend on what it sees."""
+    noise = torch.randint(0, 256, (3, *SIZE), generator=torch.Generator().manual_seed(0))
+    return Sample("noise", noise.byte(), SIZE)
+
+
 def _image(device: str) -> tuple[Tensor, Tensor]:
-    """A frame of noise: how long a network takes does not depend on what it sees."""
-    frame = torch.zeros(1, 3, FRAME, FRAME, dtype=torch.uint8)
-    frame[..., : SIZE[0], :] = torch.randint(0, 256, (3, *SIZE), generator=torch.Generator().manual_seed(0))
-    return frame.to(device), torch.tensor([SIZE], device=device)
+    batch = collate([_sample()]).to(device)
+    return batch.images, batch.sizes
 
 
 def _with_times(finding: Finding, name: str) -> Finding:

@@ -1,0 +1,98 @@
+"""The two graphs of format=onnx: segment-anything's own layout, with sizes and numbers of prompts left free.
+
+The decoder's tensors are named as in segment-anything's export, so that code written for that runs it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sam_distill.export.contract import COORDINATES, EMBEDDING, HAS_MASK_INPUT, LABELS, MASK_INPUT, WHICH, TensorSpec
+from sam_distill.export.graphs import Encoder, dense_prompt
+from sam_distill.models.sam import Sam
+from sam_distill.types import ALL, FRAME, LOW_RES, Prompts
+
+PICTURE = "RGB, 0 to 255, resized so that the long side is 1024, not padded"
+ENDING = "points without a box end with a point (0, 0) labelled -1"
+
+
+class AnySizeEncoder(nn.Module):
+    """The image encoder with everything before it but the resize to the frame."""
+
+    def __init__(self, sam: Sam) -> None:
+        super().__init__()
+        self.encoder = Encoder(sam, "outside")
+        self.image_size = sam.image_size
+        self.inputs = [TensorSpec("image", ("height", "width", 3), PICTURE, "uint8", (FRAME // 2, FRAME - 1, 3))]
+        self.outputs = [EMBEDDING]
+
+    def forward(self, image: Tensor) -> Tensor:
+        """image [h, w, 3] uint8 RGB, resized to the frame (long side 1024) -> image_embeddings [1, 256, 64, 64]."""
+        height, width = image.shape[:2]
+        x = image.float().permute(2, 0, 1).unsqueeze(0)
+        x = F.pad((x - self.encoder.mean) / self.encoder.std, (0, FRAME - width, 0, FRAME - height))
+        x = x.reshape(1, 3, FRAME, FRAME)
+        if self.image_size != FRAME:
+            x = F.interpolate(x, size=(self.image_size, self.image_size), mode="bilinear", antialias=True)
+        return self.encoder(x)
+
+
+class UpscalingDecoder(nn.Module):
+    """The prompt encoder, the mask decoder, and the way of its masks to the size of the original image."""
+
+    def __init__(self, sam: Sam) -> None:
+        super().__init__()
+        self.prompt_encoder = sam.prompt_encoder
+        self.mask_decoder = sam.mask_decoder
+        self.inputs = [
+            EMBEDDING,
+            TensorSpec("point_coords", ("prompts", "points", 2), COORDINATES, example=(2, 3, 2)),
+            TensorSpec("point_labels", ("prompts", "points"), f"{LABELS}; {ENDING}", example=(2, 3)),
+            MASK_INPUT,
+            HAS_MASK_INPUT,
+            TensorSpec("orig_im_size", (2,), "height and width of the picture before it was resized"),
+        ]
+        self.outputs = [
+            TensorSpec("masks", ("prompts", 4, "H", "W"), f"logits; a mask is where they are above 0; {WHICH}"),
+            TensorSpec("iou_predictions", ("prompts", 4), "the model's own estimate of each mask's IoU, about 0 to 1"),
+            TensorSpec("low_res_masks", ("prompts", 4, LOW_RES, LOW_RES), "logits, before they were up-sampled"),
+        ]
+
+    def forward(
+        self,
+        image_embeddings: Tensor,
+        point_coords: Tensor,
+        point_labels: Tensor,
+        mask_input: Tensor,
+        has_mask_input: Tensor,
+        orig_im_size: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """P prompts of N >= 1 points on one image; everything is float32.
+
+        image_embeddings: [1, 256, 64, 64].
+        point_coords: [P, N, 2], (x, y) in frame pixels; point_labels: [P, N], SAM's labels -1 to 3, see `types`.
+        mask_input: [1, 1, 256, 256] logits of an earlier prediction, for all prompts; has_mask_input: [1], 1 or 0.
+        orig_im_size: [2], (H, W).
+        Returns masks [P, 4, H, W] (logits; a mask is where they are > 0), iou_predictions [P, 4] and
+        low_res_masks [P, 4, 256, 256]. Mask 0 is for prompts without doubt, 1 to 3 for ambiguous ones.
+        """
+        tokens, _ = self.prompt_encoder(Prompts(point_coords.unsqueeze(0), point_labels.unsqueeze(0)))
+        dense = dense_prompt(self.prompt_encoder, mask_input, has_mask_input)
+        image_pe = self.prompt_encoder.dense_positions()
+        masks = self.mask_decoder(image_embeddings, image_pe, tokens, dense, None, ALL)  # no point is absent
+        return _upscale(masks.low_res[0], orig_im_size), masks.iou[0], masks.low_res[0]
+
+
+def _upscale(low_res: Tensor, original_size: Tensor) -> Tensor:
+    """`images.upscale_masks` for sizes that are tensors: [P, 4, 256, 256], [2] (H, W) -> [P, 4, H, W]."""
+    exact = original_size.double()  # in the arithmetic of `images.frame_size`
+    framed = (FRAME / exact.max() * exact + 0.5).long().clamp(min=1)
+    (h, w), (height, width) = framed.tolist(), original_size.long().tolist()
+    for side in (h, w, height, width):  # for the exporter, which can't see values
+        torch._check(side >= 1)
+    for side in (h, w):
+        torch._check(side <= FRAME)
+    masks = F.interpolate(low_res, size=(FRAME, FRAME), mode="bilinear")
+    return F.interpolate(masks[..., :h, :w], size=(height, width), mode="bilinear")
