@@ -78,8 +78,8 @@ class LiveTeacher(Teacher):
 
     checkpoint: a name (`mobile_sam`, `sam_vit_h`, ...), a file or a run folder.
     memory_gb: embeddings of images already seen are kept in memory up to this size, so that on a small data set the
-        teacher runs once, in the first epoch. They are kept in float16, those of a GPU in pinned memory. Each process of a
-        data-parallel run remembers what it has asked itself, of images that are dealt anew in each epoch: there a cache
+        teacher runs once, in the first epoch. They are kept in float16, those of a GPU in pinned memory. Each process
+        of a data-parallel run remembers what it has asked itself, of images dealt anew in each epoch: there a cache
         saves far more.
     """
 
