@@ -52,12 +52,12 @@ def export(
             _export_graphs(sam, draft, settings, floor, data.val_samples()[:CHECKED])
         files = sorted(file for file in target.rglob("*") if file.is_file())
     else:
-        if quantize:
+        if quantize and (format, quantize) != ("safetensors", "fp16"):
             raise UserError(f"quantize={quantize} goes with format={', '.join(FORMATS)}, not with format={format}")
         sam = load_sam(checkpoint).requires_grad_(False)
         with _arriving(target, folder=False) as draft:
             if format == "safetensors":
-                save_safetensors(sam, draft)
+                save_safetensors(sam, draft, half=quantize == "fp16")
             elif format == "mobile_sam" or format == "sam":
                 name = save_official(sam, draft, format)
                 log.info('for sam_model_registry["%s"](checkpoint="%s")', name, path)

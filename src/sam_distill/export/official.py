@@ -42,6 +42,9 @@ def save_official(sam: Sam, path: Path, layout: Literal["mobile_sam", "sam"]) ->
     return found[layout]
 
 
-def save_safetensors(sam: Sam, path: Path) -> None:
-    """Write the official key names as safetensors; the metadata say how to build the model again."""
-    path.write_bytes(save(official_state(sam), {DESCRIPTION: json.dumps(describe(sam))}))
+def save_safetensors(sam: Sam, path: Path, half: bool = False) -> None:
+    """Write the official key names as safetensors; the metadata say how to build the model again. half: in float16."""
+    state = official_state(sam)
+    if half:
+        state.update({key: value.half() for key, value in state.items() if value.is_floating_point()})
+    path.write_bytes(save(state, {DESCRIPTION: json.dumps(describe(sam))}))

@@ -59,6 +59,11 @@ def test_safetensors_come_back_as_they_were(tmp_path: Path) -> None:
     again = load_sam(path)
     assert describe(again) == describe(sam)
     assert all(torch.equal(value, again.state_dict()[key]) for key, value in sam.state_dict().items())
+    whole = path.stat().st_size
+    save_safetensors(sam, path, half=True)
+    assert path.stat().st_size < 0.51 * whole
+    for key, value in load_sam(path).state_dict().items():
+        torch.testing.assert_close(value, sam.state_dict()[key], rtol=1e-3, atol=1e-6)
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(UserError, match="is not a safetensors file"):
         load_sam(path)
