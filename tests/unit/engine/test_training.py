@@ -196,9 +196,7 @@ class Interrupted(Agreement):
 
 
 @pytest.mark.parametrize("ema", [None, 0.9])
-def test_no_score_is_lost(
-    finished: tuple[Path, Sam], tmp_path: Path, live: LiveTeacher, ema: float | None
-) -> None:
+def test_no_score_is_lost(finished: tuple[Path, Sam], tmp_path: Path, live: LiveTeacher, ema: float | None) -> None:
     """Each validation compares two kinds of prompts; blind, before the first step, as well. Step 3's is cut short."""
     with pytest.raises(RuntimeError, match="power cut"):
         run(tmp_path, live, student(live), protocol=Interrupted(at=6), ema=ema)

@@ -127,7 +127,7 @@ def _starting(folder: Path) -> Finding:
         for number in range(SA1B_TARS):
             tar, numbers = folder / f"sa_{number:06d}.tar", range(number * each, (number + 1) * each)
             tar.touch()
-            arrays = {
+            arrays: dict[str, np.ndarray[Any, Any]] = {
                 "names": np.frombuffer("\0".join(map("sa_{}.jpg".format, numbers)).encode(), np.uint8),
                 "digests": random.integers(2**64, size=each, dtype=np.uint64),
                 "beside": np.ones(each, np.uint8),
