@@ -74,7 +74,7 @@ def _changed(cfg: DictConfig, run_dir: Path) -> Iterator[str]:
     """What is not as its config.yaml has it, and can't change in a run's midst. Options that are new don't count."""
     with suppress(OSError):
         then = dict(_leaves(yaml.safe_load((run_dir / "config.yaml").read_text())))
-        for key, _ in _leaves(OmegaConf.to_container(cfg, resolve=False)):
+        for key, _ in _leaves(OmegaConf.to_container(cfg, resolve=False)):  # type: ignore[arg-type]
             free = key != "optim._target_" and any(f"{key}.".startswith(f"{name}.") for name in (*_FREE, "hydra"))
             if free or key not in then:
                 continue

@@ -296,4 +296,4 @@ def test_prompts_outside_the_image_are_warned_of(predictors: tuple[Any, Any]) ->
         with pytest.warns(UserWarning, match="a point or box lies outside the image"):
             predictor.predict(**prompt)
     predictor.predict(point_coords=[[300, 200], [-9, -9]], point_labels=[1, -1])  # the corner; and no point at all
-    predictor.predict(box=[-5, -5, 305, 205])  # detectors do that
+    predictor.predict(box=torch.tensor([-5, -5, 305, 205]))  # detectors do that
