@@ -47,7 +47,8 @@ def misplaced(cfg: DictConfig, command: str) -> list[str]:
     if "run_dir" not in parameters(pkgutil.resolve_name(cfg._target_)):
         return []  # it leaves nothing there
     if resume is not None and not Path(resume).is_dir():
-        return [f"resume={resume}: there is no such folder; expected that of a run"]
+        wrong = "is a file" if Path(resume).exists() else "there is no such folder"
+        return [f"resume={resume}: {wrong}; expected the folder of a run"]
     if resume is not None and not status.read(Path(resume)).get("command"):
         return [f"resume={resume}: no status.json there can be read, which says with what options the run began"]
     if processes.is_first() and (busy := status.busy(run_dir)):

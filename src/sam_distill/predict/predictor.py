@@ -237,7 +237,7 @@ def picture(image: Picture, image_format: str = "RGB") -> Image.Image:
     if isinstance(image, Tensor) and array.ndim == 3:
         array = np.moveaxis(array, 0, -1)
     array = array[..., None] if array.ndim == 2 else array
-    if array.ndim != 3 or array.shape[-1] not in (1, 3, 4) or array.dtype != np.uint8:
+    if array.ndim != 3 or array.shape[-1] not in (1, 3, 4) or array.dtype != np.uint8 or not array.size:
         kind = "[3, H, W]" if isinstance(image, Tensor) else "[H, W, 3]"
         raise ValueError(f"an image is {kind} uint8 (or gray, or with alpha), not {list(image.shape)} {image.dtype}")
     if image_format == "BGR" and array.shape[-1] > 1:

@@ -232,7 +232,7 @@ def test_wrong_use_is_told(teacher: Sam, photograph: np.ndarray) -> None:
     predictor = SamPredictor(teacher)
     with pytest.raises(RuntimeError, match="set_image"):
         predictor.predict(**POINT)
-    for image in (photograph[..., :2], photograph.transpose(2, 0, 1), photograph.astype(np.float32)):
+    for image in (photograph[..., :2], photograph.transpose(2, 0, 1), photograph.astype(np.float32), photograph[:0]):
         with pytest.raises(ValueError, match="uint8"):
             predictor.set_image(image)
     with pytest.raises(ValueError, match="RGB or BGR"):
