@@ -162,11 +162,15 @@ def save_parts(sam: Sam, cache: Path) -> None:
         torch.save({key: value.detach().cpu() for key, value in sam.state_dict().items() if key in ours}, file)
 
 
-def check_finite(embeddings: Tensor, keys: Sequence[str], whose: str) -> None:
-    """A UserError names an image with a broken embedding, whose masks would be empty. embeddings: [B, 256, 64, 64]."""
-    finite = embeddings.isfinite().flatten(1).all(1).tolist()
-    if not all(finite):
-        raise UserError(
-            f"the {whose}'s embedding of {keys[finite.index(False)]} holds NaN or infinity: its weights are broken, or"
-            " trainer.precision is too low for them"
-        )
+def check_finite(keys: Sequence[str], **embeddings: Tensor) -> None:
+    """A UserError names whose embedding, of those given [B, 256, 64, 64], is broken for which of the B keys.
+
+    The masks would be empty. The device is asked once.
+    """
+    finite = torch.stack([given.isfinite().flatten(1).all(1) for given in embeddings.values()]).tolist()
+    for whose, flags in zip(embeddings, finite, strict=True):
+        if not all(flags):
+            raise UserError(
+                f"the {whose}'s embedding of {keys[flags.index(False)]} holds NaN or infinity: its weights are broken,"
+                " or trainer.precision is too low for them"
+            )

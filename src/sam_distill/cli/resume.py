@@ -47,7 +47,8 @@ def misplaced(cfg: DictConfig, command: str) -> list[str]:
     if "run_dir" not in parameters(pkgutil.resolve_name(cfg._target_)):
         return []  # it leaves nothing there
     if resume is not None and not Path(resume).is_dir():
-        return [f"resume={resume}: there is no such folder; expected that of a run"]
+        wrong = "is a file" if Path(resume).exists() else "there is no such folder"
+        return [f"resume={resume}: {wrong}; expected the folder of a run"]
     if resume is not None and not status.read(Path(resume)).get("command"):
         return [f"resume={resume}: no status.json there can be read, which says with what options the run began"]
     if processes.is_first() and (busy := status.busy(run_dir)):
@@ -74,7 +75,7 @@ def _changed(cfg: DictConfig, run_dir: Path) -> Iterator[str]:
     """What is not as its config.yaml has it, and can't change in a run's midst. Options that are new don't count."""
     with suppress(OSError):
         then = dict(_leaves(yaml.safe_load((run_dir / "config.yaml").read_text())))
-        for key, _ in _leaves(OmegaConf.to_container(cfg, resolve=False)):
+        for key, _ in _leaves(OmegaConf.to_container(cfg, resolve=False)):  # type: ignore[arg-type]
             free = key != "optim._target_" and any(f"{key}.".startswith(f"{name}.") for name in (*_FREE, "hydra"))
             if free or key not in then:
                 continue

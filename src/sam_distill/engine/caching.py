@@ -117,7 +117,7 @@ class CacheJob:
         batch = collate(samples).to(self.hardware.kind)
         with self.hardware.autocast():
             embeddings = self.teacher.sam.encode(batch.images, batch.sizes).cpu()
-        check_finite(embeddings, batch.keys, "teacher")
+        check_finite(batch.keys, teacher=embeddings)
         return list(embeddings)
 
 

@@ -68,8 +68,7 @@ class Judge(nn.Module):
         """teacher_embedding: [B, 256, 64, 64]; targets: the right answers, from `protocol.ask`."""
         batch = student.batch
         if student.embedding is not None:
-            check_finite(student.embedding, batch.keys, "student")
-            check_finite(teacher_embedding, batch.keys, "teacher")
+            check_finite(batch.keys, student=student.embedding, teacher=teacher_embedding)
             area = valid_area(batch.sizes, GRID)
             for name, measure in (("embedding_mse", embedding_mse), ("embedding_cosine", embedding_cosine)):
                 self.errors[name].update(measure(student.embedding, teacher_embedding, area), weight=len(batch))  # type: ignore[operator]

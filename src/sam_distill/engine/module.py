@@ -13,6 +13,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from sam_distill.engine.judge import Judge, blind
 from sam_distill.engine.optim import AdamW
@@ -188,6 +189,7 @@ class Distillation(pl.LightningModule):
     def on_train_start(self) -> None:
         """A resumed optimizer has the options back that it was saved with; what is asked for now is put in place."""
         (optimizer,), (schedule,) = self.trainer.optimizers, self.trainer.lr_scheduler_configs
+        assert isinstance(schedule.scheduler, LambdaLR)
         self.optim.renew(optimizer, schedule.scheduler, self.trainable, self.trainer.max_steps)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -26,11 +27,11 @@ def check_one(point_coords: Any, point_labels: Any, box: Any, mask_input: Any) -
             raise ValueError(f"point_coords is [N, 2], such as [[320, 240]], not {list(shape)}; {_SEVERAL}")
         if signs != shape[:1]:
             raise ValueError(f"point_labels is [{shape[0]}], one for each point, not {list(signs)}")
-    if box is not None and np.size(box) != 4:
+    if box is not None and prod(np.shape(box)) != 4:
         raise ValueError(f"box is [4], (x0, y0, x1, y1), not {list(np.shape(box))}; {_SEVERAL}")
     if mask_input is not None:
         shape, dtype = np.shape(mask_input), np.asarray(mask_input).dtype
-        if shape[-2:] != (LOW_RES, LOW_RES) or np.size(mask_input) != LOW_RES**2:
+        if shape[-2:] != (LOW_RES, LOW_RES) or prod(shape) != LOW_RES**2:
             raise ValueError(f"mask_input is [1, {LOW_RES}, {LOW_RES}], one of {_LOGITS}, not {list(shape)}")
         if not np.issubdtype(dtype, np.floating):
             raise ValueError(f"mask_input is {dtype}, a mask, but logits are expected: one of {_LOGITS}")

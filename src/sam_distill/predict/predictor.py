@@ -145,10 +145,11 @@ class SamPredictor:
         Returns masks [P, C, H, W], predicted IoUs [P, C] and low-res logits [P, C, 256, 256], as `predict` does.
         """
         check_several(point_coords, point_labels, boxes, mask_input)
-        given = (
+        index = self._only("predict_torch")
+        given = [
             None if part is None else part.to(self.device) for part in (point_coords, point_labels, boxes, mask_input)
-        )
-        return self._decode(self._only("predict_torch"), *given, multimask_output, return_logits)
+        ]
+        return self._decode(index, given, multimask_output, return_logits)
 
     def get_image_embedding(self) -> Tensor:
         """[1, 256, 64, 64]; of several images [B, 256, 64, 64]."""
@@ -183,11 +184,11 @@ class SamPredictor:
         labels = None if point_labels is None else np.asarray(point_labels)[None]
         boxes = None if box is None else self.transform.apply_boxes(box, size)
         masks = None if mask_input is None else np.asarray(mask_input).reshape(1, 1, LOW_RES, LOW_RES)
-        given = (
+        given = [
             None if part is None else torch.as_tensor(part.astype(np.float32), device=self.device)
             for part in (points, labels, boxes, masks)
-        )
-        answer = self._decode(index, *given, multimask_output, return_logits)
+        ]
+        answer = self._decode(index, given, multimask_output, return_logits)
         found, iou, low_res = (tensor[0].cpu().numpy() for tensor in answer)
         return found, iou, low_res
 
@@ -195,14 +196,12 @@ class SamPredictor:
     def _decode(
         self,
         index: int,
-        points: Tensor | None,
-        labels: Tensor | None,
-        boxes: Tensor | None,
-        masks: Tensor | None,
+        given: Sequence[Tensor | None],
         multimask_output: bool,
         return_logits: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """`predict_torch` for one of the images."""
+        """`predict_torch` for one of the images; given: its points, labels, boxes and masks."""
+        points, labels, boxes, masks = given
         check_values(points, labels, boxes, masks, self.input_sizes[index])
         prompts = _prompts(points, labels, boxes, masks)
         embedding = self._features("predict")[index : index + 1]
@@ -238,7 +237,7 @@ def picture(image: Picture, image_format: str = "RGB") -> Image.Image:
     if isinstance(image, Tensor) and array.ndim == 3:
         array = np.moveaxis(array, 0, -1)
     array = array[..., None] if array.ndim == 2 else array
-    if array.ndim != 3 or array.shape[-1] not in (1, 3, 4) or array.dtype != np.uint8:
+    if array.ndim != 3 or array.shape[-1] not in (1, 3, 4) or array.dtype != np.uint8 or not array.size:
         kind = "[3, H, W]" if isinstance(image, Tensor) else "[H, W, 3]"
         raise ValueError(f"an image is {kind} uint8 (or gray, or with alpha), not {list(image.shape)} {image.dtype}")
     if image_format == "BGR" and array.shape[-1] > 1:

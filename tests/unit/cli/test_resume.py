@@ -37,7 +37,8 @@ def told(run_dir: Path, resume: str | None, command: str = "train", **options: o
 
 
 def test_where_no_run_can_begin_or_go_on(tmp_path: Path) -> None:
-    assert told(tmp_path, "/nope") == ["resume=/nope: there is no such folder; expected that of a run"]
+    assert told(tmp_path, "/nope") == ["resume=/nope: there is no such folder; expected the folder of a run"]
+    assert told(tmp_path, __file__) == [f"resume={__file__}: is a file; expected the folder of a run"]
     assert told(tmp_path, str(tmp_path)) == [
         f"resume={tmp_path}: no status.json there can be read, which says with what options the run began"
     ]
@@ -75,7 +76,8 @@ def test_where_a_run_is_going_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_what_cannot_change_on_the_way(tmp_path: Path) -> None:
     write_json(tmp_path / "status.json", {"command": ["train"]})
     before = {"seed": 0, "strategy": {"_target_": "a.Decoupled"}, "optim": {"_target_": "b.AdamW", "lr": 1e-3},
-              "data": {"path": "a", "images": None}, "budget": "1 epoch", "init": None, "sizes": {128: 0.3}}  # fmt: skip
+              "data": {"path": "a", "images": None}, "budget": "1 epoch", "init": None,
+              "sizes": {128: 0.3}}  # fmt: skip
     (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(before)))
 
     def changed(**options: object) -> list[str]:

@@ -232,7 +232,7 @@ def test_wrong_use_is_told(teacher: Sam, photograph: np.ndarray) -> None:
     predictor = SamPredictor(teacher)
     with pytest.raises(RuntimeError, match="set_image"):
         predictor.predict(**POINT)
-    for image in (photograph[..., :2], photograph.transpose(2, 0, 1), photograph.astype(np.float32)):
+    for image in (photograph[..., :2], photograph.transpose(2, 0, 1), photograph.astype(np.float32), photograph[:0]):
         with pytest.raises(ValueError, match="uint8"):
             predictor.set_image(image)
     with pytest.raises(ValueError, match="RGB or BGR"):
@@ -296,4 +296,4 @@ def test_prompts_outside_the_image_are_warned_of(predictors: tuple[Any, Any]) ->
         with pytest.warns(UserWarning, match="a point or box lies outside the image"):
             predictor.predict(**prompt)
     predictor.predict(point_coords=[[300, 200], [-9, -9]], point_labels=[1, -1])  # the corner; and no point at all
-    predictor.predict(box=[-5, -5, 305, 205])  # detectors do that
+    predictor.predict(box=torch.tensor([-5, -5, 305, 205]))  # detectors do that
