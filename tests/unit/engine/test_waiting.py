@@ -22,7 +22,6 @@ from sam_distill.engine.module import Distillation
 from sam_distill.evaluate.agreement import Agreement
 from sam_distill.models.encoders import TinyViT
 from sam_distill.models.sam import Sam
-from sam_distill.strategies.coupled import Coupled
 from sam_distill.strategies.decoupled import Decoupled
 from sam_distill.teachers import LiveTeacher
 from sam_distill.types import Batch, StepOutput, UserError
@@ -64,7 +63,7 @@ def teacher() -> LiveTeacher:
 
 @pytest.mark.usefixtures("one_log_line")
 def test_no_step_waits_between_log_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, teacher: LiveTeacher) -> None:
-    """The whole of `fit`, but for the backward pass, which pretended tensors can't do."""
+    """The whole loop, but for the backward pass, which pretended tensors can't do. Other strategies have tests apart."""
     begun: list[int] = []
 
     def backward(self: Distillation, loss: torch.Tensor) -> None:
@@ -80,16 +79,8 @@ def test_no_step_waits_between_log_lines(tmp_path: Path, monkeypatch: pytest.Mon
 
         monkeypatch.setattr(Distillation, "backward", backward)
         monkeypatch.setattr(Distillation, "training_step", training_step)
-        options: dict[str, Any] = {"strategy": Coupled(rounds=2), "protocol": Agreement(points=1, kinds=["point"])}
-        run(
-            tmp_path,
-            teacher,
-            student(teacher),
-            hardware=Pretended(precision="bf16"),
-            budget="4 steps",
-            validate_every=None,
-            **options,
-        )
+        options: dict[str, Any] = {"protocol": Agreement(points=1, kinds=["point"]), "budget": "4 steps"}
+        run(tmp_path, teacher, student(teacher), hardware=Pretended(precision="bf16"), validate_every=None, **options)
         assert len(begun) == 4
         assert gpu.waits[begun[0] : begun[3]] == []
         assert len(gpu.waits) > begun[3], "the last step is logged and judged"
