@@ -63,7 +63,7 @@ def teacher() -> LiveTeacher:
 
 @pytest.mark.usefixtures("one_log_line")
 def test_no_step_waits_between_log_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, teacher: LiveTeacher) -> None:
-    """The whole loop, but for the backward pass, which pretended tensors can't do. Other strategies have tests apart."""
+    """The whole loop, but for the backward pass, which pretended tensors can't do. Strategies have tests apart."""
     begun: list[int] = []
 
     def backward(self: Distillation, loss: torch.Tensor) -> None:
@@ -80,7 +80,14 @@ def test_no_step_waits_between_log_lines(tmp_path: Path, monkeypatch: pytest.Mon
         monkeypatch.setattr(Distillation, "backward", backward)
         monkeypatch.setattr(Distillation, "training_step", training_step)
         options: dict[str, Any] = {"protocol": Agreement(points=1, kinds=["point"]), "budget": "4 steps"}
-        run(tmp_path, teacher, student(teacher), hardware=Pretended(precision="bf16"), validate_every=None, **options)
+        run(
+            tmp_path,
+            teacher,
+            student(teacher),
+            hardware=Pretended(precision="bf16"),
+            validate_every="4 steps",
+            **options,
+        )
         assert len(begun) == 4
         assert gpu.waits[begun[0] : begun[3]] == []
         assert len(gpu.waits) > begun[3], "the last step is logged and judged"
