@@ -55,8 +55,9 @@ def one_log_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "LOG_LINES", 1)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def teacher() -> LiveTeacher:
+    """A new one for each test: a pretended GPU keeps what it gets."""
     torch.manual_seed(0)
     return RandomTeacher()
 
