@@ -113,7 +113,7 @@ def words_of(part: str, setting: Setting, seconds: float, found: dict[str, Any])
         return [*COMMAND, "train", *_training(setting, seconds, found), run_dir]
     options = ["seconds=2", "points_per_side=32", "batch_size=8"]
     if toy:  # a CPU would take minutes at 1024 px, where these are measured, so they only compose their configuration
-        options = ["seconds=0.001", "batch_size=1", "trainer.workers=0", *([] if part == "step" else ["--cfg", "job"])]
+        options = ["seconds=0.001", "batch_size=1", "trainer.workers=0", *([] if part == "step" else ["--cfg=job"])]
     return [*COMMAND, "bench", part, f"checkpoint={setting.teacher}", setting.trainer, *options, run_dir]
 
 

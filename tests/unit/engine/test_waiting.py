@@ -22,7 +22,6 @@ from sam_distill.engine.module import Distillation
 from sam_distill.evaluate.agreement import Agreement
 from sam_distill.models.encoders import TinyViT
 from sam_distill.models.sam import Sam
-from sam_distill.strategies.coupled import Coupled
 from sam_distill.strategies.decoupled import Decoupled
 from sam_distill.teachers import LiveTeacher
 from sam_distill.types import Batch, StepOutput, UserError
@@ -56,15 +55,16 @@ def one_log_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "LOG_LINES", 1)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def teacher() -> LiveTeacher:
+    """A new one for each test: a pretended GPU keeps what it gets."""
     torch.manual_seed(0)
     return RandomTeacher()
 
 
 @pytest.mark.usefixtures("one_log_line")
 def test_no_step_waits_between_log_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, teacher: LiveTeacher) -> None:
-    """The whole of `fit`, but for the backward pass, which pretended tensors can't do."""
+    """The whole loop, but for the backward pass, which pretended tensors can't do. Strategies have tests apart."""
     begun: list[int] = []
 
     def backward(self: Distillation, loss: torch.Tensor) -> None:
@@ -80,14 +80,13 @@ def test_no_step_waits_between_log_lines(tmp_path: Path, monkeypatch: pytest.Mon
 
         monkeypatch.setattr(Distillation, "backward", backward)
         monkeypatch.setattr(Distillation, "training_step", training_step)
-        options: dict[str, Any] = {"strategy": Coupled(rounds=2), "protocol": Agreement(points=1, kinds=["point"])}
+        options: dict[str, Any] = {"protocol": Agreement(points=1, kinds=["point"]), "budget": "4 steps"}
         run(
             tmp_path,
             teacher,
             student(teacher),
             hardware=Pretended(precision="bf16"),
-            budget="4 steps",
-            validate_every=None,
+            validate_every="4 steps",
             **options,
         )
         assert len(begun) == 4
