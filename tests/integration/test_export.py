@@ -110,7 +110,7 @@ def test_mistakes_are_one_line(place: Path, capfd: pytest.CaptureFixture[str], m
     monkeypatch.setitem(formats.FORMATS, "onnx", nonesuch)
     for overrides, complaint in {
         ("format=onnx", "path=a"): "format=onnx needs nonesuch: pip install 'sam-distill[export]'",
-        ("format=sam", "quantize=int8", "path=a"): "quantize=int8 goes with format=onnx, not with format=sam",
+        ("format=sam", "quantize=int8", "path=a"): "quantize=int8 goes with format=onnx, litert, web, not with",
         ("format=sam", "path=a"): "but this is TimmEncoder(name=resnet18): take format=onnx or format=safetensors",
         ("format=safetensors", "path=."): "path=. is a folder: expected a file",
         ("format=safetensors", "path=/proc/a/b"): "path=/proc/a/b: cannot be written (",

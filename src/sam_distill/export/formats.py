@@ -25,8 +25,8 @@ class Format:
 
 FORMATS = {
     "onnx": Format("export", ("onnx", "onnxruntime", "onnxscript"), "ONNX Runtime"),
-    "web": Format("export", ("onnx", "onnxruntime", "onnxscript"), "ONNX Runtime"),
     "litert": Format("litert", ("litert_torch", "ai_edge_litert", "ai_edge_quantizer"), "LiteRT"),
+    "web": Format("export", ("onnx", "onnxruntime", "onnxscript"), "ONNX Runtime"),
 }
 
 

@@ -91,7 +91,7 @@ def prepared(sam: Sam) -> Sam:
         if isinstance(layer, TinyVitBlock):
             _replace(encoder, name, WindowBlock(layer))
         elif hasattr(layer, "fused_attn"):  # timm's switch: SAM's ViT calls the fused kernel in a way ONNX lacks
-            layer.fused_attn = False  # type: ignore[assignment]
+            layer.fused_attn = False
     return sam
 
 

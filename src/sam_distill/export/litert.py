@@ -24,6 +24,7 @@ from sam_distill.export.runner import ContractRunner, Run, Runner
 from sam_distill.models.sam import Sam
 
 logging.getLogger("absl").setLevel(logging.ERROR)
+litert_torch.config.show_progress = False
 
 ENCODER, DECODER = "encoder.tflite", "decoder.tflite"
 LINEAR = TFLOperationName.FULLY_CONNECTED

@@ -120,9 +120,9 @@ def quantize_file(path: Path, quantize: Quantize) -> None:
 
 def _gelu(x: Any, approximate: str = "none") -> Any:
     """As ONNX Runtime recognises it, to run it as one operator: PyTorch's own x * (0.5 * (1 + erf)) it does not."""
-    one, half = (opset18.CastLike(opset18.Constant(value_float=value), x) for value in (1.0, 0.5))
-    root = opset18.CastLike(opset18.Constant(value_float=math.sqrt(2)), x)
-    return opset18.Mul(opset18.Mul(x, opset18.Add(opset18.Erf(opset18.Div(x, root)), one)), half)
+    op: Any = opset18
+    one, half, root = (op.CastLike(op.Constant(value_float=value), x) for value in (1.0, 0.5, math.sqrt(2)))
+    return op.Mul(op.Mul(x, op.Add(op.Erf(op.Div(x, root)), one)), half)
 
 
 def _quantize_linear_layers(path: Path) -> None:

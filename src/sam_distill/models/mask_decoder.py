@@ -277,8 +277,8 @@ def _quarter(x: Tensor, conv: nn.ConvTranspose2d) -> Tensor:
 
 
 def _token_mask(labels: Tensor | None, num_output_tokens: int) -> Tensor | None:
-    """[B, P, T], 0 or HIDDEN for absent tokens. None when every token is there, which is faster on a CPU; a GPU would have
-    to be waited for to know, and an exported graph can't look.
+    """[B, P, T], 0 or HIDDEN for absent tokens. None when every token is there, which is faster on a CPU; a GPU would
+    have to be waited for to know, and an exported graph can't look.
     """
     if labels is None:
         return None
