@@ -16,7 +16,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -42,6 +42,7 @@ from sam_distill.cli.usage import print_usage
 from sam_distill.engine import processes
 
 PROGRAM = "sam-distill"
+FLAGS_WITH_A_VALUE = ("--cfg", "-c", "--package", "-p", "--info", "-i", "--config-dir", "-cd")  # Hydra's
 ON_ONE_DEVICE = ("bench", "demo", "evaluate", "segment")  # these commands run
 _HOME = re.compile(r"""(?<=[=\[,"'])~[\w.-]*(?=/)|(?<==)~$""")  # where a value, or one of a list, begins
 
@@ -83,7 +84,8 @@ def run(command: str, argv: Sequence[str], conf_dir: Path | None = None) -> int:
     token = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{secrets.token_hex(3)}"
     folders = (token, processes.shared_name() or token)
     name_folders(*folders)
-    argv = [_in_full(command, word) for word in argv]
+    pairs = pairwise(["", *argv])
+    argv = [word if before in FLAGS_WITH_A_VALUE else _in_full(command, word) for before, word in pairs]
     if sum(word.startswith("runs=") for word in argv if command == "report") > 1:
         return _fail("runs: several folders given; name one that holds them all", status=2)
     try:

@@ -5,6 +5,13 @@ import pytest
 from sam_distill.cli import app
 
 
+def test_a_flags_value_is_not_taken_for_a_suite(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("bench", "report"):
+        assert app.main([command, "--cfg", "job"]) == 0
+        assert "suite: job" not in (said := capsys.readouterr().out)
+        assert "runs: job" not in said
+
+
 def test_help_lists_the_commands_own_choices_and_explains_keys(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
