@@ -262,7 +262,7 @@ def test_a_mask_strategy(name: str, finished: tuple[Path, Sam], tmp_path: Path, 
     assert all(torch.equal(value, theirs[key]) for key, value in live.sam.state_dict().items())
     kept = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     assert kept.keys() == {f"student.{key}" for key in saved}
-    assert {"train/focal", "train/dice", "train/iou_error", "train/miou"} <= set(columns(tmp_path))
+    assert {"train/mask_loss", "train/iou_error", "train/miou"} <= set(columns(tmp_path))
 
 
 def test_what_finetunes_needs_a_start(tmp_path: Path, live: LiveTeacher) -> None:
