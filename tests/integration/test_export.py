@@ -111,7 +111,7 @@ def test_mistakes_are_one_line(place: Path, capfd: pytest.CaptureFixture[str], m
     for overrides, complaint in {
         ("format=onnx", "path=a"): "format=onnx needs nonesuch: pip install 'sam-distill[export]'",
         ("format=sam", "quantize=int8", "path=a"): "quantize=int8 goes with format=onnx, litert, web, not with",
-        ("format=sam", "path=a"): "but this is TimmEncoder(name=resnet18): take format=onnx or format=safetensors",
+        ("format=sam", "path=a"): "this is TimmEncoder(name=resnet18, neck=fine): take format=onnx or",
         ("format=safetensors", "path=."): "path=. is a folder: expected a file",
         ("format=safetensors", "path=/proc/a/b"): "path=/proc/a/b: cannot be written (",
     }.items():
