@@ -19,7 +19,7 @@ from sam_distill.models.sam import Sam
 from sam_distill.prompts.forms import box_prompts, point_prompts
 from sam_distill.types import MULTI, SINGLE, Prompts
 
-# Logits of masks go up to 40, and sums of floats depend on a processor's order: one pixel in 400,000 was 1.2e-4 off on one.
+# Sums of floats depend on a processor's order: on one, a pixel in 400,000 was 1.2e-4 off.
 TOLERANCE = {"rtol": 1e-4, "atol": 2e-4}
 SIZE = (683, 1024)  # a 3:2 photograph in the frame
 
