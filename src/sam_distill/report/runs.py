@@ -171,7 +171,7 @@ def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
         if isinstance(value, dict):
             yield from _leaves(value, f"{prefix}{key}.")
         elif key != "_target_":
-            yield prefix + key, value
+            yield f"{prefix}{key}", value
 
 
 def _value(value: Any) -> Value:

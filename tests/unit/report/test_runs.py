@@ -22,6 +22,11 @@ def test_what_a_run_left_is_read(runs: Path, make_run: Callable[..., Path]) -> N
     assert run.masks == folder / "pictures" / "masks_0000004.png"
 
 
+def test_a_setting_may_be_named_by_a_number(runs: Path, make_run: Callable[..., Path]) -> None:
+    make_run("r", progressive_resizing={256: 0.3})
+    assert find(runs).runs[0].setting("progressive_resizing.256") == "0.3"
+
+
 def test_an_encoder_is_called_by_its_variant(runs: Path, make_run: Callable[..., Path]) -> None:
     make_run("r", encoder={"_target_": "sam_distill.models.encoders.TimmEncoder", "name": "resnet18"})
     assert find(runs).runs[0].setting("encoder") == "tinyvit resnet18"
