@@ -112,7 +112,7 @@ def find_checkpoint(checkpoint: str | Path) -> Path:
     if not path.is_file():
         if str(checkpoint) in weights.names("fastsam"):
             raise UserError(f"{checkpoint} is no SAM: only sam-distill evaluate takes it")
-        known = weights.names("sam")
+        known = [*weights.names("sam"), *weights.names("fastsam")]
         nearest = difflib.get_close_matches(str(checkpoint), known, n=1)
         hint = f"did you mean {nearest[0]}?" if nearest else f"the names known are {', '.join(known)}"
         raise UserError(f"no checkpoint {checkpoint}: it is neither a file, a run folder nor a name ({hint})")

@@ -83,7 +83,7 @@ def _built_with(name: str, build: Callable[..., nn.Module], state: Mapping[str, 
             f"encoder.pretrained={source}: not the weights of timm's {name}: {len(absent)} of its {len(wanted)} tensors"
             f" are missing or of another shape, such as {absent[0]}"
         )
-    backbone = build(pretrained=True, pretrained_cfg_overlay={"state_dict": dict(state)})
+    backbone = build(pretrained=True, pretrained_cfg_overlay={"state_dict": {key: state[key] for key in wanted}})
     backbone.pretrained_cfg = backbone.default_cfg = {}  # type: ignore[assignment] # they hold on to the state dict
     log.info("ImageNet weights for %s: from %s", name, source)
     return backbone
