@@ -39,6 +39,13 @@ class _Source(NamedTuple):
         return True
 
 
+def _bases(path: Path) -> list[Path]:
+    """The files of the same group that a choice begins with, as muon.yaml does with adamw.yaml."""
+    node = OmegaConf.load(path)
+    named = [name for name in (node.get("defaults") or []) if isinstance(name, str) and "/" not in name]
+    return [base for name in named if (base := path.with_name(f"{name}.yaml")).is_file()]
+
+
 class Sources:
     """The files of one composed configuration; `cfg` still has its `hydra` node."""
 
@@ -54,10 +61,14 @@ class Sources:
             if isinstance(choice, str) and not group.startswith("hydra/")
         }
         self.files = [
-            _Source(path, f"{root.name}/{name}.yaml", "" if "@package _global_" in path.read_text() else package)
+            _Source(file, f"{root.name}/{file.relative_to(root)}", package)
             for name, package in chosen.items()
             for root in self.roots
             if (path := root / f"{name}.yaml").is_file()
+            for file in [*_bases(path), path]
+        ]
+        self.files = [
+            file._replace(package="") if "@package _global_" in file.path.read_text() else file for file in self.files
         ]
 
     def where(self, key: str) -> str:

@@ -166,7 +166,7 @@ def test_callers_at_once_fetch_once(server, offer) -> None:
 def test_unknown_name() -> None:
     with pytest.raises(UserError, match="did you mean mobile_sam"):
         fetch("mobilesam")
-    with pytest.raises(UserError, match="known are mobile_sam, sam_vit_h"):
+    with pytest.raises(UserError, match="known are mobile_sam, pocket_sam, sam_vit_h"):
         fetch("dinov2")
 
 
