@@ -143,7 +143,7 @@ def test_a_cached_teacher_says_what_a_live_one_says(cached: Path, tmp_path: Path
             student=new_student(TinyViT(pretrained=False), teacher.sam, image_size=64, neck_from_teacher=True),
             protocol=Agreement(points=1), hardware=Hardware(accelerator="cpu", precision="fp32", workers=0),
             logger=CsvOnly(), budget="3 steps", validate_every=None, batch_size=2, accumulate=1, ema=None,
-            step_times=False, init=None, resume=None, plan=False, run_dir=run_dir,
+            progressive_resizing=None, step_times=False, init=None, resume=None, plan=False, run_dir=run_dir,
         )  # fmt: skip
         rows = csv.DictReader((run_dir / "history.csv").read_text().splitlines())
         losses.append([float(row[name]) for row in rows for name in ("train/loss", "val/miou/point") if row.get(name)])
