@@ -41,8 +41,8 @@ class _Source(NamedTuple):
 
 def _bases(path: Path) -> list[Path]:
     """The files of the same group that a choice begins with, as muon.yaml does with adamw.yaml."""
-    node = OmegaConf.load(path)
-    named = [name for name in (node.get("defaults") or []) if isinstance(name, str) and "/" not in name]
+    defaults = OmegaConf.select(OmegaConf.load(path), "defaults") or []
+    named = [name for name in defaults if isinstance(name, str) and "/" not in name]
     return [base for name in named if (base := path.with_name(f"{name}.yaml")).is_file()]
 
 
