@@ -61,14 +61,15 @@ class Sources:
             if isinstance(choice, str) and not group.startswith("hydra/")
         }
         self.files = [
-            _Source(file, f"{root.name}/{file.relative_to(root)}", package)
+            _Source(
+                file,
+                f"{root.name}/{file.relative_to(root)}",
+                "" if "@package _global_" in file.read_text() else package,
+            )
             for name, package in chosen.items()
             for root in self.roots
             if (path := root / f"{name}.yaml").is_file()
             for file in [*_bases(path), path]
-        ]
-        self.files = [
-            file._replace(package="") if "@package _global_" in file.path.read_text() else file for file in self.files
         ]
 
     def where(self, key: str) -> str:
