@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -98,6 +100,8 @@ def _measured(run: Callable[[], object], device: str) -> tuple[float, int | None
     marks = Path("/proc/self/clear_refs")
     if device != "cpu" or not marks.exists():
         return _timed(run, device), None
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed before and kept would be used again unseen
     marks.write_text("5")  # sets the high-water mark back
     before = _status("VmRSS")
     return _timed(run, device), max(0, _status("VmHWM") - before)
