@@ -23,18 +23,18 @@ from typing import Any
 
 import torch
 
-from sam_distill.engine.status import version
 from sam_distill.files import write_json, write_text
 from sam_distill.models import weights
 from sam_distill.models.checkpoints import save_sam
 from sam_distill.models.encoders import SamViT, TinyViT
 from sam_distill.models.sam import Sam
 from sam_distill.report.tables import markdown_table
+from sam_distill.runs.status import version
 from sam_distill.types import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMAND = [sys.executable, "-c", "from sam_distill.cli.app import main; raise SystemExit(main())"]
-TESTS = "tests/unit/engine/test_gpu.py"
+TESTS = "tests/unit/training/test_gpu.py"
 TAIL = 30  # lines of a part's output that are kept
 AROUND = 45  # seconds of a training that are no steps: it starts, validates, draws and saves
 

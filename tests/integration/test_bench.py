@@ -7,18 +7,18 @@ from pathlib import Path
 
 import pytest
 
+from sam_distill.benchmark import timing as speed
 from sam_distill.cli.app import main
-from sam_distill.evaluate import speed
 
 PEERS = ("peers: cv2", "bare PyTorch loop", "MobileSAM's code, vit_t, fp32")
 
 
 def test_all_suites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(speed, "AT_LEAST", 1)
-    monkeypatch.setattr("sam_distill.engine.bench.steps.STEPS", 1)
-    monkeypatch.setattr("sam_distill.engine.bench.steps.TURNS", 1)
-    monkeypatch.setattr("sam_distill.engine.bench.data.SA1B_TARS", 2)
-    monkeypatch.setattr("sam_distill.engine.bench.data.SA1B_IMAGES", 1000)
+    monkeypatch.setattr("sam_distill.benchmark.steps.STEPS", 1)
+    monkeypatch.setattr("sam_distill.benchmark.steps.TURNS", 1)
+    monkeypatch.setattr("sam_distill.benchmark.data.SA1B_TARS", 2)
+    monkeypatch.setattr("sam_distill.benchmark.data.SA1B_IMAGES", 1000)
     words = ["bench", "seconds=0.001", "batch_size=1", "points_per_side=2", "trainer=cpu"]
     assert main([*words, f"hydra.run.dir={tmp_path}"]) == 0
     findings = json.loads((tmp_path / "bench.json").read_text())["findings"]

@@ -14,7 +14,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from sam_distill.cli import app
-from sam_distill.engine import status as run_status
+from sam_distill.runs import status as run_status
 from sam_distill.types import UserError
 
 ROOT = Path(__file__).parents[2]

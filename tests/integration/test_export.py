@@ -14,9 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
+from sam_distill.benchmark.models import exported_encoders
 from sam_distill.cli import app
 from sam_distill.data.photos import photo
-from sam_distill.engine.bench.models import exported_encoders
 from sam_distill.export import formats, onnx
 from sam_distill.models.checkpoints import save_sam
 from sam_distill.models.encoders import TimmEncoder

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 from sam_distill.cli.app import default_conf_dir
 from sam_distill.cli.compose import compose_jobs
-from sam_distill.engine.judge import Judge, blind
-from sam_distill.engine.module import requirements
+from sam_distill.evaluate.judge import Judge, blind
 from sam_distill.models.encoders import TinyViT
 from sam_distill.models.sam import Sam
 from sam_distill.predict.mask_generator import SamAutomaticMaskGenerator
@@ -29,6 +28,7 @@ from sam_distill.predict.predictor import SamPredictor
 from sam_distill.prompts.samplers import Points
 from sam_distill.strategies.semi_coupled import SemiCoupled
 from sam_distill.teachers import LiveTeacher
+from sam_distill.training.lightning_module import requirements
 from sam_distill.types import Batch, upload
 
 CONF = default_conf_dir()

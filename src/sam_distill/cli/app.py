@@ -39,7 +39,7 @@ from sam_distill.cli.jobs import Task, describe, name_folders, say
 from sam_distill.cli.resume import continued, misplaced
 from sam_distill.cli.sources import task_overrides
 from sam_distill.cli.usage import print_usage
-from sam_distill.engine import processes
+from sam_distill.runs import processes
 
 PROGRAM = "sam-distill"
 FLAGS_WITH_A_VALUE = ("--cfg", "-c", "--package", "-p", "--info", "-i", "--config-dir", "-cd")  # Hydra's
@@ -214,7 +214,7 @@ def _homeless(argv: list[str]) -> Iterator[str]:
 
 @contextmanager
 def _signals_end_it() -> Iterator[None]:
-    """SIGTERM, like Ctrl-C, unwinds the stack, so that whatever it ends is recorded; the engine refines this.
+    """SIGTERM, like Ctrl-C, unwinds the stack, so that whatever it ends is recorded; training refines this.
 
     The workers of a pool unwind theirs, and this process waits for them; a second signal does not wait.
     """

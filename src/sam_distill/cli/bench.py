@@ -12,17 +12,13 @@ import numpy as np
 from pydantic import Field
 from rich.console import Console
 
+from sam_distill.benchmark.data import bench_data, example_jpegs, temporary_cache
+from sam_distill.benchmark.everything import bench_everything
+from sam_distill.benchmark.models import bench_decoder, bench_encoder, bench_fastsam, bench_image, counted
+from sam_distill.benchmark.steps import bench_step
+from sam_distill.benchmark.tables import Finding, machine, show, write
 from sam_distill.cli.answers import Judged
 from sam_distill.data.base import DataSource
-from sam_distill.engine.bench.data import bench_data, example_jpegs, temporary_cache
-from sam_distill.engine.bench.everything import bench_everything
-from sam_distill.engine.bench.models import bench_decoder, bench_encoder, bench_fastsam, bench_image, counted
-from sam_distill.engine.bench.steps import bench_step
-from sam_distill.engine.bench.tables import Finding, machine, show, write
-from sam_distill.engine.datamodule import Loaders
-from sam_distill.engine.hardware import Hardware
-from sam_distill.engine.module import Distillation
-from sam_distill.engine.optim import AdamW
 from sam_distill.evaluate.agreement import Agreement
 from sam_distill.evaluate.fastsam import FastSam, is_fastsam
 from sam_distill.export.contract import CONTRACT, contracts
@@ -31,8 +27,12 @@ from sam_distill.models.checkpoints import load_sam
 from sam_distill.models.encoders import ImageEncoder
 from sam_distill.models.sam import Sam
 from sam_distill.prompts.samplers import Points
+from sam_distill.runs.hardware import Hardware
 from sam_distill.strategies.decoupled import Decoupled
 from sam_distill.teachers import CachedTeacher, save_parts
+from sam_distill.training.datamodule import Loaders
+from sam_distill.training.lightning_module import Distillation
+from sam_distill.training.optimizers import AdamW
 from sam_distill.types import UserError
 
 

@@ -8,12 +8,12 @@ from typing import Annotated
 
 from pydantic import Field
 
+from sam_distill.caching.plan import plan_cache
+from sam_distill.caching.write_cache import CacheJob, verify, write_cache
 from sam_distill.data.base import DataSource
 from sam_distill.data.embeddings import Dtype
-from sam_distill.engine.caching import CacheJob, verify, write_cache
-from sam_distill.engine.hardware import Hardware
-from sam_distill.engine.launch import all_processes
-from sam_distill.engine.planning import plan_cache
+from sam_distill.runs.hardware import Hardware
+from sam_distill.runs.launch import all_processes
 from sam_distill.teachers import LiveTeacher
 from sam_distill.types import UserError
 

@@ -9,8 +9,8 @@ from typing import Annotated
 from pydantic import Field
 
 from sam_distill.data.photos import VAL_PHOTOS, photo
-from sam_distill.engine.hardware import Hardware
 from sam_distill.models.checkpoints import Checkpoint, load_sam
+from sam_distill.runs.hardware import Hardware
 from sam_distill.types import UserError
 
 log = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ def demo(
 ) -> None:
     """Serve a page to try a student on until it is interrupted; conf/demo.yaml says what each option means."""
     try:
-        from sam_distill.predict.demo import build
+        from sam_distill.demo.page import build
     except ImportError as error:
         raise UserError(f"the demo needs {error.name}: pip install 'sam-distill[demo]'") from error
     if compare == checkpoint:

@@ -13,13 +13,13 @@ from pydantic import Field
 
 from sam_distill.cli.answers import Judged, answering
 from sam_distill.data.base import DataSource, Split
-from sam_distill.engine.evaluation import judge
-from sam_distill.engine.hardware import Hardware
-from sam_distill.engine.proposals import judge_everything
+from sam_distill.evaluate.evaluation import judge
 from sam_distill.evaluate.everything import Everything
 from sam_distill.evaluate.fastsam import FastSam, is_fastsam
+from sam_distill.evaluate.proposals import judge_everything
 from sam_distill.evaluate.protocol import Protocol
 from sam_distill.models.checkpoints import load_sam
+from sam_distill.runs.hardware import Hardware
 from sam_distill.teachers import LiveTeacher
 
 log = logging.getLogger(__name__)

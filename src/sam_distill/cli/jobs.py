@@ -23,9 +23,9 @@ from sam_distill.cli import pool
 from sam_distill.cli.config import parameters
 from sam_distill.cli.resume import LAST, taken
 from sam_distill.cli.sources import task_overrides
-from sam_distill.engine import processes
-from sam_distill.engine.status import Status, earlier, writing
 from sam_distill.files import disk_is_full
+from sam_distill.runs import processes
+from sam_distill.runs.status import Status, earlier, writing
 
 tracebacks = logging.getLogger("sam_distill.tracebacks")  # goes to the log file only: conf/hydra/common.yaml
 

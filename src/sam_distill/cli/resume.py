@@ -16,11 +16,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sam_distill.cli.config import parameters, show
-from sam_distill.engine import processes, status
+from sam_distill.runs import processes, status
 
 LAST = Path("checkpoints", "last.ckpt")  # in a run's folder
 
-# What a resumed run may do differently, and does; the engine sees to it that images and batches stay what they were.
+# What a resumed run may do differently, and does; training sees to it that images and batches stay what they were.
 _FREE = ("resume", "plan", "scale", "budget", "validate_every", "step_times", "logger", "trainer", "optim",
          "batch_size", "accumulate", "data.path", "data.local", "data.shuffle_buffer", "teacher.memory_gb")  # fmt: skip
 
@@ -82,8 +82,11 @@ def _changed(cfg: DictConfig, run_dir: Path) -> Iterator[str]:
             with suppress(OmegaConfBaseException):  # known only when the job runs
                 value = OmegaConf.select(cfg, key)
                 now = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
-                if now != then[key]:
-                    name, old, new = key.removesuffix("._target_"), show(then[key]), show(now)
+                old, new = then[key], now
+                if key.endswith("_target_"):  # a class may have moved since
+                    old, new = (str(name).rpartition(".")[2] for name in (old, new))
+                if new != old:
+                    name, old, new = key.removesuffix("._target_"), show(old), show(new)
                     yield (
                         f"{name}={new}: the run in {run_dir} began with {old}, and goes on with it;"
                         f" init={run_dir} starts a new run from its weights"

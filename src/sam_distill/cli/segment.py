@@ -19,14 +19,14 @@ from pydantic import Field
 
 from sam_distill.data.choice import is_image, unique_keys
 from sam_distill.data.folder import image_files
-from sam_distill.engine.hardware import Hardware
-from sam_distill.engine.progress import Tally
 from sam_distill.files import write_text
 from sam_distill.images import decode
 from sam_distill.models.checkpoints import Checkpoint, load_sam
 from sam_distill.predict.mask_generator import SamAutomaticMaskGenerator
 from sam_distill.predict.overlays import coloured, overlay
 from sam_distill.predict.predictor import SamPredictor
+from sam_distill.runs.hardware import Hardware
+from sam_distill.runs.progress import Tally
 from sam_distill.types import UserError
 
 log = logging.getLogger(__name__)

@@ -9,17 +9,17 @@ from pydantic import Field
 
 from sam_distill.cli.answers import answering
 from sam_distill.data.base import DataSource
-from sam_distill.engine.durations import Duration
-from sam_distill.engine.hardware import Hardware
-from sam_distill.engine.loggers import CsvOnly, WandB
-from sam_distill.engine.optim import AdamW
-from sam_distill.engine.training import fit, new_student
 from sam_distill.evaluate.agreement import Agreement
 from sam_distill.models.checkpoints import Checkpoint
 from sam_distill.models.encoders import ImageEncoder
 from sam_distill.prompts.samplers import PromptSampler
+from sam_distill.runs.hardware import Hardware
 from sam_distill.strategies.base import Strategy
 from sam_distill.teachers import LiveTeacher
+from sam_distill.training.durations import Duration
+from sam_distill.training.fit import fit, new_student
+from sam_distill.training.loggers import CsvOnly, WandB
+from sam_distill.training.optimizers import AdamW
 
 ImageSize = Annotated[int, Field(ge=64, le=1024, multiple_of=64)]
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sam_distill.evaluate.views import MaskOf, SamView, Token, View
+from sam_distill.files import write_csv
 from sam_distill.metrics import iou_of, overlap
 from sam_distill.models.sam import Sam
 from sam_distill.types import BACKGROUND, Batch, Prompts
@@ -103,3 +106,19 @@ def outcomes(student: View, target: Target, answers: MaskOf) -> Iterator[Outcome
             student_area=area,
         )
         yield Outcome(comparison, partial(target.masks, i, p), partial(answers, i, p))
+
+
+COLUMNS = list(Comparison.__dataclass_fields__)  # of prompts.csv
+
+
+def write_prompts(path: Path, comparisons: Sequence[Comparison]) -> None:
+    """A row per prompt: image, kind, prompt (original pixels), SAM's labels, IoU, areas (original pixels)."""
+    write_csv(path, COLUMNS, prompt_rows(comparisons))
+
+
+def prompt_rows(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
+    """By COLUMNS; prompt and labels as text."""
+    rows = [asdict(comparison) for comparison in comparisons]
+    for row in rows:
+        row |= {key: " ".join(f"{value:g}" for value in row[key]) for key in ("prompt", "labels")}
+    return rows

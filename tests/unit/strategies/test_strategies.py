@@ -61,7 +61,7 @@ def new_student(teacher: Sam, strategy: Strategy) -> Sam:
 
 
 def freeze(student: Sam, strategy: Strategy) -> list[nn.Parameter]:
-    """As the engine does."""
+    """As training does."""
     student.requires_grad_(False).eval()
     for part in strategy.trainable(student).values():
         part.requires_grad_(True).train()

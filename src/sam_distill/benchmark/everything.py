@@ -1,0 +1,48 @@
+"""Benchmark of segmenting everything: as fast as can be, and the same masks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from sam_distill.benchmark.models import FP32
+from sam_distill.benchmark.peers import MISSING, mobile_sam, peer_of
+from sam_distill.benchmark.tables import Finding
+from sam_distill.benchmark.timing import Contender, race
+from sam_distill.evaluate.everything import Records, nearest
+from sam_distill.models.sam import Sam
+from sam_distill.predict.mask_generator import SamAutomaticMaskGenerator
+
+
+def bench_everything(sam: Sam, image: np.ndarray[Any, Any], points_per_side: int, device: str) -> Finding:
+    """image: [H, W, 3] uint8. One turn each: it takes seconds to minutes."""
+    options: dict[str, Any] = {"points_per_side": points_per_side, "output_mode": "coco_rle"}
+    found: dict[str, Records] = {}
+
+    def keep(name: str, generator: Any) -> None:
+        found[name] = generator.generate(image)
+
+    ours = SamAutomaticMaskGenerator(sam.to(device), **options)
+    contenders = [Contender(FP32, lambda: keep("ours", ours))]
+    note, package, peer = MISSING, mobile_sam(), peer_of(sam)
+    if package is not None and peer is not None:
+        theirs = package.SamAutomaticMaskGenerator(peer[1].to(device), **options)
+        contenders.append(Contender(f"{peer[0]}, fp32", lambda: keep("theirs", theirs), ours=False))
+    height, width = image.shape[:2]
+    what = f"Segment everything, {points_per_side} x {points_per_side} points, {width} x {height} pixels, {device}"
+    timings = race(contenders, device, turns=1)
+    if "theirs" in found:
+        note = likeness(found["ours"], found["theirs"])
+    finding = Finding(what, "image", timings, note)
+    return replace(finding, metrics={"everything_ms": finding.milliseconds(FP32), "masks": len(found["ours"])})
+
+
+def likeness(ours: Records, theirs: Records) -> str:
+    """How far two sets of masks (coco_rle) are the same: how many there are, and how well each of theirs is met."""
+    told = f"{len(ours)} masks, theirs {len(theirs)}"
+    if not ours or not theirs:
+        return told
+    iou = np.mean([row.iou for row in nearest("", theirs, ours)])
+    return f"{told}; mean IoU of theirs with our nearest: {iou:.4f}"

@@ -1,0 +1,219 @@
+"""Benchmarks of what a model costs: image encoder and mask decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import replace
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from sam_distill.benchmark.peers import MISSING, mobile_sam, peer_of
+from sam_distill.benchmark.tables import Finding
+from sam_distill.benchmark.timing import Contender, race
+from sam_distill.data.base import collate
+from sam_distill.evaluate.fastsam import FastSam
+from sam_distill.export.contract import Settings, contracts
+from sam_distill.export.formats import load_format
+from sam_distill.images import frame_size, to_frame
+from sam_distill.models.sam import Sam
+from sam_distill.predict.predictor import SamPredictor
+from sam_distill.prompts.forms import point_prompts
+from sam_distill.types import FOREGROUND, FRAME, MULTI, Prompts, Sample
+
+SIZE = (683, FRAME)  # a 3:2 photograph in the frame
+PROMPTS = (1, 64)
+FP32, BF16 = "sam-distill, fp32", "sam-distill, bf16"
+PAPER_PARAMETERS = "paper, Table 1: ViT-H 632M, ViT-L 307M, ViT-B 86M, prompt encoder 0.006M"
+PAPER_ENCODER = "paper, Table 3, one GPU: ViT-H 632M parameters, 452 ms; MobileSAM 5.78M parameters, 8 ms"
+PAPER_DECODER = "paper, section 1, one GPU: 4 ms for one prompt"
+PAPER_IMAGE = "paper, Table 6, one GPU: MobileSAM 12 ms, FastSAM 64 ms"
+
+
+@torch.no_grad()
+def bench_encoder(sam: Sam, device: str, compiled: bool, onnx: bool, exported: Path | None, seconds: float) -> Finding:
+    """One image of 1024 x 683, normalised and padded, in fp32 and in bf16; on a CPU in other runtimes, too.
+
+    exported: a folder that `sam-distill export` has written of this model, or one of several; without it ONNX Runtime
+    has its turn if `onnx`, with a file that is written here.
+    """
+    image, sizes = _image(device)
+    sam = sam.to(device).to(memory_format=torch.channels_last)
+
+    def encode(dtype: torch.dtype | None, model: Sam = sam) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            with torch.autocast(device, dtype=dtype, enabled=dtype is not None):
+                return model.encode(image, sizes)
+
+        return run
+
+    contenders = [Contender(FP32, encode(None)), Contender(BF16, encode(torch.bfloat16))]
+    if compiled:
+        twin = deepcopy(sam)
+        twin.image_encoder = torch.compile(twin.image_encoder)  # type: ignore[assignment]
+        contenders.append(Contender("sam-distill, bf16, torch.compile", encode(torch.bfloat16, twin)))
+    told = []
+    if device == "cpu" and exported:
+        for contender, about in exported_encoders(exported):
+            contenders.append(contender)
+            told.append(about)
+    elif onnx and device == "cpu" and find_spec("onnx") and find_spec("onnxruntime") and find_spec("onnxscript"):
+        contenders.append(_onnx_encoder(sam))
+    peer = peer_of(sam)
+    if peer is not None:
+        name, model = peer[0], peer[1].to(device)
+        pixels = image[..., : SIZE[0], :].float()
+        contenders.append(Contender(f"{name}, fp32", lambda: model.image_encoder(model.preprocess(pixels)), ours=False))
+    with FlopCounterMode(display=False) as counter:
+        encode(None)()
+    facts = f"{sam.sizes['parameters'] / 1e6:.2f}M parameters, {counter.get_total_flops() / 2e9:.1f} GMACs"
+    what = f"Image encoder at {sam.image_size} px, {device}: {facts}"
+    note = "\n".join([*told, *([] if peer else [MISSING]), PAPER_ENCODER])
+    finding = Finding(what, "image", race(contenders, device, seconds), note)
+    return _with_times(finding, "encoder_ms")
+
+
+def _onnx_encoder(sam: Sam) -> Contender:
+    from sam_distill.export import onnx
+    from sam_distill.export.graphs import prepared
+    from sam_distill.export.sam_layout import AnySizeEncoder
+
+    with TemporaryDirectory() as place:
+        file = Path(place) / onnx.ENCODER
+        onnx.write_graph(AnySizeEncoder(prepared(sam)), file)
+        session = onnx.open_session(file)
+    return Contender("sam-distill, ONNX Runtime, fp32", partial(session.run, None, onnx.encoder_input(_sample())))
+
+
+def exported_encoders(folder: Path) -> Iterator[tuple[Contender, str]]:
+    """Each export in its own runtime, and in a line its size and how near its masks came to PyTorch's."""
+    for file in contracts(folder):
+        settings, content = Settings.read(file)
+        runner = load_format(settings.format).open_runner(file.parent, settings)
+        name = f"sam-distill, {settings.format}, {settings.quantize or 'fp32'}"
+        size = sum((file.parent / content[graph]["file"]).stat().st_size for graph in ("encoder", "decoder"))
+        about = f"{name}: {size / 1e6:.1f} MB with the decoder, mask IoU {content['checked']['mask_iou']:.4f}"
+        yield Contender(name, partial(runner.encode, _sample())), about
+
+
+@torch.no_grad()
+def bench_decoder(sam: Sam, device: str, seconds: float) -> Iterator[Finding]:
+    """Point prompts on one image, three masks each: prompt encoder and mask decoder, low-res logits."""
+    image, sizes = _image(device)
+    embedding = sam.to(device).encode(image, sizes)
+    peer = peer_of(sam)
+    for count in PROMPTS:
+        points = torch.rand(count, 1, 2, generator=torch.Generator().manual_seed(0)).to(device)
+        points = points * torch.tensor(SIZE[::-1], device=device)
+        labels = torch.ones(count, 1, dtype=torch.int64, device=device)
+        prompts = point_prompts(points[None], labels[None])
+
+        contenders = [
+            Contender(FP32, _decoder(sam, embedding, prompts, None), count),
+            Contender(BF16, _decoder(sam, embedding, prompts, torch.bfloat16), count),
+        ]
+        if peer is not None:
+            name, model = peer[0], peer[1].to(device)
+            run = _peer_decoder(model, embedding, points, labels)
+            contenders.append(Contender(f"{name}, fp32", run, count, ours=False))
+        what = f"Mask decoder, {count} point prompt{'s' * (count > 1)} on one image, {device}"
+        what += f": {sam.sizes['parameters/mask_decoder'] / 1e6:.2f}M parameters"
+        yield Finding(what, "prompt", race(contenders, device, seconds), PAPER_DECODER if peer else MISSING)
+
+
+def bench_image(sam: Sam, photograph: np.ndarray, device: str, seconds: float) -> Finding:
+    """From a photograph, [H, W, 3] uint8, to the mask for a point on it, resizing included."""
+    sam, middle = sam.to(device).to(memory_format=torch.channels_last), np.array([photograph.shape[1::-1]]) / 2
+
+    def ask(predictor: Any, dtype: torch.dtype | None = None) -> Callable[[], object]:
+        def run() -> object:
+            with torch.autocast(device, dtype=dtype, enabled=dtype is not None):
+                predictor.set_image(photograph)
+                return predictor.predict(middle, np.array([1]), multimask_output=False)
+
+        return run
+
+    ours = SamPredictor(sam)
+    contenders, peer = [Contender(FP32, ask(ours)), Contender(BF16, ask(ours, torch.bfloat16))], peer_of(sam)
+    if peer is not None:
+        theirs = mobile_sam().SamPredictor(peer[1].to(device))  # type: ignore[union-attr]
+        contenders.append(Contender(f"{peer[0]}, fp32", ask(theirs), ours=False))
+    finding = Finding(
+        _to_a_mask(photograph, device), "image", race(contenders, device, seconds), PAPER_IMAGE if peer else MISSING
+    )
+    return _with_times(finding, "image_ms")
+
+
+def bench_fastsam(model: FastSam, photograph: np.ndarray, device: str, seconds: float) -> Finding:
+    """The same of a FastSAM, which takes no less for a prompt than for everything."""
+    height, width = frame_size(photograph.shape[:2])
+    middle = torch.tensor([[[[width / 2, height / 2]]]])
+    click = point_prompts(middle, torch.full((1, 1, 1), FOREGROUND)).to(device)
+    name = "FastSAM, ultralytics, fp32"
+
+    def run() -> Tensor:
+        picture = Image.fromarray(photograph)
+        sample = Sample("photograph", to_frame(picture), (picture.height, picture.width))
+        return model.see(collate([sample]).to(device)).masks(click)(0, 0)
+
+    finding = Finding(
+        _to_a_mask(photograph, device), "image", race([Contender(name, run, ours=False)], device, seconds), PAPER_IMAGE
+    )
+    return replace(finding, metrics={"image_ms": finding.milliseconds(name), "parameters/model": model.parameters})
+
+
+def counted(sam: Sam) -> Finding:
+    """Parameters of the model and its parts."""
+    encoder, prompts, decoder, model = (f"{number / 1e6:,.3f}M" for number in sam.sizes.values())
+    what = f"Parameters: image encoder {encoder}, prompt encoder {prompts}, mask decoder {decoder}, together {model}"
+    return Finding(what, note=PAPER_PARAMETERS, metrics=dict(sam.sizes))
+
+
+def _decoder(sam: Sam, embedding: Tensor, prompts: Prompts, dtype: torch.dtype | None) -> Callable[[], object]:
+    def run() -> object:
+        with torch.autocast(embedding.device.type, dtype=dtype, enabled=dtype is not None):
+            return sam.decode(embedding, prompts, MULTI)
+
+    return run
+
+
+def _peer_decoder(model: Any, embedding: Tensor, points: Tensor, labels: Tensor) -> Callable[[], object]:
+    def run() -> object:
+        sparse, dense = model.prompt_encoder(points=(points, labels), boxes=None, masks=None)
+        return model.mask_decoder(
+            image_embeddings=embedding,
+            image_pe=model.prompt_encoder.get_dense_pe(),
+            sparse_prompt_embeddings=sparse,
+            dense_prompt_embeddings=dense,
+            multimask_output=True,
+        )
+
+    return run
+
+
+def _sample() -> Sample:
+    """Noise: how long a network takes does not depend on what it sees."""
+    noise = torch.randint(0, 256, (3, *SIZE), generator=torch.Generator().manual_seed(0))
+    return Sample("noise", noise.byte(), SIZE)
+
+
+def _image(device: str) -> tuple[Tensor, Tensor]:
+    batch = collate([_sample()]).to(device)
+    return batch.images, batch.sizes
+
+
+def _with_times(finding: Finding, name: str) -> Finding:
+    return replace(finding, metrics={name: finding.milliseconds(FP32), f"{name}/bf16": finding.milliseconds(BF16)})
+
+
+def _to_a_mask(photograph: np.ndarray, device: str) -> str:
+    return f"From a {photograph.shape[1]} x {photograph.shape[0]} photograph to the mask for a point, {device}"

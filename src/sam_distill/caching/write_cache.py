@@ -1,0 +1,266 @@
+"""Write a distillation cache: the teacher runs once over all images, with decoders before it and a writer behind it."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+import shutil
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import count, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from sam_distill.data.base import Block, DataSource, collate, loader_worker
+from sam_distill.data.cache import MANIFEST, ShardWriter, done, members, read_manifest, update_manifest
+from sam_distill.data.embeddings import Dtype
+from sam_distill.files import disk_is_full
+from sam_distill.images import decode, to_frame
+from sam_distill.models.weights import digest
+from sam_distill.runs import processes
+from sam_distill.runs.hardware import Hardware
+from sam_distill.runs.progress import Tally
+from sam_distill.runs.status import alone
+from sam_distill.teachers import LiveTeacher, check_finite, save_parts
+from sam_distill.types import FRAME, Sample, UserError
+
+log = logging.getLogger(__name__)
+
+WAITING = 4  # batches that may wait for the writer
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An image as it will be read back: `sample` is decoded from `jpg`. why: set instead, where it can't be read."""
+
+    sample: Sample | None
+    jpg: bytes = b""
+    why: str = ""
+
+
+class ToCache(IterableDataset[tuple[int, list[Prepared]]]):
+    """Batches of images, tar by tar; loader workers take the batches in turn, so that they arrive in order."""
+
+    def __init__(self, blocks: list[Block], todo: list[int], batch_size: int, quality: int) -> None:
+        self.blocks, self.todo, self.batch_size, self.quality = blocks, todo, batch_size, quality
+
+    def __iter__(self) -> Iterator[tuple[int, list[Prepared]]]:
+        worker, workers = loader_worker()
+        turn = count()
+        for number in self.todo:
+            loads = self.blocks[number].loads()
+            while batch := list(islice(loads, self.batch_size)):
+                if next(turn) % workers == worker:
+                    yield number, [self._prepare(load) for load in batch]
+
+    def _prepare(self, load: Callable[[], Sample]) -> Prepared:
+        try:
+            sample = load()
+        except UserError as error:
+            return Prepared(None, why=str(error))
+        buffer = io.BytesIO()
+        Image.fromarray(sample.image.permute(1, 2, 0).numpy()).save(buffer, "JPEG", quality=self.quality)
+        picture, _ = decode(buffer.getvalue())
+        again = Sample(sample.key, to_frame(picture), sample.original_size, json=sample.json)
+        return Prepared(again, buffer.getvalue())
+
+
+@dataclass(frozen=True)
+class CacheJob:
+    """What to cache, and how; conf/cache.yaml says what each means."""
+
+    source: DataSource
+    teacher: LiveTeacher
+    hardware: Hardware
+    folder: Path
+    dtype: Dtype
+    quality: int
+    batch_size: int
+    tar_images: int
+
+    @cached_property
+    def blocks(self) -> list[Block]:
+        """The images of each tar."""
+        return self.source.blocks(self.tar_images)
+
+    @property
+    def images(self) -> int:
+        return sum(block.images for block in self.blocks)
+
+    def loader(self, todo: list[int]) -> DataLoader[tuple[int, list[Prepared]]]:
+        """Batches for the tars of these numbers."""
+        stream = ToCache(self.blocks, todo, self.batch_size, self.quality)
+        workers = self.hardware.num_workers
+        return DataLoader(stream, batch_size=None, num_workers=workers, worker_init_fn=processes.begin_worker)
+
+    def members(self, prepared: list[Prepared], embeddings: list[Tensor]) -> Iterator[dict[str, bytes]]:
+        """What the tar holds of each image that can be read. embeddings: theirs, as `embed` gives them."""
+        readable = [(item.sample, item.jpg) for item in prepared if item.sample is not None]
+        for (sample, jpg), embedding in zip(readable, embeddings, strict=True):
+            yield members(sample, jpg, embedding, self.dtype)
+
+    def embed(self, prepared: list[Prepared]) -> list[Tensor]:
+        """The teacher's embeddings of the images that can be read, each [256, 64, 64] on the CPU."""
+        samples = [item.sample for item in prepared if item.sample is not None]
+        if not samples:
+            return []
+        batch = collate(samples).to(self.hardware.kind)
+        with self.hardware.autocast():
+            embeddings = self.teacher.sam.encode(batch.images, batch.sizes).cpu()
+        check_finite(batch.keys, teacher=embeddings)
+        return list(embeddings)
+
+
+@torch.inference_mode()
+def write_cache(job: CacheJob) -> dict[str, Any]:
+    """Write what is missing of the cache, and return its manifest. Processes share the work tar by tar."""
+    folder, blocks, hardware = job.folder, job.blocks, job.hardware
+    facts = _facts(job)
+    _begin(folder, facts, job.teacher)
+    rank, ranks = processes.place(hardware.devices, hardware.nodes)
+    told = f"path={folder}: another process is writing this cache; wait for it, or stop it"
+    with alone(folder / f".writing-{rank}.lock", told):  # two would write the same tars
+        job.teacher.sam.to(hardware.kind)
+        todo = [number for number in range(rank, len(blocks), ranks) if not done(folder, number)]
+        log.info(
+            "%s: %d images in %d tars, %d of them to be written by this process; %s on %s",
+            folder, job.images, len(blocks), len(todo), hardware.num_format, hardware.kind,
+        )  # fmt: skip
+        writer = _Writer(job, {n: blocks[n].images for n in todo}, facts)
+        with Tally(sum(writer.expected.values()), "Caching") as tally, writer:
+            for number, prepared in job.loader(todo):
+                writer.take(number, prepared, job.embed(prepared))
+                tally.add(len(prepared), f"{writer.bytes / 1e6:,.0f} MB")
+    while rank == 0 and not all(done(folder, number) for number in range(len(blocks))):
+        time.sleep(0.5)  # the other processes are still at it
+    return update_manifest(folder, facts)
+
+
+class _Writer:
+    """Packs and writes in a thread of its own, a few batches behind."""
+
+    def __init__(self, job: CacheJob, expected: dict[int, int], facts: dict[str, Any]) -> None:
+        self.job, self.folder, self.expected, self.facts = job, job.folder, expected, facts
+        self.bytes, self.images = 0, 0
+        self._shard: ShardWriter | None = None
+        self._seen = 0
+        self._pool = ThreadPoolExecutor(1)
+        self._behind: deque[Future[None]] = deque()
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            while self._behind and kind is None:
+                self._wait()
+        finally:
+            self._pool.shutdown(cancel_futures=True)
+            if self._shard is not None:
+                self._shard.abandon()
+
+    def take(self, number: int, prepared: list[Prepared], embeddings: list[Tensor]) -> None:
+        self._behind.append(self._pool.submit(self._write, number, prepared, embeddings))
+        while len(self._behind) > WAITING:
+            self._wait()
+
+    def _wait(self) -> None:
+        try:
+            self._behind.popleft().result()
+        except OSError as error:
+            if not disk_is_full(error):
+                raise
+            left = sum(self.expected.values()) - self.images
+            wanted = left * self.bytes / max(1, self.images) / 1e9
+            free = shutil.disk_usage(self.folder).free / 1e9
+            raise UserError(
+                f"{self.folder}: the disk is full; the {left} images left need about {wanted:.1f} GB, {free:.1f} GB are"
+                " free. Make room and run the same command again: it goes on where it stopped"
+            ) from error
+
+    def _write(self, number: int, prepared: list[Prepared], embeddings: list[Tensor]) -> None:
+        if self._shard is None:
+            self._shard, self._seen = ShardWriter(self.folder, number), 0
+        for why in (item.why for item in prepared if item.sample is None):
+            log.warning("skipped: %s", why)
+            self._shard.skipped.append(why)
+        for content in self.job.members(prepared, embeddings):
+            self._shard.add(content)
+            self.bytes += sum(map(len, content.values()))
+        self._seen += len(prepared)
+        self.images += len(prepared)
+        if self._seen == self.expected[number]:
+            self._shard.finish()
+            self._shard = None
+            update_manifest(self.folder, self.facts)
+
+
+def verify(folder: Path) -> dict[str, int]:
+    """Compare every tar with its line in the manifest. A UserError names those that differ."""
+    manifest = read_manifest(folder)
+    wrong = []
+    with Tally(len(manifest["shards"]), "Verifying") as tally:
+        for name, line in manifest["shards"].items():
+            tar = folder / name
+            if not tar.is_file():
+                wrong.append(f"{name} is missing")
+            elif tar.stat().st_size != line["bytes"] or digest(tar) != line["sha256"]:
+                wrong.append(f"{name} has changed")
+            tally.add(1)
+    missing = manifest["tars"] - len(manifest["shards"])
+    if wrong:
+        raise UserError(f"{folder}: {'; '.join(wrong)}. Delete what has changed and run sam-distill cache again")
+    if missing:
+        told = f"{missing} of {manifest['tars']} tars have not been written yet; the others are whole"
+        raise UserError(f"{folder}: {told}. Run the same sam-distill cache again: it goes on where it stopped")
+    return {"images": manifest["images"], "tars": manifest["tars"]}
+
+
+def _facts(job: CacheJob) -> dict[str, Any]:
+    """All that the content of a cache depends on."""
+    keys = hashlib.sha256()
+    for number, block in enumerate(job.blocks):
+        keys.update(("\n" * (number > 0) + "\n".join(block.keys())).encode())
+    return {
+        "format": 1,
+        "teacher": job.teacher.checkpoint,
+        "teacher_sha256": job.teacher.sha256,
+        "precision": job.hardware.num_format,
+        "frame": FRAME,
+        "resize": "Pillow, bilinear, antialiased; sides int(x + 0.5)",
+        "quality": job.quality,
+        "dtype": job.dtype,
+        "keys": keys.hexdigest(),
+        "tars": len(job.blocks),
+        "held_out": job.source.val_keys,
+        "annotations": job.source.has_annotations,
+        "tar_images": job.tar_images,
+    }
+
+
+def _begin(folder: Path, facts: dict[str, Any], teacher: LiveTeacher) -> None:
+    """Refuse a folder that holds another cache, or anything else."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.glob("cache-*.tar")) or (folder / MANIFEST).is_file():
+        before = read_manifest(folder)
+        other = [name for name, value in facts.items() if name != "teacher" and before.get(name) != value]
+        if other:
+            told = ", ".join(f"{name} {_short(before.get(name))} there, {_short(facts[name])} here" for name in other)
+            raise UserError(f"path={folder} holds another cache, and caches are not mixed: {told}")
+    save_parts(teacher.sam, folder)
+    update_manifest(folder, facts)
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 20 else text[:12] + "..."

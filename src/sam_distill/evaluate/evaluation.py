@@ -1,0 +1,149 @@
+"""Judge a finished model by a protocol."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch.utils.data import DataLoader
+
+from sam_distill.data.base import DataSource, EvalStream, Split, collate
+from sam_distill.evaluate.fastsam import FastSam
+from sam_distill.evaluate.judge import BLIND, Answer, Judge, blind
+from sam_distill.evaluate.protocol import Protocol, write_prompts
+from sam_distill.evaluate.views import View
+from sam_distill.files import write_json
+from sam_distill.models.sam import Sam
+from sam_distill.runs.hardware import Hardware
+from sam_distill.runs.processes import begin_worker
+from sam_distill.teachers import Teacher
+from sam_distill.types import Batch, Sample, UserError
+
+BLIND_IMAGES = 100  # the blind baseline is computed on so many images at most, which it holds in memory (9 MB each)
+
+
+@torch.inference_mode()
+def judge(
+    *,
+    student: Sam | FastSam,
+    teacher: Teacher,
+    source: DataSource,
+    split: Split,
+    protocol: Protocol,
+    hardware: Hardware,
+    batch_size: int,
+    run_dir: Path,
+) -> dict[str, Any]:
+    """Compare `student` and `teacher` on the images of `source`; writes metrics.json, prompts.csv and pictures/."""
+    started = time.perf_counter()
+    total = source.num_eval_images(split)
+    if not total:
+        raise UserError(f"split={split}: there is no such image; are any held out, by data.val_images?")
+    for model in (student, teacher.sam):
+        if isinstance(model, Sam):
+            model.to(hardware.kind).to(memory_format=torch.channels_last)
+    result, of_teacher = Judge(protocol).to(hardware.kind), Judge(protocol).to(hardware.kind)
+    annotated, images = protocol.right != "teacher", 0
+    if annotated:
+        source.load_json()
+    answers: list[Answer] = []
+    with Progress(auto_refresh=False) as bar:  # without a thread, whose locks the loader's workers would inherit
+        task = bar.add_task("Evaluating", total=total)
+        for batch in loader(source, split, hardware, batch_size, annotated):
+            batch = batch.to(hardware.kind)
+            with hardware.autocast():  # decoders as well: a training judges so, too
+                theirs, ours = protocol.see(teacher.sam, teacher.embed(batch), batch), _look(student, batch, protocol)
+                targets = protocol.ask(theirs)
+                if annotated:
+                    of_teacher.update(theirs, theirs.embedding, targets)
+                result.update(ours, theirs.embedding, targets)
+            if images < BLIND_IMAGES:
+                answers.append((batch, theirs.embedding, targets))
+            images += len(batch)
+            bar.update(task, completed=images, refresh=True)
+        bar.update(task, total=images)  # the rest is damaged
+        if not images:
+            raise UserError("not one image could be read: there is nothing to evaluate")
+        seconds = time.perf_counter() - started
+        with hardware.autocast():
+            baseline = _never_looking(Judge(protocol).to(hardware.kind), teacher.sam, answers, bar)
+    metrics: dict[str, Any] = result.compute() | result.intervals() | baseline
+    if annotated:
+        metrics |= {f"teacher/{n}": value for n, value in of_teacher.compute().items() if n.startswith("miou/")}
+    metrics |= facts(student, hardware, images, total, seconds)
+    write_json(run_dir / "metrics.json", metrics | protocol.description)
+    write_prompts(run_dir / "prompts.csv", result.comparisons)
+    (run_dir / "pictures").mkdir(exist_ok=True)
+    result.sheet().save(run_dir / "pictures" / "masks.png")
+    _tell(metrics, protocol, run_dir)
+    return metrics
+
+
+def facts(student: Sam | FastSam, hardware: Hardware, images: int, total: int, seconds: float) -> dict[str, Any]:
+    """What an evaluation's metrics.json says beside the scores. total: images, damaged ones included."""
+    about = student.sizes if isinstance(student, Sam) else student.description
+    return about | {
+        "images": images,
+        "images_skipped": total - images,
+        "seconds": round(seconds, 1),
+        "images_per_second": round(images / seconds, 2),
+        "precision": hardware.num_format,
+        "device": hardware.device_name,
+    }
+
+
+def _look(student: Sam | FastSam, batch: Batch, protocol: Protocol) -> View:
+    if isinstance(student, FastSam):
+        return student.see(batch)
+    return protocol.see(student, student.encode(batch.images, batch.sizes), batch)
+
+
+def loader(
+    source: DataSource, split: Split, hardware: Hardware, batch_size: int, truth: bool = False
+) -> DataLoader[Sample]:
+    """truth: images come with their annotations."""
+    stream = EvalStream(source, split, truth)
+    return DataLoader(
+        stream, batch_size=batch_size, collate_fn=collate, num_workers=hardware.num_workers,
+        pin_memory=hardware.kind == "cuda", worker_init_fn=begin_worker,
+    )  # fmt: skip
+
+
+def _never_looking(judge: Judge, teacher: Sam, answers: list[Answer], bar: Progress) -> dict[str, Any]:
+    images = sum(len(batch) for batch, _, _ in answers)
+    total = torch.stack([embedding.float().sum(0) for _, embedding, _ in answers]).sum(0)
+    scores = blind(judge, teacher, bar.track(answers, description="Blind baseline"), total, images)
+    return scores | ({"blind/images": images} if scores else {})
+
+
+def _tell(metrics: Mapping[str, Any], protocol: Protocol, run_dir: Path) -> None:
+    others = [name for name in ("teacher", "blind") if any(key.startswith(f"{name}/miou") for key in metrics)]
+    title = f"Agreement with the {protocol.right}'s masks on {metrics['images']} images"
+    table = Table("", "student", "95% interval", *others, "empty", "prompts", title=title)
+    for kind in protocol.kinds:
+        name = f"miou/{kind}"
+        if name not in metrics:
+            table.add_row(name, "images too small")
+            continue
+        ours, low, high = (f"{metrics[name + end]:.4f}" for end in ("", "/low", "/high"))
+        beside = [f"{metrics[f'{other}/{name}']:.4f}" for other in others]
+        empty = f"{metrics[f'empty/{kind}']:.1%}"
+        table.add_row(name, ours, f"{low} to {high}", *beside, empty, str(metrics[f"prompts/{kind}"]))
+    if "embedding_mse" in metrics:
+        table.add_row("embedding MSE", f"{metrics['embedding_mse']:.5f}")
+        table.add_row("embedding cosine", f"{metrics['embedding_cosine']:.4f}")
+    skipped = metrics["prompts_skipped"]
+    if skipped:
+        table.add_row("left out", f"{skipped} prompts whose right mask is empty")
+    console = Console()
+    console.print(table)
+    part = metrics.get("blind/images", 0)
+    console.print(f"blind: {BLIND}" + (f"; on the first {part}" if 0 < part < metrics["images"] else ""))
+    console.print(f"a row per prompt  {run_dir / 'prompts.csv'}", highlight=False, soft_wrap=True)
+    console.print(f"pictures          {run_dir / 'pictures'}", highlight=False, soft_wrap=True)

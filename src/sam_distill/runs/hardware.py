@@ -1,0 +1,117 @@
+"""What to run on, and how precisely."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+
+from sam_distill.runs import processes
+from sam_distill.types import UserError
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """accelerator: auto takes a GPU if there is one. devices, nodes: how many; more than one device means DDP.
+    precision: auto is bf16 wherever the hardware computes it natively, else fp32 (of which GPUs make TF32 in products).
+    workers: processes that decode images, per device; auto leaves a core to the training process. Tars are dealt out to
+        them, so there the order of images depends on their number.
+    sync_batchnorm: with several devices, BatchNorm's statistics are those of all their batches together.
+    """
+
+    accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
+    devices: Annotated[int, Field(gt=0)] = 1
+    nodes: Annotated[int, Field(gt=0)] = 1
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    sync_batchnorm: bool = False
+
+    def __post_init__(self) -> None:
+        _ = self.kind  # what isn't there is told before anything else is built
+        torch.set_float32_matmul_precision("high")  # for all commands: a student is judged as it was trained
+
+    @property
+    def kind(self) -> str:
+        """`cuda`, `mps` or `cpu`."""
+        available = {"gpu": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+        chosen = next(n for n, ok in available.items() if ok) if self.accelerator == "auto" else self.accelerator
+        if not available[chosen]:
+            raise UserError(
+                f"trainer.accelerator={chosen}: this machine has none that PyTorch can use; try trainer=cpu"
+            )
+        if chosen == "gpu" and self.devices > torch.cuda.device_count():
+            raise UserError(f"trainer.devices={self.devices}: this machine has {torch.cuda.device_count()} GPUs")
+        return "cuda" if chosen == "gpu" else chosen
+
+    @property
+    def device_name(self) -> str:
+        """The model of the GPU or processor."""
+        return torch.cuda.get_device_name() if self.kind == "cuda" else _processor()
+
+    @property
+    def num_format(self) -> Literal["fp32", "bf16", "fp16"]:
+        """The precision in force."""
+        if self.precision != "auto":
+            return self.precision
+        native = {"cuda": _gpu_has_bf16, "cpu": _cpu_has_bf16, "mps": lambda: False}[self.kind]()
+        return "bf16" if native else "fp32"
+
+    @property
+    def num_workers(self) -> int:
+        if self.workers != "auto":
+            return self.workers
+        cores = processes.cores(self.devices)
+        if self.kind == "cpu":  # the training itself wants the cores
+            return 1 if cores > 1 else 0
+        return max(1, min(12, cores - 1))
+
+    def trainer_arguments(self) -> dict[str, Any]:
+        """For Lightning's Trainer."""
+        return {
+            "accelerator": {"cuda": "gpu"}.get(self.kind, self.kind),
+            "devices": self.devices,
+            "num_nodes": self.nodes,
+            "strategy": "ddp" if self.devices * self.nodes > 1 else "auto",
+            "precision": {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}[self.num_format],
+            "use_distributed_sampler": False,
+        }
+
+    def autocast(self) -> torch.autocast:
+        """The same precision outside a trainer."""
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.num_format]
+        return torch.autocast(self.kind, dtype=dtype, enabled=self.num_format != "fp32")
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
+
+
+def _gpu_has_bf16() -> bool:
+    return torch.cuda.get_device_capability()[0] >= 8
+
+
+def _cpu_has_bf16() -> bool:
+    """Emulated bf16 is slower than fp32, so ask for the instructions."""
+    capabilities = torch.backends.cpu.get_cpu_capability()
+    if not capabilities.startswith("AVX512"):
+        return False
+    try:
+        with open("/proc/cpuinfo") as file:
+            return "avx512_bf16" in file.read()
+    except OSError:
+        return False
+
+
+def peak_memory(kind: str) -> int:
+    """Bytes, of the GPU if there is one, else of this process."""
+    if kind == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

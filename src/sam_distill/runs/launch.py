@@ -1,0 +1,141 @@
+"""Start and watch the further processes of a data-parallel run that no torchrun or srun has started.
+
+Lightning would start them, too, but when one dies it kills the first process before that can say or record why.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from sam_distill.runs import processes, status
+from sam_distill.runs.hardware import Hardware
+from sam_distill.types import UserError
+
+STOPPED = {128 + signal.SIGINT: "interrupted", 128 + signal.SIGTERM: "terminated"}  # exit statuses
+PATIENCE = 10.0  # seconds that processes have to end by themselves once one of them has
+
+_CUT_OFF = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+
+
+@contextmanager
+def all_processes(hardware: Hardware, run_dir: Path) -> Iterator[None]:
+    """The body runs in every process of the run. None outlives it by long, whatever ends it."""
+    _agree(hardware)
+    if hardware.devices * hardware.nodes == 1:
+        yield
+        return
+    alone = processes.launcher() is None
+    if alone and "OMP_NUM_THREADS" not in os.environ:  # torchrun and srun see to it themselves
+        torch.set_num_threads(processes.cores(hardware.devices))
+    before = dict(os.environ)
+    children = _start(hardware, run_dir) if alone and "LOCAL_RANK" not in os.environ else []
+    over = threading.Event()
+    if alone:
+        threading.Thread(target=_watch, args=(children, os.getppid(), run_dir, over), daemon=True).start()
+    try:
+        yield
+    except SystemExit:
+        _wait(children, 3)  # they have been told, too
+        raise
+    except Exception as error:
+        if any(sign in str(error) for sign in _CUT_OFF):
+            raise UserError(_obituary(children)) from error
+        raise
+    else:
+        _wait(children, PATIENCE)
+    finally:
+        over.set()
+        for child in children:
+            child.kill()
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _agree(hardware: Hardware) -> None:
+    """Those who started the processes have to mean the same run."""
+    wanted, launcher, started = hardware.devices * hardware.nodes, processes.launcher(), processes.started()
+    if launcher is not None and started != wanted:
+        options = {"torchrun": "--nnodes and --nproc-per-node", "srun": "--nodes and --ntasks-per-node"}[launcher]
+        raise UserError(
+            f"trainer.nodes={hardware.nodes} trainer.devices={hardware.devices} make {wanted} processes, but {launcher}"
+            f" has started {started}: let them agree with its {options}"
+        )
+    if launcher is None and hardware.nodes > 1:
+        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK") if name not in os.environ]
+        if missing:
+            raise UserError(
+                f"trainer.nodes={hardware.nodes}: the nodes have to find each other, so start the command by torchrun"
+                f" or srun, or set {', '.join(missing)} on each (docs/distributed.md)"
+            )
+
+
+def _start(hardware: Hardware, run_dir: Path) -> list[subprocess.Popen[bytes]]:
+    """Replay the command line for each further device of this node, in the environment that Lightning looks for."""
+    os.environ |= {
+        "MASTER_ADDR": os.environ.get("MASTER_ADDR", "127.0.0.1"),
+        "MASTER_PORT": os.environ.get("MASTER_PORT") or str(_free_port()),
+        "NODE_RANK": os.environ.get("NODE_RANK", "0"),
+        "WORLD_SIZE": str(hardware.devices * hardware.nodes),
+        "LOCAL_RANK": "0",
+    }
+    command = [sys.executable, os.path.abspath(sys.argv[0]), *sys.argv[1:], f'hydra.run.dir="{run_dir}"']
+    ranks = range(1, hardware.devices)
+    return [subprocess.Popen(command, env=os.environ | {"LOCAL_RANK": str(rank)}) for rank in ranks]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _watch(children: list[subprocess.Popen[bytes]], parent: int, run_dir: Path, over: threading.Event) -> None:
+    """A process that waits for a dead one in a collective may wait for ever, deaf to Python: end it from outside."""
+    is_child = os.environ["LOCAL_RANK"] != "0"
+    while not over.wait(0.5):
+        orphaned = is_child and os.getppid() != parent
+        codes = [code for child in children if (code := child.poll())]
+        if not codes and not orphaned:
+            continue
+        if over.wait(PATIENCE if codes and codes[0] in STOPPED else PATIENCE / 3):
+            return
+        why = "the first process has ended" if orphaned else _obituary(children)
+        if status.fail(run_dir, why):
+            print(f"error: {why}", file=sys.stderr, flush=True)
+        for child in children:
+            child.kill()
+        os._exit(codes[0] if codes and codes[0] in STOPPED else 1)
+
+
+def _wait(children: list[subprocess.Popen[bytes]], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    for child in children:
+        try:
+            child.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            return
+
+
+def _obituary(children: list[subprocess.Popen[bytes]]) -> str:
+    """Which process has ended, and how, as far as one can tell from here."""
+    deadline = time.monotonic() + 2
+    while time.monotonic() < deadline:
+        for rank, child in enumerate(children, 1):
+            code = child.poll()
+            if code is not None and code < 0:
+                return f"the process of device {rank} was killed by {signal.Signals(-code).name}"
+            if code:
+                return f"the process of device {rank} has failed"
+        time.sleep(0.1)
+    return "another process of this run has ended; its own message or log says why"

@@ -1,0 +1,49 @@
+"""How far a command is."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+log = logging.getLogger(__name__)
+
+
+class Tally:
+    """Things done of all, their rate and the time left: a bar on a terminal, else a log line every half minute.
+
+    Drawn when something is added, not by a thread: loader workers are forked meanwhile, and would inherit its locks.
+    """
+
+    every = 30.0  # seconds between log lines
+
+    def __init__(self, total: int, what: str) -> None:
+        self.total, self.what, self.completed = total, what, 0
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
+        self._bar = Progress("{task.description}", *columns, auto_refresh=False, speed_estimate_period=120)
+        self._task = self._bar.add_task(what, total=total, note="")
+        self._is_terminal = Console().is_terminal
+        self._started = self._told = time.perf_counter()
+
+    def __enter__(self) -> Tally:
+        if self._is_terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._is_terminal:
+            self._bar.stop()
+
+    def add(self, number: int, note: str = "") -> None:
+        self.completed += number
+        now = time.perf_counter()
+        rate = self.completed / (now - self._started)
+        said = f"{rate:.1f}/s  {note}"
+        if self._is_terminal:
+            self._bar.update(self._task, completed=self.completed, note=said, refresh=True)
+        elif now - self._told > self.every:
+            self._told = now
+            left = (self.total - self.completed) / rate / 60
+            log.info("%s %d/%d  %s  %.0f minutes left", self.what, self.completed, self.total, said, left)

@@ -1,0 +1,210 @@
+"""What happens beside training: throughput, the run folder's files, progress lines and pictures."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import WeightAveraging
+from pytorch_lightning.loggers import WandbLogger
+from torch import Tensor
+
+from sam_distill.data.base import Damage, DataSource
+from sam_distill.files import write_json
+from sam_distill.models.checkpoints import save_sam
+from sam_distill.training.history import History, write_curves
+from sam_distill.training.lightning_module import Distillation, ends_logged_step
+from sam_distill.training.loggers import shown
+from sam_distill.training.optimizers import NOT_DECAYED
+from sam_distill.types import Batch
+
+log = logging.getLogger(__name__)
+
+
+class Throughput(pl.Callback):
+    """Logs images per second over all devices, the share of time spent waiting for data, and the learning rate."""
+
+    def __init__(self) -> None:
+        self._reset()
+
+    def _reset(self) -> None:
+        self._images, self._waited, self._worked = 0, 0.0, 0.0
+        self._mark = time.perf_counter()
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._reset()
+
+    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._mark = time.perf_counter()  # validation is neither waiting nor working
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Batch, index: int) -> None:
+        now = time.perf_counter()
+        self._waited += now - self._mark
+        self._mark = now
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Batch, index: int
+    ) -> None:
+        now = time.perf_counter()
+        self._worked += now - self._mark
+        self._mark = now
+        self._images += len(batch) * trainer.world_size
+        if ends_logged_step(trainer, index):
+            seconds = self._waited + self._worked
+            module.log("train/images_per_second", self._images / seconds)
+            module.log("train/data_wait", self._waited / seconds)
+            groups = trainer.optimizers[0].param_groups
+            rates = {g["name"]: g["lr"] for g in groups if not g["name"].endswith(NOT_DECAYED)}
+            module.log("train/lr", max(rates.values()))
+            if len(rates) > 1:
+                module.log_dict({f"train/lr/{part}": rate for part, rate in rates.items()})
+            self._reset()
+
+
+class ProgressiveResizing(pl.Callback):
+    """Smaller inputs first, which are cheaper; validations and checkpoints have the student's own size.
+
+    shares: input side -> the share of all steps that see it, in this order. The rest see the student's own.
+    """
+
+    def __init__(self, shares: Mapping[int, float]) -> None:
+        self.shares = shares
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Batch, index: int) -> None:
+        assert isinstance(module, Distillation)
+        self.own = module.student.image_size
+        progress, end = trainer.global_step / trainer.max_steps, 0.0
+        for side, share in self.shares.items():
+            end += share
+            if progress < end:
+                module.student.image_size = side
+                return
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Batch, index: int
+    ) -> None:
+        assert isinstance(module, Distillation)
+        module.student.image_size = self.own
+
+
+class Averaged(WeightAveraging):
+    """An exponential moving average of the weights, which is what is judged and saved; training goes on without it.
+
+    After n steps the average reaches back over about the last tenth of them, at most: `decay` alone would long keep a
+    share of the random weights of step 0, and of BatchNorm's statistics there.
+    """
+
+    def __init__(self, decay: float) -> None:
+        def towards(average: Tensor, current: Tensor, count: Tensor | int) -> Tensor:
+            steps = torch.as_tensor(count)
+            share = ((1 + steps) / (10 + steps)).clamp(max=decay)
+            return current + share * (average - current)
+
+        super().__init__(avg_fn=towards)
+
+    def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
+        """The module is still on the CPU; an average that stayed there would cost a copy of all weights each step."""
+        self._device = trainer.strategy.root_device
+        super().setup(trainer, module, stage)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Too early: the run folder still has to save the average."""
+
+    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        super().on_validation_epoch_end(trainer, module)
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Nothing is put in place of the weights: the last checkpoint, from which a run may go on, needs both."""
+
+
+def _share(damage: Damage, device: torch.device) -> None:
+    """What one rank could not read, all know of."""
+    found = damage.unreadable.to(device, torch.uint8)
+    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+    damage.unreadable |= found.cpu().bool()
+
+
+class RunFolder(pl.Callback):
+    """Keeps student.pt, metrics.json and pictures/ up to date at every validation, and tells how it goes."""
+
+    def __init__(self, run_dir: Path, history: History, source: DataSource, facts: dict[str, Any]) -> None:
+        self.run_dir = run_dir
+        self.history = history
+        self.source = source
+        self.facts = facts
+        self.before: dict[str, float] = {}
+        self._started = time.perf_counter()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"before": self.before, "seconds": self.seconds}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.before = state["before"]
+        self._started = time.perf_counter() - state["seconds"]
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._started
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """A run that was killed may have a checkpoint of a step whose scores are not written yet, or not sent."""
+        step, interval = trainer.global_step, int(trainer.val_check_interval) // trainer.accumulate_grad_batches
+        self.history.forget_after(step)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger) and step in self.history.rows:
+                logger.log_metrics(self.history.rows[step], step)
+        judged = any(name.startswith("val/") for name in self.history.rows.get(step, {}))
+        if step % interval == 0 and not trainer.strategy.broadcast(judged):
+            trainer.validating = True  # as Lightning does in mid-training
+            trainer.fit_loop.epoch_loop.val_loop.run()
+            trainer.training = True
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Batch, index: int
+    ) -> None:
+        step = trainer.global_step
+        if ends_logged_step(trainer, index) and trainer.is_global_zero:
+            m = trainer.callback_metrics
+            log.info(
+                "step %d/%d  loss %.4f  %.1f images/s  data wait %.0f%%  lr %.2e",
+                step, trainer.max_steps, m["train/loss"], m["train/images_per_second"],
+                100 * m["train/data_wait"], m["train/lr"],
+            )  # fmt: skip
+
+    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        assert isinstance(module, Distillation)
+        step = trainer.global_step
+        if step == 0:
+            self.before = {f"before/{n}": value for n, value in module.metrics.items() if "miou" in n} | module.blind()
+        if trainer.world_size > 1:
+            _share(self.source.damage, module.device)
+        if not trainer.is_global_zero:
+            return
+        metrics = module.metrics | module.judge.intervals() | self.before | self.facts
+        metrics |= {"steps": step, "images": step * self.facts["images_per_step"], "seconds": round(self.seconds, 1)}
+        metrics["images_skipped"] = self.source.skipped
+        metrics["images_per_second"] = round(metrics["images"] / self.seconds, 2)
+        write_json(self.run_dir / "metrics.json", metrics)
+        if step:  # what has not trained is no student
+            save_sam(module.student, self.run_dir / "student.pt")
+        self._draw(trainer, module, step)
+        scores = "  ".join(f"{kind} {module.metrics[f'miou/{kind}']:.3f}" for kind in module.judge.protocol.kinds)
+        log.info(
+            "step %d/%d  val mIoU %s  embedding MSE %.5f  cosine %.3f",
+            step, trainer.max_steps, scores, module.metrics["embedding_mse"], module.metrics["embedding_cosine"],
+        )  # fmt: skip
+
+    def _draw(self, trainer: pl.Trainer, module: Distillation, step: int) -> None:
+        pictures = self.run_dir / "pictures"
+        pictures.mkdir(parents=True, exist_ok=True)
+        module.judge.sheet().save(pictures / f"masks_{step:07d}.png")
+        write_curves(self.history.rows, pictures / "curves.png")
+        for logger in trainer.loggers:
+            logger.log_metrics({"images_skipped": self.source.skipped}, step)
+            if isinstance(logger, WandbLogger):
+                logger.log_metrics(shown(module.judge, self.source.damage_by_tar), step)

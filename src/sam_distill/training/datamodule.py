@@ -1,0 +1,54 @@
+"""Loaders over a data source."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytorch_lightning as pl
+from torch.utils.data import DataLoader
+
+from sam_distill.data.base import DataSource, collate
+from sam_distill.runs.hardware import Hardware
+from sam_distill.runs.processes import begin_worker
+from sam_distill.types import Sample, UserError
+
+
+class Loaders(pl.LightningDataModule):
+    """Training is an endless stream, so its length is in steps; validation is a small set, split without padding."""
+
+    def __init__(self, source: DataSource, batch_size: int, seed: int, hardware: Hardware) -> None:
+        super().__init__()
+        self.source = source
+        self.batch_size = batch_size
+        self.seed = seed
+        self.hardware = hardware
+
+    def train_dataloader(self) -> DataLoader[Sample]:
+        assert self.trainer is not None
+        steps_done = self.trainer.global_step * self.trainer.accumulate_grad_batches
+        stream = self.source.train_stream(
+            start=steps_done * self.batch_size,
+            seed=self.seed,
+            rank=self.trainer.global_rank,
+            world_size=self.trainer.world_size,
+            batch_size=self.batch_size,
+        )
+        return DataLoader(
+            stream,
+            batch_size=self.batch_size,
+            collate_fn=collate,
+            num_workers=self.hardware.num_workers,
+            persistent_workers=self.hardware.num_workers > 0,
+            worker_init_fn=begin_worker,
+            pin_memory=self.hardware.kind == "cuda",
+        )
+
+    def val_dataloader(self) -> DataLoader[Sample]:
+        assert self.trainer is not None
+        samples = self.source.val_samples()
+        if not samples:
+            raise UserError("not one of the validation images can be read")
+        share: Any = samples[self.trainer.global_rank :: self.trainer.world_size]
+        return DataLoader(
+            share, batch_size=self.batch_size, collate_fn=collate, pin_memory=self.hardware.kind == "cuda"
+        )

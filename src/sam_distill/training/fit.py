@@ -1,0 +1,247 @@
+"""Train a student: build the LightningModule and its surroundings, run them, leave a complete run folder."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from rich.console import Console
+from rich.table import Table
+
+from sam_distill.data.base import DataSource
+from sam_distill.evaluate.agreement import Agreement
+from sam_distill.evaluate.judge import BLIND
+from sam_distill.evaluate.protocol import write_prompts
+from sam_distill.models.checkpoints import load_weights
+from sam_distill.models.encoders import ImageEncoder
+from sam_distill.models.sam import Sam
+from sam_distill.prompts.samplers import PromptSampler
+from sam_distill.runs.hardware import Hardware
+from sam_distill.runs.launch import all_processes
+from sam_distill.strategies.base import Strategy
+from sam_distill.teachers import Teacher
+from sam_distill.training.callbacks import Averaged, ProgressiveResizing, RunFolder, Throughput
+from sam_distill.training.checkpoint_io import WholeCheckpoints
+from sam_distill.training.datamodule import Loaders
+from sam_distill.training.durations import in_steps
+from sam_distill.training.history import History
+from sam_distill.training.lightning_module import Distillation, quieten, requirements
+from sam_distill.training.loggers import CsvOnly, WandB, close
+from sam_distill.training.optimizers import AdamW
+from sam_distill.training.plan import plan_training
+from sam_distill.training.progress import TrainingBar
+from sam_distill.training.step_times import StepTimes
+from sam_distill.training.stopping import Checkpoint, Stopping
+from sam_distill.types import UserError
+
+log = logging.getLogger(__name__)
+
+VALIDATIONS = 10  # per run, where nothing else is asked for
+LOG_LINES = 50  # per run, but at least one every 50 steps
+
+
+def new_student(encoder: ImageEncoder, teacher: Sam, image_size: int, neck_from_teacher: bool) -> Sam:
+    """A SAM of the student's encoder and copies of the teacher's prompt encoder and mask decoder.
+
+    neck_from_teacher: the neck's norms and 3x3 convolution, which have the same shape in every encoder, start as copies
+    of the teacher's, so that embeddings have the right statistics from the first step. The paper does not say.
+    """
+    if neck_from_teacher:
+        for part in ("norm1", "conv", "norm2"):
+            theirs = getattr(teacher.image_encoder.neck, part)
+            getattr(encoder.neck, part).load_state_dict(theirs.state_dict())
+    return Sam(encoder, copy.deepcopy(teacher.prompt_encoder), copy.deepcopy(teacher.mask_decoder), image_size)
+
+
+def fit(
+    *,
+    strategy: Strategy,
+    student: Sam,
+    teacher: Teacher,
+    prompts: PromptSampler,
+    source: DataSource,
+    optim: AdamW,
+    protocol: Agreement,
+    hardware: Hardware,
+    logger: WandB | CsvOnly,
+    budget: str,
+    validate_every: str | None,
+    batch_size: int,
+    accumulate: int,
+    ema: float | None,
+    progressive_resizing: Mapping[int, float] | None,
+    step_times: bool,
+    seed: int,
+    init: str | None,
+    resume: str | None,
+    plan: bool,
+    run_dir: Path,
+) -> dict[str, Any]:
+    """Train `student` for `budget` and return the metrics of the last validation, which metrics.json holds too.
+
+    plan: only measure a few steps and say what the training will take.
+    """
+    checkpoint = None if resume is None else _last_checkpoint(Path(resume))
+    processes = hardware.devices * hardware.nodes
+    if strategy.finetunes and init is None and resume is None:
+        raise UserError(f"strategy={strategy.name} starts from a distilled student: give init=RUN_DIR or a checkpoint")
+    if "annotations" in requirements(strategy, prompts):
+        source.annotate(prompts.count, seed)
+    strategy.prepare(student)
+    if init is not None and not plan:  # whose run may still have to come
+        load_weights(student, init)
+    images_per_step = batch_size * accumulate * processes
+    steps = in_steps(budget, images_per_step, source.num_train_images)
+    interval = in_steps(validate_every, images_per_step, source.num_train_images) if validate_every else 0
+    interval = min(steps, interval or -(-steps // VALIDATIONS))
+
+    together = hardware.sync_batchnorm and processes > 1
+    module = Distillation(student, strategy, teacher, prompts, optim, protocol, together, seed)
+    loaders = Loaders(source, batch_size, seed, hardware)
+    if plan:
+        plan_training(module, loaders, hardware, steps, accumulate)
+        return {}
+    facts: dict[str, Any] = {
+        "images_per_step": images_per_step,
+        "workers": hardware.num_workers,  # part of what the order of images in tars depends on
+        "parameters": student.sizes["parameters"],
+        "precision": hardware.num_format,
+        "device": hardware.device_name,
+        "teacher_sha256": teacher.sha256,
+        "data_keys": source.fingerprint,
+        **protocol.description,
+    }
+    if resume is not None:
+        _goes_on(Path(resume), facts)
+    history = History(run_dir / "history.csv", resume=checkpoint is not None)
+    folder = RunFolder(run_dir, history, source, facts)
+    callbacks: list[pl.Callback] = [Throughput(), folder]  # the run folder first: it saves the average
+    callbacks += [ProgressiveResizing(progressive_resizing)] if progressive_resizing else []
+    callbacks += [Averaged(decay=ema)] if ema else []
+    callbacks += [StepTimes()] if step_times else []
+    log.info(
+        "%s, %s, %.1fM parameters at %d px: %d steps of %d images (%.1f epochs of %d), %s on %s", strategy.name,
+        type(student.image_encoder).__name__, facts["parameters"] / 1e6, student.image_size, steps, images_per_step,
+        steps * images_per_step / source.num_train_images, source.num_train_images, hardware.num_format, hardware.kind,
+    )  # fmt: skip
+    if module.requires & teacher.provides and teacher.capacity >= source.num_train_images:
+        told = "The first %d images wait for the teacher, whose answers are then remembered: it gets faster after them"
+        if processes > 1:
+            told += (
+                ", little by little: each process remembers only what it has asked itself, and images are dealt anew"
+            )
+        log.info(told, source.num_train_images)
+    if source.shortage:
+        log.warning(source.shortage)
+    with all_processes(hardware, run_dir):
+        if source.val_images < processes:
+            raise UserError(
+                f"data.val_images: {source.val_images} images are held out to judge the student on, but every device"
+                f" needs one: {processes}"
+            )
+        trainer = _trainer(hardware, optim, run_dir, steps, interval, accumulate, callbacks)
+        first = trainer.is_global_zero
+        trainer.loggers = [history, *(logger.build(run_dir, facts) if first else [])]
+        try:
+            if checkpoint is None:
+                log.info("Validating before the first step (the teacher answers %d images)", source.val_images)
+                trainer.validate(module, loaders, verbose=False)
+            trainer.fit(module, loaders, ckpt_path=checkpoint, weights_only=True)
+            if module.validated_at != trainer.global_step:
+                trainer.validate(module, loaders, verbose=False)
+        finally:
+            close(trainer.loggers)
+        if first:
+            write_prompts(run_dir / "prompts.csv", module.judge.comparisons)
+            _tell(folder, module, run_dir)
+        return module.metrics
+
+
+def _trainer(
+    hardware: Hardware,
+    optim: AdamW,
+    run_dir: Path,
+    steps: int,
+    interval: int,
+    accumulate: int,
+    callbacks: list[pl.Callback],
+) -> pl.Trainer:
+    quieten()
+    last: dict[str, Any] = {"dirpath": run_dir / "checkpoints", "filename": "last", "enable_version_counter": False}
+    callbacks = [
+        *callbacks,
+        Stopping(run_dir / "checkpoints" / "last.ckpt"),
+        Checkpoint(**last, every_n_train_steps=interval, save_on_train_epoch_end=False),
+        Checkpoint(**last, train_time_interval=timedelta(minutes=10), save_on_train_epoch_end=False),
+    ]
+    if Console().is_terminal:
+        callbacks.append(TrainingBar())
+    return pl.Trainer(
+        **hardware.trainer_arguments(),
+        max_steps=steps,
+        max_epochs=-1,
+        val_check_interval=interval * accumulate,  # counted in batches
+        accumulate_grad_batches=accumulate,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        log_every_n_steps=max(1, min(50, steps // LOG_LINES)),
+        gradient_clip_val=optim.clip or None,
+        callbacks=callbacks,
+        plugins=[WholeCheckpoints()],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=run_dir,
+    )
+
+
+def _tell(folder: RunFolder, module: Distillation, run_dir: Path) -> None:
+    """The table a run ends with."""
+    skipped = folder.source.skipped
+    table = Table("", "before", "blind", "after", title="Agreement with the teacher on images the student never saw")
+    for kind in module.judge.protocol.kinds:
+        scores = [folder.before.get(f"{when}/miou/{kind}", float("nan")) for when in ("before", "blind")]
+        scores.append(module.metrics[f"miou/{kind}"])
+        table.add_row(f"mIoU, one {kind}", *(f"{score:.3f}".replace("nan", "") for score in scores))
+    console = Console()
+    console.print(table)
+    console.print(f"blind: {BLIND}")
+    console.print(f"{folder.seconds:.0f} seconds" + (f"; {skipped} damaged images or tars skipped" if skipped else ""))
+    for tar, images in folder.source.damage_by_tar.items():
+        console.print(f"  {images} of {tar}", highlight=False, soft_wrap=True)
+    try_it = "sam-distill segment image=PHOTO.jpg 'point=[x,y]' path=seen.png checkpoint="
+    for name, what in {
+        "picture": run_dir / "pictures" / f"masks_{module.validated_at:07d}.png",
+        "student": run_dir / "student.pt",
+        "try it": f"{try_it}{run_dir}",
+        "a better one": f"{try_it}pocket_sam, the student that comes with sam-distill",
+        "in a browser": f"sam-distill demo compare=mobile_sam checkpoint={run_dir}",
+    }.items():
+        console.print(f"{name:14}{what}", highlight=False, soft_wrap=True, markup=False)
+
+
+def _last_checkpoint(run_dir: Path) -> Path:
+    path = run_dir / "checkpoints" / "last.ckpt"
+    if not path.is_file():
+        raise UserError(f"resume={run_dir}: there is no {path}; the run may have stopped before its first checkpoint")
+    return path
+
+
+def _goes_on(run_dir: Path, facts: Mapping[str, Any]) -> None:
+    """Refuse to go on with what would not be the same run, though its options may read alike."""
+    metrics = run_dir / "metrics.json"
+    before = json.loads(metrics.read_text()) if metrics.is_file() else {}
+    anew = f"init={run_dir} starts a new run from its weights"
+    for name, told in {
+        "data_keys": f"the images to train on are not those that the run began with; {anew}",
+        "teacher_sha256": f"the teacher's weights are not those that the run began with; {anew}",
+        "images_per_step": f"{before.get('images_per_step')} images per step then, {facts['images_per_step']} now:"
+        " batch_size x accumulate x trainer.devices has to stay the same",
+    }.items():
+        if name in before and before[name] != facts[name]:
+            raise UserError(f"resume={run_dir}: {told}")

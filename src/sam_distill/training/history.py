@@ -1,0 +1,75 @@
+"""history.csv, and the curves that are drawn of it."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning.loggers.logger import Logger
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
+
+from sam_distill.files import write_csv
+
+Rows = Mapping[int, Mapping[str, float]]  # by step
+
+
+class History(Logger):
+    """Every logged metric, a row per step, in history.csv. A resumed run goes on with the file that is there."""
+
+    def __init__(self, path: Path, resume: bool) -> None:
+        super().__init__()
+        self.path = path
+        self.rows: dict[int, dict[str, float]] = {}
+        if resume and path.is_file():
+            with path.open(newline="") as file:
+                for row in csv.DictReader(file):
+                    step = int(row.pop("step"))
+                    self.rows[step] = {name: float(value) for name, value in row.items() if value != ""}
+
+    @property
+    def name(self) -> str:
+        return "history"
+
+    @property
+    def version(self) -> int:
+        return 0
+
+    def forget_after(self, step: int) -> None:
+        """A resumed run writes those steps again."""
+        self.rows = {s: row for s, row in self.rows.items() if s <= step}
+
+    @rank_zero_only
+    def log_hyperparams(self, *_: Any, **__: Any) -> None:
+        """config.yaml has them."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        row = self.rows.setdefault(int(step or 0), {})
+        row.update({name: float(value) for name, value in metrics.items() if name != "epoch"})
+        columns = sorted({name for row in self.rows.values() for name in row})
+        lines = [{"step": s, **self.rows[s]} for s in sorted(self.rows)]
+        write_csv(self.path, ["step", *columns], lines)
+
+
+def write_curves(rows: Rows, path: Path) -> None:
+    """Loss and validation mIoU against steps."""
+    from matplotlib.figure import Figure  # slow to import, and only wanted here
+
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    loss, miou = figure.subplots(1, 2)
+    _plot(loss, rows, {"train/loss": "training", "val/embedding_mse": "validation, embedding MSE"})
+    loss.set(title="loss", yscale="log", xlabel="step")
+    _plot(miou, rows, {"val/miou/point": "point", "val/miou/box": "box"})
+    miou.set(title="mIoU between teacher and student", ylim=(0, 1), xlabel="step")
+    figure.savefig(path, dpi=110)
+
+
+def _plot(axes: Any, rows: Rows, curves: Mapping[str, str]) -> None:
+    for name, label in curves.items():
+        points = [(step, row[name]) for step, row in sorted(rows.items()) if name in row]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 40 else None)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)

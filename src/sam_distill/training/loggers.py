@@ -1,0 +1,194 @@
+"""Where metrics go beside history.csv, which every run writes."""
+
+from __future__ import annotations
+
+import netrc
+import os
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+import wandb
+import yaml
+from PIL import Image, ImageOps
+from pytorch_lightning.loggers import WandbLogger
+from pytorch_lightning.loggers.logger import Logger
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
+
+from sam_distill.evaluate.judge import Judge, Picture
+from sam_distill.evaluate.protocol import COLUMNS, prompt_rows
+from sam_distill.predict.overlays import prompted
+from sam_distill.runs import status
+from sam_distill.types import UserError
+
+STEP = "trainer/global_step"  # what Lightning's logger calls the x-axis
+SUMMARIES = {  # of a run's history, beside the last value
+    "val/miou/point": "max",
+    "val/miou/box": "max",
+    "val/embedding_mse": "min",
+    "val/embedding_cosine": "max",
+    "train/loss": "min",
+}
+SIDE = 512  # of a picture, pixels
+
+_TAGS = ("experiment", "strategy", "encoder", "teacher", "data")  # groups whose choices are tags
+_SAID = (*_TAGS, "scale", "image_size", "seed")  # what a run's name need not spell out
+_MACHINERY = ("hydra", "logger", "trainer", "protocol", "resume", "validate_every", "step_times")
+_DATA_DIR = os.environ.get("WANDB_DATA_DIR")  # as the user has it
+
+
+class ByStep(WandbLogger):
+    """Rows are numbered by the optimizer step.
+
+    W&B's own number begins at 0 again in each part of an offline run that was resumed, and `wandb sync` drops rows
+    whose numbers are not higher than those before.
+    """
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        self.experiment.log({**metrics, STEP: step}, step=step)
+
+
+@dataclass(frozen=True)
+class CsvOnly:
+    """Nothing beside history.csv."""
+
+    def build(self, run_dir: Path, facts: Mapping[str, Any]) -> list[Logger]:
+        return []
+
+
+@dataclass(frozen=True)
+class WandB:
+    """Weights & Biases: online if there is a key, else offline into the run folder (`wandb sync` uploads it later).
+
+    Never asks anything on stdin. name: made of the run's choices if null. tags: beside those choices.
+    """
+
+    project: str = "sam-distill"
+    entity: str | None = None
+    group: str | None = None
+    name: str | None = None
+    tags: Sequence[str] = ()
+
+    def build(self, run_dir: Path, facts: Mapping[str, Any]) -> list[Logger]:
+        """facts: of the run, kept with its configuration."""
+        config, record = _config(run_dir), status.read(run_dir)
+        choices = record.get("choices", {})
+        told = {"choices": choices, "version": record.get("version"), **facts}
+        wandb.setup(wandb.Settings(silent=True))
+        os.environ["WANDB_DATA_DIR"] = _DATA_DIR or str(run_dir.absolute() / "wandb")  # what tables hold, till synced
+        logger = ByStep(
+            project=self.project,
+            entity=self.entity,
+            group=self.group,
+            name=self.name or _name(config, choices, record.get("command", [])),
+            tags=list(dict.fromkeys([*_tags(config, choices), *self.tags])),
+            save_dir=str(run_dir),
+            id=_run_id(run_dir),
+            resume="allow",
+            config=config | told,
+            mode=_mode(),
+            settings=wandb.Settings(console="off"),
+        )
+        try:
+            run = logger.experiment
+        except wandb.Error as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"W&B: {reason}; WANDB_MODE=offline keeps the run here, to be synced later") from error
+        for metric, best in SUMMARIES.items():
+            run.define_metric(metric, step_metric=STEP, summary=f"{best},last")
+        return [logger]
+
+
+def shown(judge: Judge, damage_by_tar: Mapping[str, int]) -> dict[str, Any]:
+    """A validation as W&B shows it: images whose masks can be switched on and off, and tables."""
+    images = [_image(picture, judge.protocol.right) for picture in judge.pictures]
+    rows = prompt_rows([picture.told for picture in judge.pictures])
+    pictures = [[image, *row.values()] for image, row in zip(images, rows, strict=True)]
+    prompts = [list(row.values()) for row in prompt_rows(judge.comparisons)]
+    content = {
+        "val/masks": images,
+        "val/pictures": wandb.Table(columns=["picture", *COLUMNS], data=pictures),
+        "val/comparisons": wandb.Table(columns=[*COLUMNS], data=prompts),
+    }
+    if damage_by_tar:
+        skipped = [list(row) for row in damage_by_tar.items()]
+        content["images_skipped_by_tar"] = wandb.Table(columns=["tar", "images"], data=skipped)
+    return content
+
+
+def close(loggers: Iterable[Logger]) -> None:
+    """End the run at W&B: the next job of a sweep would write into it."""
+    if any(isinstance(logger, WandbLogger) for logger in loggers):
+        wandb.finish()
+
+
+def _image(picture: Picture, right: str) -> wandb.Image:
+    """The image with its prompt drawn, and both masks above it, at the top left of a square: W&B wants equal sizes."""
+    told = picture.told
+    masks = {
+        who: {"mask_data": label * np.asarray(_squared(Image.fromarray(mask)), np.uint8), "class_labels": {label: who}}
+        for label, (who, mask) in enumerate({right: picture.right, "student": picture.student}.items(), 1)
+    }
+    image = _squared(prompted(picture.image, told.prompt, told.labels))
+    return wandb.Image(image, caption=f"{told.image}, {told.kind}: IoU {told.iou:.2f}", masks=masks, file_type="jpg")
+
+
+def _squared(image: Image.Image) -> Image.Image:
+    """As large as fits into SIDE x SIDE pixels; Pillow keeps a mask, of mode 1, to 0 and 1."""
+    square = Image.new(image.mode, (SIDE, SIDE))
+    square.paste(ImageOps.contain(image, square.size, Image.Resampling.BILINEAR))
+    return square
+
+
+def _config(run_dir: Path) -> dict[str, Any]:
+    """The resolved configuration that cli/ has left in the run folder."""
+    path = run_dir / "config.yaml"
+    return yaml.safe_load(path.read_text()) if path.is_file() else {}
+
+
+def _name(config: Mapping[str, Any], choices: Mapping[str, str], command: Sequence[str]) -> str | None:
+    """decoupled-tinyvit-1024px-optim.lr=1e-3-seed0: what was chosen, paths left out. None where nothing is known."""
+    if not choices:
+        return None
+    words = [(word.lstrip("+").partition("=")[0], word) for word in command[1:] if "=" in word and "/" not in word]
+    rest = [word for key, word in words if key not in _SAID and key.partition(".")[0] not in _MACHINERY]
+    rest = [word.replace("\\", "") for word in rest]  # Hydra escapes spaces
+    start = [choices["strategy"], choices["encoder"], f"{config['image_size']}px"]
+    return "-".join([*start, *rest, f"seed{config['seed']}"])
+
+
+def _tags(config: Mapping[str, Any], choices: Mapping[str, str]) -> list[str]:
+    """What runs are looked for by."""
+    chosen = [choices[group] for group in _TAGS if group in choices]
+    return chosen + ([str(config["scale"])] if "experiment" in choices else [])  # only experiments read it
+
+
+def _mode() -> str:
+    """As WANDB_MODE says, but never online without a key: W&B would ask for one."""
+    mode = os.environ.get("WANDB_MODE", "online")
+    return mode if mode != "online" or has_key() else "offline"
+
+
+def has_key() -> bool:
+    """Where wandb itself would look, without the question it asks when there is none."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def _run_id(run_dir: Path) -> str:
+    """One W&B run per run folder, also when it is resumed."""
+    file = run_dir / "wandb" / "id.txt"
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(secrets.token_hex(4))
+    return file.read_text()

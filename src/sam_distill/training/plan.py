@@ -1,0 +1,71 @@
+"""What a training will take, measured on a few steps before it is begun."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+from itertools import pairwise
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from sam_distill.runs.hardware import Hardware, peak_memory
+from sam_distill.training.datamodule import Loaders
+from sam_distill.training.lightning_module import Distillation, quieten
+
+STEPS = 4  # that are measured, ...
+WARM_UP = 2  # ... after so many
+
+
+class _Clock(pl.Callback):
+    """When each step got its batch, and when it ended."""
+
+    def __init__(self) -> None:
+        self.starts: list[float] = []
+        self.ends: list[float] = []
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.starts.append(time.perf_counter())
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.ends.append(time.perf_counter())
+
+
+def measure_steps(module: Distillation, loaders: Loaders, hardware: Hardware, steps: int) -> tuple[list[float], float]:
+    """(seconds of each of so many steps, the share of them spent waiting for data). The weights change."""
+    quieten()
+    clock = _Clock()
+    trainer = pl.Trainer(
+        **hardware.trainer_arguments(), max_steps=WARM_UP + steps, max_epochs=-1, limit_val_batches=0,
+        callbacks=[clock], logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(module, loaders)
+    starts, ends = clock.starts[WARM_UP:], clock.ends[WARM_UP - 1 :]
+    waits = [start - before for start, before in zip(starts, ends, strict=False)]
+    return [end - before for before, end in pairwise(ends)], sum(waits) / (ends[-1] - ends[0])
+
+
+def plan_training(module: Distillation, loaders: Loaders, hardware: Hardware, steps: int, accumulate: int) -> None:
+    """Take a few steps, which are forgotten, and say what all of them will take. Writes nothing."""
+    times, waited = measure_steps(module, loaders, hardware, STEPS)
+    each = sum(times) / len(times)
+    images = loaders.batch_size * hardware.devices * hardware.nodes
+    epoch = loaders.source.num_train_images
+    total = steps * accumulate * images
+    table = Table("", "", show_header=False, title=f"What {steps} steps will take")
+    table.add_row("images", f"{total}, {total / epoch:.1f} epochs of {epoch}")
+    table.add_row("time", f"{timedelta(seconds=round(steps * accumulate * each))} at {images / each:.1f} images/s")
+    table.add_row("memory", f"{peak_memory(hardware.kind) / 1e9:.1f} GB so far")
+    table.add_row("data", f"{100 * waited:.0f}% of the time is waiting for images")
+    table.add_row("with", f"{hardware.num_format} on {hardware.devices * hardware.nodes} x {hardware.kind}")
+    console = Console()
+    console.print(table)
+    if module.requires & module.teacher.provides and module.teacher.capacity >= epoch:
+        console.print("the teacher is part of that; it will be faster once the teacher has answered all images")
+    console.print("validations not counted")

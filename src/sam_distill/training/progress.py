@@ -1,0 +1,54 @@
+"""The bar of a training, on a terminal. Elsewhere there are log lines."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytorch_lightning as pl
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+INTERVAL = 0.2  # seconds between updates
+
+
+class TrainingBar(pl.Callback):
+    """Steps done of all, the loss last logged and the time left, in a line that disappears; the log goes on above it.
+
+    It is drawn between steps, not by a thread of its own: loader workers are forked while it is on screen, and would
+    inherit that thread's locks.
+    """
+
+    def __init__(self) -> None:
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"), TimeRemainingColumn())
+        self._bar = Progress(
+            "{task.description}", *columns, transient=True, auto_refresh=False, speed_estimate_period=120
+        )
+        self._task = self._bar.add_task("training", loss="")
+        self._drawn = 0.0
+
+    def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit" and trainer.is_global_zero:
+            self._bar.start()
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._draw(total=trainer.max_steps, completed=trainer.global_step)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        loss = trainer.callback_metrics.get("train/loss")  # none before the first step is complete
+        if loss is not None and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            self._bar.update(self._task, loss=f"loss {float(loss):.4f}")
+        if time.perf_counter() - self._drawn > INTERVAL:
+            self._draw(completed=trainer.global_step, description="training")
+
+    def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._draw(completed=trainer.global_step, description="validating")
+
+    def teardown(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
+        self._bar.stop()
+
+    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
+        self._bar.stop()
+
+    def _draw(self, **changes: Any) -> None:
+        self._bar.update(self._task, refresh=True, **changes)
+        self._drawn = time.perf_counter()

@@ -1,0 +1,111 @@
+"""Where the time of a training step goes: data, teacher, encoder, decoder, loss, optimizer."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch.utils.hooks import RemovableHandle
+
+from sam_distill.training.lightning_module import Distillation, ends_logged_step, ends_step
+from sam_distill.types import Masks
+
+_WARM_UP = 2  # steps that don't count: kernels are chosen, memory is allocated
+
+
+class StepTimes(pl.Callback):
+    """Logs `time/PART`, milliseconds per step, averaged between two log lines.
+
+    Forward and backward of a part count together. The clock goes from mark to mark: each mark books the time since
+    the last one to a part. On a GPU every mark waits for its queue, so the step as a whole takes longer than without.
+    """
+
+    def __init__(self) -> None:
+        self._spent: dict[str, float] = defaultdict(float)
+        self._steps = 0
+        self._last = time.perf_counter()
+        self._training = False
+        self._handles: list[RemovableHandle] = []
+
+    def _mark(self, part: str | None) -> None:
+        if not self._training:
+            return
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        if part is not None:
+            self._spent[part] += now - self._last
+        self._last = now
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        assert isinstance(module, Distillation)
+
+        def books(part: str) -> Callable[..., None]:
+            return lambda *_: self._mark(part)
+
+        def books_backward(part: str) -> Callable[..., None]:
+            """When the gradient of a module's output is there, what comes before it in the backward pass is done."""
+
+            def hook(_: Any, __: Any, output: Any) -> None:
+                tensor = output.low_res if isinstance(output, Masks) else output
+                if tensor.requires_grad:
+                    tensor.register_hook(books(part))
+
+            return hook
+
+        encoder, decoder = module.student.image_encoder, module.student.mask_decoder
+        teacher = module.teacher.sam
+        self._handles = [
+            encoder.register_forward_pre_hook(books("teacher")),
+            encoder.register_forward_hook(books("encoder")),
+            encoder.register_forward_hook(books_backward("decoder" if "prompts" in module.requires else "loss")),
+            decoder.register_forward_pre_hook(books("loss")),
+            decoder.register_forward_hook(books("decoder")),
+            decoder.register_forward_hook(books_backward("loss")),
+            teacher.mask_decoder.register_forward_pre_hook(books("loss")),
+            teacher.mask_decoder.register_forward_hook(books("teacher")),
+        ]
+        self._training = True
+        self._mark(None)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, index: int) -> None:
+        self._mark("data")
+
+    def on_before_backward(self, trainer: pl.Trainer, module: pl.LightningModule, loss: torch.Tensor) -> None:
+        self._mark("loss")
+
+    def on_after_backward(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        assert isinstance(module, Distillation)
+        self._mark("encoder" if "image_encoder" in module.trainable else "decoder")
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, index: int
+    ) -> None:
+        self._mark("optimizer")
+        if not ends_step(trainer, index):
+            return
+        self._steps += 1
+        if trainer.global_step == _WARM_UP:
+            self._forget()
+        elif ends_logged_step(trainer, index):
+            module.log_dict({f"time/{part}": 1000 * s / self._steps for part, s in self._spent.items()})
+            self._forget()
+
+    def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._training = False
+
+    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._training = bool(self._handles)
+        self._mark(None)
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _forget(self) -> None:
+        self._spent.clear()
+        self._steps = 0

@@ -1,0 +1,103 @@
+"""Checkpoints, and a clean stop: on Ctrl-C or SIGTERM all ranks finish the step in hand, and a checkpoint is saved."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.trainer.states import TrainerFn
+from torch import Tensor
+
+from sam_distill.training.lightning_module import ends_step
+from sam_distill.types import upload
+
+log = logging.getLogger(__name__)
+
+REPEATS = 3.0  # seconds: torchrun passes on a Ctrl-C that its processes have received themselves
+
+
+class Checkpoint(ModelCheckpoint):
+    """Only between two steps: gradients that accumulate are not part of a checkpoint."""
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if ends_step(trainer, batch_idx):
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+
+class Stopping(pl.Callback):
+    """Ranks agree on the step after which to stop, since each hears of a signal at a time of its own, or never.
+
+    Outside of training steps there is nothing to lose: a signal ends validation at once. So does a second one.
+    """
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.checkpoint = checkpoint
+        self._signal, self._agreed, self._heard = 0, 0, 0.0
+        self._asked: tuple[Tensor, torch.Event | None] | None = None
+        self._stepping = False
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._listen()
+        self._stepping = True
+
+    def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._listen()
+        self._stepping = False
+        if self._agreed or self._signal:
+            raise SystemExit(128 + (self._agreed or self._signal))
+
+    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._stepping = trainer.state.fn == TrainerFn.FITTING
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._stepping = False
+        trainer.save_checkpoint(self.checkpoint)  # the budget need not be a multiple of the interval
+
+    def on_before_backward(self, trainer: pl.Trainer, module: pl.LightningModule, loss: Tensor) -> None:
+        """Ranks ask each other at every step and hear the answer at the next one, so that no GPU runs out of work."""
+        if not torch.distributed.is_initialized():
+            self._agreed = self._signal
+            return
+        if self._asked is not None:
+            answer, arrived = self._asked
+            if arrived is not None:
+                arrived.synchronize()
+            self._agreed = int(answer)
+        heard = upload([self._signal], module.device)
+        torch.distributed.all_reduce(heard, torch.distributed.ReduceOp.MAX)
+        self._asked = heard.to("cpu", non_blocking=True), torch.Event("cuda") if heard.is_cuda else None
+        if self._asked[1] is not None:
+            self._asked[1].record()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, index: int
+    ) -> None:
+        if self._agreed and ends_step(trainer, index):
+            trainer.save_checkpoint(self.checkpoint)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, index: int) -> None:
+        """By now that step's metrics are written, too."""
+        if self._agreed and index % trainer.accumulate_grad_batches == 0:
+            raise SystemExit(128 + self._agreed)
+
+    def _listen(self) -> None:
+        """In place of Lightning's handlers, which it puts back to what they were when it ends."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._hear)
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if not self._stepping or (self._signal and now - self._heard > REPEATS):
+            raise SystemExit(128 + number)
+        if not self._signal:
+            self._signal, self._heard = number, now
+            log.info("Stopping after this step (once more: at once)")

@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from sam_distill.runs.hardware import Hardware
+
+SRUN = {"SLURM_NTASKS": "4", "SLURM_JOB_NAME": "distil"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "seen", "workers"),
+    [
+        ({}, 48, 11),
+        ({}, 12, 2),
+        ({"TORCHELASTIC_RUN_ID": "x"}, 48, 11),
+        (SRUN, 12, 11),  # srun --cpus-per-task=12, and each process is bound to its own
+        (SRUN | {"SLURM_CPUS_PER_TASK": "12"}, 48, 11),  # a cluster that binds nothing
+        (SRUN, 1, 1),
+    ],
+)
+def test_loaders_have_the_cores_of_one_device(
+    environment: dict[str, str], seen: int, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for key in [key for key in os.environ if key.startswith(("SLURM_", "TORCHELASTIC_"))]:
+        monkeypatch.delenv(key)
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(seen)))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert Hardware(devices=4).num_workers == workers
+
+
+def test_all_commands_compute_alike() -> None:
+    """Training, judging and caching have nothing in common but their hardware."""
+    torch.set_float32_matmul_precision("highest")
+    Hardware(accelerator="cpu")
+    assert torch.get_float32_matmul_precision() == "high"

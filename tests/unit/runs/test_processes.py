@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+
+from sam_distill.runs import processes
+
+T = TypeVar("T")
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "4", "RANK": "2", "LOCAL_RANK": "0"}
+SRUN = {"SLURM_NTASKS": "8", "SLURM_PROCID": "5", "SLURM_JOB_ID": "77", "SLURM_JOB_NAME": "x", "SLURM_STEP_ID": "1"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "launcher", "started", "first", "name", "shared"),
+    [
+        ({}, None, 1, True, "rank0", None),
+        ({"LOCAL_RANK": "3"}, None, 1, False, "rank3", None),
+        ({"LOCAL_RANK": "0", "NODE_RANK": "1"}, None, 1, False, "node1rank0", None),
+        (TORCHRUN, "torchrun", 4, False, "rank2", None),
+        (TORCHRUN | {"RANK": "0", "TORCHELASTIC_RUN_ID": "abc"}, "torchrun", 4, True, "rank0", "torchrun_abc"),
+        (SRUN, "srun", 8, False, "rank5", "slurm_77_1"),
+        (SRUN | {"SLURM_PROCID": "0", "SLURM_RESTART_COUNT": "2"}, "srun", 8, True, "rank0", "slurm_77_1_restart2"),
+        (SRUN | {"SLURM_JOB_NAME": "interactive", "SLURM_PROCID": "0"}, None, 1, True, "rank0", None),
+    ],
+)
+def test_what_the_environment_says(
+    environment: dict[str, str], launcher: str | None, started: int, first: bool, name: str, shared: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    for key in list(os.environ):
+        if key.startswith("SLURM_") or "RANK" in key or key in TORCHRUN:
+            monkeypatch.delenv(key)
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    assert processes.launcher() == launcher
+    assert processes.started() == started
+    assert processes.is_first() == first
+    assert processes.name() == name
+    assert processes.shared_name() == shared
+
+
+def test_a_loader_worker_does_not_outlive_its_process(tmp_path: Path) -> None:
+    """Killed, it can't tell its workers, and one that has something to deliver waits for ever."""
+    code = """
+import multiprocessing, time
+from pathlib import Path
+from sam_distill.runs.processes import begin_worker
+
+def work():
+    begin_worker(0)
+    Path("worker").write_text(str(multiprocessing.current_process().pid))
+    time.sleep(300)
+
+multiprocessing.get_context("fork").Process(target=work, daemon=True).start()
+time.sleep(300)
+"""
+    master = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path)
+    try:
+        worker = int(_eventually(lambda: (tmp_path / "worker").read_text()))
+        os.kill(worker, signal.SIGINT)
+        os.kill(worker, signal.SIGTERM)
+        time.sleep(0.1)
+        assert not _has_ended(worker), "such signals are left to the master"
+    finally:
+        master.kill()
+        master.wait()
+    _eventually(lambda: _has_ended(worker))
+
+
+def _eventually(what: Callable[[], T]) -> T:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError):
+            if value := what():
+                return value
+        time.sleep(0.05)
+    raise TimeoutError
+
+
+def _has_ended(pid: int) -> bool:
+    """Or waits for the first process of a container to take note of it."""
+    stat = Path(f"/proc/{pid}/stat")
+    try:
+        return stat.read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import json
+from importlib import metadata
+from pathlib import Path
+
+from sam_distill.runs.status import Status, fail
+
+
+def said(run_dir: Path) -> tuple[str, str | None]:
+    content = json.loads((run_dir / "status.json").read_text())
+    return content["status"], content["why"]
+
+
+def status(run_dir: Path, first: bool = True, resumed: bool = False) -> Status:
+    return Status(run_dir, ["train", "seed=1"], {"data": "photos"}, first, recorded=True, resumed=resumed)
+
+
+def test_one_process(tmp_path: Path) -> None:
+    one = status(tmp_path)
+    one.begin("seed: 1")
+    assert said(tmp_path) == ("running", None)
+    record = json.loads((tmp_path / "status.json").read_text())
+    assert record["choices"] == {"data": "photos"}
+    assert record["version"].startswith(metadata.version("sam-distill"))
+    assert one.end(None)
+    assert said(tmp_path) == ("finished", None)
+    assert not fail(tmp_path, "too late"), "it has finished"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "status.json"]
+
+
+def test_the_first_failure_is_the_one_that_counts(tmp_path: Path) -> None:
+    first, other, third = status(tmp_path), status(tmp_path, first=False), status(tmp_path, first=False)
+    first.begin("")
+    other.begin("not to be written")
+    assert (tmp_path / "config.yaml").read_text() == ""
+    assert other.end("power cut")
+    assert not third.end("connection closed")
+    assert not first.end("connection closed")
+    assert said(tmp_path) == ("failed", "power cut")
+
+
+def test_resuming_in_vain_leaves_the_record_as_it_was(tmp_path: Path) -> None:
+    first = status(tmp_path)
+    first.begin("seed: 1")
+    first.end("interrupted")
+    again = status(tmp_path, resumed=True)
+    again.begin("seed: 2")
+    assert said(tmp_path) == ("running", None)
+    assert again.end("another architecture")
+    assert said(tmp_path) == ("failed", "interrupted")
+    assert (tmp_path / "config.yaml").read_text() == "seed: 1"
+
+    went_on = status(tmp_path, resumed=True)
+    went_on.begin("seed: 2")
+    (tmp_path / "history.csv").write_text("step\n1\n")
+    went_on.end("power cut")
+    assert said(tmp_path) == ("failed", "power cut")
+    assert (tmp_path / "config.yaml").read_text() == "seed: 2"
+
+
+def test_a_command_without_records(tmp_path: Path) -> None:
+    for first in (True, False):
+        job = Status(tmp_path, ["segment"], {}, first, recorded=False, resumed=False)
+        job.begin("")
+        assert job.end("mend me") == first, "only the first process speaks"
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,526 @@
+"""A whole training on six small drawings, with the real teacher."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from sam_distill.data.base import IndexedSource, collate
+from sam_distill.evaluate.agreement import Agreement
+from sam_distill.evaluate.evaluation import judge
+from sam_distill.evaluate.judge import Judge, blind
+from sam_distill.evaluate.protocol import Outcome, Target
+from sam_distill.evaluate.views import View
+from sam_distill.images import to_frame
+from sam_distill.models.checkpoints import load_sam
+from sam_distill.models.encoders import TinyViT
+from sam_distill.models.sam import Sam
+from sam_distill.prompts.samplers import Boxes, Points
+from sam_distill.runs.hardware import Hardware
+from sam_distill.strategies.coupled import Coupled
+from sam_distill.strategies.decoupled import Decoupled
+from sam_distill.strategies.finetune_decoder import FinetuneDecoder
+from sam_distill.strategies.finetune_joint import FinetuneJoint
+from sam_distill.strategies.semi_coupled import SemiCoupled
+from sam_distill.teachers import LiveTeacher
+from sam_distill.training.fit import fit, new_student
+from sam_distill.training.lightning_module import Distillation
+from sam_distill.training.loggers import CsvOnly
+from sam_distill.training.optimizers import AdamW, Muon
+from sam_distill.types import Batch, Sample, StepOutput, UserError
+
+HARDWARE = Hardware(accelerator="cpu", precision="fp32", workers=0)
+
+
+class Drawings(IndexedSource[int]):
+    def __init__(self, damaged: int | None = None) -> None:
+        self.train, self.val = range(4), range(4, 6)
+        self.damaged = damaged
+
+    def key(self, item: int) -> str:
+        return f"drawing{item}"
+
+    def load(self, item: int) -> Sample:
+        if item == self.damaged:
+            raise UserError(f"{self.key(item)} is torn")
+        image = Image.new("RGB", (96, 64), (40 * item, 120, 200))
+        ImageDraw.Draw(image).ellipse((10 + 6 * item, 8, 50 + 6 * item, 50), fill=(200, 40 * item, 20))
+        return Sample(self.key(item), to_frame(image), (64, 96))
+
+
+@pytest.fixture(scope="module")
+def live() -> LiveTeacher:
+    return LiveTeacher("mobile_sam")
+
+
+def student(live: LiveTeacher) -> Sam:
+    torch.manual_seed(0)
+    return new_student(TinyViT(pretrained=False), live.sam, image_size=128, neck_from_teacher=False)
+
+
+def run(run_dir: Path, live: LiveTeacher, sam: Sam, **changes: Any) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "strategy": Decoupled(), "optim": AdamW(lr=1e-3), "protocol": Agreement(points=1), "hardware": HARDWARE,
+        "logger": CsvOnly(), "budget": "6 steps", "validate_every": "3 steps", "batch_size": 2, "seed": 0,
+        "prompts": Points(1, 0), "accumulate": 1, "ema": None, "progressive_resizing": None,
+        "step_times": False, "init": None, "resume": None, "plan": False,
+        "source": Drawings(),
+    }  # fmt: skip
+    return fit(student=sam, teacher=live, run_dir=run_dir, **options | changes)
+
+
+def history(run_dir: Path, column: str) -> dict[int, float]:
+    with (run_dir / "history.csv").open() as file:
+        return {int(row["step"]): float(row[column]) for row in csv.DictReader(file) if row[column]}
+
+
+def columns(run_dir: Path) -> list[str]:
+    return (run_dir / "history.csv").read_text().splitlines()[0].split(",")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, live: LiveTeacher) -> tuple[Path, Sam]:
+    run_dir, sam = tmp_path_factory.mktemp("run"), student(live)
+    before = {key: value.clone() for key, value in live.sam.state_dict().items()}
+    run(run_dir, live, sam)
+    changed = [key for key, value in live.sam.state_dict().items() if not torch.equal(value, before[key])]
+    assert not changed, "the teacher must be bit-identical after training"
+    return run_dir, sam
+
+
+def test_smaller_inputs_first(tmp_path: Path, live: LiveTeacher) -> None:
+    """Shares of the steps see smaller inputs; validations and what is saved have the student's own size."""
+    sam = student(live)
+    seen: dict[bool, list[int]] = {True: [], False: []}
+    sam.image_encoder.register_forward_pre_hook(lambda part, args: seen[part.training].append(args[0].shape[-1]))
+    run(tmp_path, live, sam, progressive_resizing={64: 0.3, 192: 0.3})
+    assert seen[True] == [64, 64, 192, 192, 128, 128]
+    assert set(seen[False]) == {128}
+    assert {load_sam(tmp_path / name).image_size for name in ("student.pt", "checkpoints/last.ckpt")} == {128}
+
+
+def test_run_folder(finished: tuple[Path, Sam]) -> None:
+    run_dir, sam = finished
+    metrics = json.loads((run_dir / "metrics.json").read_text())
+    assert metrics["steps"] == 6
+    assert metrics["images"] == 12
+    assert metrics["token"] == "single"
+    assert {"miou/point", "miou/box", "before/miou/point", "embedding_mse", "seconds", "prompts"} <= metrics.keys()
+    assert sorted(history(run_dir, "val/miou/point")) == [0, 3, 6]
+    assert sorted(history(run_dir, "train/loss")) == [1, 2, 3, 4, 5, 6]
+    assert {path.name for path in (run_dir / "pictures").iterdir()} == {
+        "curves.png", "masks_0000000.png", "masks_0000003.png", "masks_0000006.png",
+    }  # fmt: skip
+    assert len((run_dir / "prompts.csv").read_text().splitlines()) == 1 + metrics["prompts"]
+    for name in ("student.pt", "checkpoints/last.ckpt"):
+        again = load_sam(run_dir / name)
+        for key, value in sam.state_dict().items():
+            assert torch.equal(again.state_dict()[key], value), (name, key)
+
+
+def test_only_the_encoder_learns(finished: tuple[Path, Sam], live: LiveTeacher) -> None:
+    _, sam = finished
+    for part in ("prompt_encoder", "mask_decoder"):
+        theirs = getattr(live.sam, part).state_dict()
+        assert all(torch.equal(value, theirs[key]) for key, value in getattr(sam, part).state_dict().items())
+    untrained = student(live).image_encoder.state_dict()
+    same = [key for key, value in sam.image_encoder.state_dict().items() if torch.equal(value, untrained[key])]
+    assert not same, f"never changed: {same}"
+
+
+def test_teacher_is_not_in_the_checkpoint(finished: tuple[Path, Sam]) -> None:
+    run_dir, sam = finished
+    checkpoint = torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["state_dict"].keys() == {f"student.{key}" for key in sam.state_dict()}
+
+
+def test_one_batch_can_be_learned_by_heart(tmp_path: Path, live: LiveTeacher) -> None:
+    run(tmp_path, live, student(live), budget="40 steps", validate_every="40 steps", batch_size=4)
+    losses = history(tmp_path, "train/loss")
+    assert losses[40] < 0.35 * losses[1]
+
+
+class Stumbling(Decoupled):
+    """Decoupled, until something happens at a step of one's choice."""
+
+    def __init__(self, fall_at: int, nan: bool = False) -> None:
+        super().__init__()
+        self.steps_left, self.nan = fall_at, nan
+
+    def step(self, sam: Sam, batch: Batch) -> StepOutput:
+        self.steps_left -= 1
+        out = super().step(sam, batch)
+        if self.steps_left:
+            return out
+        if self.nan:
+            return StepOutput(out.loss * torch.nan)
+        raise RuntimeError("power cut")
+
+
+def test_a_resumed_run_follows_the_same_curve(finished: tuple[Path, Sam], tmp_path: Path, live: LiveTeacher) -> None:
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(tmp_path, live, student(live), strategy=Stumbling(5))
+    torch.manual_seed(123)
+    run(tmp_path, live, student(live), resume=str(tmp_path))
+    for column in ("train/loss", "val/miou/point", "train/lr"):
+        assert history(tmp_path, column) == pytest.approx(history(finished[0], column), rel=1e-4), column
+    assert "before/miou/point" in json.loads((tmp_path / "metrics.json").read_text())
+
+
+class Interrupted(Agreement):
+    """Agreement, until the power goes in mid-validation."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__(points=1)
+        self.left = at
+
+    def compare(self, student: View, target: Target) -> Iterator[Outcome]:
+        self.left -= 1
+        if not self.left:
+            raise RuntimeError("power cut")
+        return super().compare(student, target)
+
+
+@pytest.mark.parametrize("ema", [None, 0.9])
+def test_no_score_is_lost(finished: tuple[Path, Sam], tmp_path: Path, live: LiveTeacher, ema: float | None) -> None:
+    """Each validation compares two kinds of prompts; blind, before the first step, as well. Step 3's is cut short."""
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(tmp_path, live, student(live), protocol=Interrupted(at=6), ema=ema)
+    assert sorted(history(tmp_path, "val/miou/point")) == [0]
+    for cut in (2, 99):  # when it goes on, it is cut short there again
+        with nullcontext() if cut == 99 else pytest.raises(RuntimeError, match="power cut"):
+            run(tmp_path, live, student(live), protocol=Interrupted(at=cut), resume=str(tmp_path), ema=ema)
+    assert sorted(history(tmp_path, "val/miou/point")) == [0, 3, 6]
+    assert sorted(history(tmp_path, "train/loss")) == [1, 2, 3, 4, 5, 6]
+    if ema is None:
+        for column in ("train/loss", "val/miou/point", "val/embedding_mse"):
+            assert history(tmp_path, column) == pytest.approx(history(finished[0], column), rel=1e-4), column
+    assert (tmp_path / "pictures/masks_0000003.png").is_file()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_a_damaged_training_image_is_left_out(
+    tmp_path: Path, live: LiveTeacher, workers: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    hardware = Hardware(accelerator="cpu", precision="fp32", workers=workers)
+    run(tmp_path, live, student(live), source=Drawings(damaged=1), hardware=hardware, validate_every=None)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert (metrics["steps"], metrics["images_skipped"]) == (6, 1)
+    assert "The first 4 images wait for the teacher" in caplog.text
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path, live: LiveTeacher) -> None:
+    with pytest.raises(UserError, match=r"the loss is nan at step 1 \(images drawing\d, drawing\d\)"):
+        run(tmp_path, live, student(live), strategy=Stumbling(2, nan=True))
+
+
+class Demanding(Decoupled):
+    requires = frozenset({"teacher_embedding", "moonlight"})
+
+
+def test_what_nobody_provides_is_missed_before_step_0(tmp_path: Path, live: LiveTeacher) -> None:
+    with pytest.raises(UserError, match="needs moonlight, which no one provides"):
+        run(tmp_path, live, student(live), strategy=Demanding())
+
+
+PARTS = {
+    "semi_coupled": (SemiCoupled(), ("image_encoder.",)),
+    "coupled": (Coupled(), ("image_encoder.", "mask_decoder.")),
+    "finetune_decoder": (FinetuneDecoder(), ("mask_decoder.",)),
+    "finetune_joint": (FinetuneJoint(), ("image_encoder.", "mask_decoder.")),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_mask_strategy(name: str, finished: tuple[Path, Sam], tmp_path: Path, live: LiveTeacher) -> None:
+    """It starts from a distilled run, changes what it says and no BatchNorm statistics beside, and is saved whole."""
+    strategy, trains = PARTS[name]
+    theirs = {key: value.clone() for key, value in live.sam.state_dict().items()}
+    start, sam = load_sam(finished[0]).state_dict(), student(live)
+    run(tmp_path, live, sam, strategy=strategy, budget="2 steps", init=str(finished[0]), step_times=True)
+    saved = load_sam(tmp_path).state_dict()
+    assert all(torch.equal(value, sam.state_dict()[key]) for key, value in saved.items())
+    for part in ("image_encoder.", "prompt_encoder.", "mask_decoder."):
+        changed = [key for key, value in start.items() if key.startswith(part) and not torch.equal(value, saved[key])]
+        assert bool(changed) == (part in trains), changed[:5]
+    assert all(torch.equal(value, theirs[key]) for key, value in live.sam.state_dict().items())
+    kept = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    assert kept.keys() == {f"student.{key}" for key in saved}
+    assert {"train/mask_loss", "train/iou_error", "train/miou"} <= set(columns(tmp_path))
+
+
+def test_what_finetunes_needs_a_start(tmp_path: Path, live: LiveTeacher) -> None:
+    with pytest.raises(UserError, match="strategy=finetune_decoder starts from a distilled student: give init=RUN_DIR"):
+        run(tmp_path, live, student(live), strategy=FinetuneDecoder())
+
+
+def test_annotations_where_there_are_none(tmp_path: Path, live: LiveTeacher) -> None:
+    strategy = SemiCoupled(targets="annotations", tokens="minimum")
+    with pytest.raises(UserError, match=r"take prompts=boxes .* with prompts.masks=annotations"):
+        run(tmp_path, live, student(live), strategy=strategy)
+    with pytest.raises(UserError, match="these data have no annotations: take data=sa1b"):
+        run(tmp_path, live, student(live), strategy=strategy, prompts=Boxes(1, 0, masks="annotations"))
+
+
+def test_batches_accumulate(tmp_path: Path, live: LiveTeacher) -> None:
+    """Two batches of two images make one step of four, and a resumed run goes on with the images that come next."""
+    run(tmp_path, live, student(live), accumulate=2, budget="8 images", validate_every="1 step")
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert (metrics["steps"], metrics["images"], metrics["images_per_step"]) == (2, 8, 4)
+    assert sorted(history(tmp_path, "val/miou/point")) == [0, 1, 2]
+
+
+def test_a_step_of_several_batches_is_told_as_one(
+    tmp_path: Path, live: LiveTeacher, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The loss is the mean of its batches', the images are all of them, and there is one line."""
+
+    class Told(Decoupled):
+        losses: list[float] = []  # noqa: RUF012
+
+        def step(self, sam: Sam, batch: Batch) -> StepOutput:
+            out = super().step(sam, batch)
+            self.losses.append(out.loss.item())
+            return out
+
+    caplog.set_level(logging.INFO)
+    run(tmp_path, live, student(live), strategy=Told(), accumulate=3, budget="3 steps", step_times=True, ema=0.9)
+    expected = [sum(Told.losses[first : first + 3]) / 3 for first in (0, 3, 6)]
+    assert list(history(tmp_path, "train/loss").values()) == pytest.approx(expected, rel=1e-4)
+    assert [line.partition("  ")[0] for line in caplog.messages if "images/s" in line] == [
+        f"step {number}/3" for number in (1, 2, 3)
+    ]
+    spent = sum(history(tmp_path, name)[3] for name in columns(tmp_path) if name.startswith("time/"))
+    assert spent == pytest.approx(1000 * 6 / history(tmp_path, "train/images_per_second")[3], rel=0.1)
+
+
+def test_stopped_between_two_batches_of_a_step(tmp_path: Path, live: LiveTeacher) -> None:
+    """The step is finished first, and what it logs is written; going on gives what an undisturbed run gives."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    whole.mkdir()
+    broken.mkdir()
+    asked: dict[str, Any] = {"accumulate": 3, "budget": "4 steps", "validate_every": "4 steps"}
+    run(whole, live, student(live), strategy=Called(at=0), **asked)
+    with pytest.raises(SystemExit):
+        run(broken, live, student(live), strategy=Called(at=5), **asked)
+    assert torch.load(broken / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
+    assert sorted(history(broken, "train/loss")) == [1, 2]
+    run(broken, live, student(live), strategy=Called(at=0), resume=str(broken), **asked)
+    for column in ("train/loss", "train/luck"):
+        assert history(broken, column) == pytest.approx(history(whole, column), rel=1e-4), column
+
+
+class Called(Decoupled):
+    """Decoupled, until a scheduler wants the machine back."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.left = at
+
+    def step(self, sam: Sam, batch: Batch) -> StepOutput:
+        self.left -= 1
+        if not self.left:
+            os.kill(os.getpid(), signal.SIGTERM)
+        out = super().step(sam, batch)
+        return replace(out, logs={"luck": torch.rand(())})
+
+
+def test_chance_is_another_on_each_rank(live: LiveTeacher) -> None:
+    """In a student with DropPath, whose outputs tell which blocks were left out; and the same if it is repeated."""
+    sam = new_student(TinyViT("11m", pretrained=False), live.sam, image_size=64, neck_from_teacher=False)
+    module = Distillation(sam, Decoupled(), live, Points(1, 0), AdamW(), Agreement())
+    batch: Any = collate([Drawings().load(0), Drawings().load(3)])
+
+    def output(rank: int, step: int, part: int) -> tuple[float, ...]:
+        trainer: Any = SimpleNamespace(global_rank=rank, global_step=step, accumulate_grad_batches=2)
+        module._trainer = trainer
+        module.on_train_batch_start(batch, 2 * step + part)
+        with torch.no_grad():
+            return tuple(module.student.encode(batch.images, batch.sizes)[:, 0, 5, 5].tolist())
+
+    places = [(rank, step, part) for rank in (0, 1) for step in (0, 1) for part in (0, 1)]
+    seen = [output(*place) for place in places]
+    assert len(set(seen)) == len(places)
+    assert [output(*place) for place in places] == seen
+
+
+def test_parts_learn_at_their_own_rates(finished: tuple[Path, Sam], tmp_path: Path, live: LiveTeacher) -> None:
+    optim = AdamW(lr=1e-3, scale={"mask_decoder": 0.1})
+    run(tmp_path, live, student(live), strategy=Coupled(), optim=optim, budget="1 step", accumulate=1)
+    rate, slow = (history(tmp_path, f"train/lr/{part}")[1] for part in ("image_encoder", "mask_decoder"))
+    assert slow == pytest.approx(0.1 * rate)
+    with pytest.raises(UserError, match=r"optim.scale names mask_decoder; what trains is image_encoder"):
+        run(tmp_path, live, student(live), optim=optim)
+
+
+def test_the_average_is_what_is_judged_and_saved(tmp_path: Path, live: LiveTeacher) -> None:
+    """And training goes on without it, also after a crash; with Muon, whose momentum must come back as well."""
+    asked: dict[str, Any] = {"ema": 0.9, "optim": Muon(lr=1e-3)}
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    whole.mkdir()
+    broken.mkdir()
+    run(whole, live, student(live), **asked)
+    kept = torch.load(whole / "checkpoints" / "last.ckpt", weights_only=True)
+    key = "image_encoder.neck.conv.weight"
+    average, last = kept["state_dict"][f"student.{key}"], kept["current_model_state"][f"student.{key}"]
+    assert not torch.equal(average, last)
+    assert torch.equal(load_sam(whole).state_dict()[key], average)
+    metrics = judge(
+        student=load_sam(whole), teacher=live, source=Drawings(), split="val", protocol=Agreement(points=1),
+        hardware=HARDWARE, batch_size=2, run_dir=tmp_path,
+    )  # fmt: skip
+    assert metrics["embedding_mse"] == pytest.approx(history(whole, "val/embedding_mse")[6], rel=1e-5)
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(broken, live, student(live), strategy=Stumbling(5), **asked)
+    run(broken, live, student(live), resume=str(broken), **asked)
+    for column in ("train/loss", "val/embedding_mse"):
+        assert history(broken, column) == pytest.approx(history(whole, column), rel=1e-4), column
+
+
+def test_a_long_average_forgets_the_first_weights(tmp_path: Path, live: LiveTeacher) -> None:
+    sam, key = student(live), "image_encoder.neck.conv.weight"
+    first = sam.state_dict()[key].clone()
+    run(tmp_path, live, sam, ema=0.9999)
+    kept = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    average, last = kept["state_dict"][f"student.{key}"], kept["current_model_state"][f"student.{key}"]
+    assert (average - last).norm() < 0.5 * (first - last).norm()
+
+
+def test_step_times_add_up(tmp_path: Path, live: LiveTeacher) -> None:
+    run(tmp_path, live, student(live), strategy=Coupled(), budget="4 steps", validate_every="4 steps", step_times=True)
+    parts = {name: history(tmp_path, name) for name in columns(tmp_path) if name.startswith("time/")}
+    assert set(parts) == {f"time/{part}" for part in ("data", "teacher", "encoder", "decoder", "loss", "optimizer")}
+    whole = 1000 * 2 / history(tmp_path, "train/images_per_second")[4]
+    assert sum(values[4] for values in parts.values()) == pytest.approx(whole, rel=0.1)
+
+
+def test_a_plan_trains_nothing(tmp_path: Path, live: LiveTeacher, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(tmp_path, live, student(live), plan=True, budget="500 steps", accumulate=2) == {}
+    said = capfd.readouterr().out
+    assert "What 500 steps will take" in said
+    assert "2000, 500.0 epochs of 4" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_resuming_nothing(tmp_path: Path, live: LiveTeacher) -> None:
+    with pytest.raises(UserError, match=r"there is no .*last\.ckpt"):
+        run(tmp_path, live, student(live), resume=str(tmp_path))
+
+
+def test_a_resumed_run_takes_new_rates_but_no_other_images(
+    finished: tuple[Path, Sam], tmp_path: Path, live: LiveTeacher
+) -> None:
+    shutil.copytree(finished[0], tmp_path / "run")
+    there: dict[str, Any] = {"resume": str(finished[0])}
+    run(tmp_path / "run", live, student(live), budget="8 steps", optim=AdamW(lr=1e-5, weight_decay=0.5), **there)
+    assert history(tmp_path / "run", "train/lr")[7] <= 1e-5
+    groups = torch.load(tmp_path / "run/checkpoints/last.ckpt")["optimizer_states"][0]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [0.5, 0.0]
+    with pytest.raises(UserError, match="2 images per step then, 4 now"):
+        run(tmp_path / "run", live, student(live), batch_size=4, **there)
+    other = Drawings()
+    other.train = range(3)
+    with pytest.raises(UserError, match="the images to train on are not those that the run began with; init="):
+        run(tmp_path / "run", live, student(live), source=other, **there)
+
+
+def test_nothing_held_out_is_told(finished: tuple[Path, Sam], tmp_path: Path, live: LiveTeacher) -> None:
+    source = Drawings()
+    source.val = range(0)
+    with pytest.raises(UserError, match=r"data\.val_images: 0 images are held out to judge the student on"):
+        run(tmp_path, live, student(live), source=source)
+    with pytest.raises(UserError, match=r"split=val: there is no such image; are any held out, by data\.val_images"):
+        judge(
+            student=live.sam, teacher=live, source=source, split="val", protocol=Agreement(points=1),
+            hardware=HARDWARE, batch_size=2, run_dir=tmp_path,
+        )  # fmt: skip
+
+
+def test_a_student_that_says_nan_is_no_zero(live: LiveTeacher) -> None:
+    batch = collate([Drawings().load(0), Drawings().load(3)])
+    agreement = Agreement(points=1)
+    own = torch.zeros(2, 256, 64, 64)
+    broken = own.clone()
+    broken[1, 0, 0, 0] = torch.nan
+    with pytest.raises(UserError, match="the student's embedding of drawing3 holds NaN or infinity"):
+        Judge(agreement).update(agreement.see(live.sam, broken, batch), own, [])
+    with pytest.raises(UserError, match="the teacher's embedding of drawing3 holds NaN"):
+        Judge(agreement).update(agreement.see(live.sam, own, batch), broken, [])
+
+
+def test_resuming_another_architecture(finished: tuple[Path, Sam], tmp_path: Path, live: LiveTeacher) -> None:
+    other = new_student(TinyViT("11m", pretrained=False), live.sam, image_size=128, neck_from_teacher=False)
+    with pytest.raises(UserError, match="resume: the checkpoint holds"):
+        run(tmp_path, live, other, resume=str(finished[0]))
+
+
+def test_the_teacher_agrees_with_itself(tmp_path: Path, live: LiveTeacher) -> None:
+    metrics = judge(
+        student=load_sam("mobile_sam"), teacher=live, source=Drawings(), split="val", protocol=Agreement(points=2),
+        hardware=HARDWARE, batch_size=2, run_dir=tmp_path,
+    )  # fmt: skip
+    assert metrics["miou/point"] == metrics["miou/box"] == 1.0
+    assert metrics["embedding_mse"] == 0.0
+
+
+def test_validation_and_evaluate_say_the_same(finished: tuple[Path, Sam], tmp_path: Path, live: LiveTeacher) -> None:
+    metrics = judge(
+        student=load_sam(finished[0]), teacher=live, source=Drawings(), split="val", protocol=Agreement(points=1),
+        hardware=HARDWARE, batch_size=2, run_dir=tmp_path,
+    )  # fmt: skip
+    trained = json.loads((finished[0] / "metrics.json").read_text())
+    for name in ("miou/point", "miou/box", "embedding_mse", "blind/miou/point", "blind/miou/box"):
+        assert metrics[name] == pytest.approx(trained[name], abs=1e-6)
+    assert metrics["blind/images"] == 2
+
+
+def test_validation_and_evaluate_say_the_same_in_bf16(tmp_path: Path, live: LiveTeacher) -> None:
+    hardware = Hardware(accelerator="cpu", precision="bf16", workers=0)
+    trained = run(tmp_path, live, student(live), hardware=hardware, budget="1 step", validate_every="1 step")
+    metrics = judge(
+        student=load_sam(tmp_path), teacher=live, source=Drawings(), split="val", protocol=Agreement(points=1),
+        hardware=hardware, batch_size=2, run_dir=tmp_path,
+    )  # fmt: skip
+    for name in ("miou/point", "miou/box", "embedding_mse"):
+        assert metrics[name] == pytest.approx(trained[name], abs=1e-6), name
+
+
+def test_a_single_image_has_no_blind_baseline(tmp_path: Path, live: LiveTeacher) -> None:
+    source = Drawings()
+    source.val = range(5, 6)
+    metrics = judge(
+        student=live.sam, teacher=live, source=source, split="val", protocol=Agreement(points=1),
+        hardware=HARDWARE, batch_size=2, run_dir=tmp_path,
+    )  # fmt: skip
+    assert metrics["images"] == 1
+    assert not any("blind" in name for name in metrics)
+
+
+def test_the_blind_baseline_leaves_out_the_image_itself(live: LiveTeacher) -> None:
+    """Two images: each is answered with the other's embedding, whichever order they come in."""
+    batch = collate([Drawings().load(0), Drawings().load(3)])
+    agreement = Agreement(points=2)
+    own = live.sam.encode(batch.images, batch.sizes)
+    targets = agreement.ask(agreement.see(live.sam, own, batch))
+    swapped = Judge(agreement)
+    swapped.update(agreement.see(live.sam, own.flip(0), batch), own, targets)
+    expected = {f"blind/{name}": value for name, value in swapped.compute().items() if "miou" in name}
+    assert blind(Judge(agreement), live.sam, [(batch, own, targets)], own.sum(0), 2) == pytest.approx(
+        expected, abs=0.02
+    )
