@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from sam_distill.files import whole
+from sam_distill.files import atomic_write
 from sam_distill.models.checkpoints import Checkpoint, fingerprint, load_sam
 from sam_distill.models.encoders import Neck
 from sam_distill.models.sam import Sam
@@ -158,7 +158,7 @@ class _NoEncoder(nn.Module):
 def save_parts(sam: Sam, cache: Path) -> None:
     """All of a teacher but its backbone, for the `CachedTeacher` of that cache."""
     ours = Sam(_NoEncoder()).state_dict().keys()
-    with whole(cache / PARTS) as draft, draft.open("wb") as file:
+    with atomic_write(cache / PARTS) as draft, draft.open("wb") as file:
         torch.save({key: value.detach().cpu() for key, value in sam.state_dict().items() if key in ours}, file)
 
 

@@ -229,8 +229,8 @@ def test_what_runs_on_one_device_refuses_more(
 ) -> None:
     options = {"evaluate": ["checkpoint=mobile_sam"], "segment": ["image=a.jpg", "path=b.png"]}.get(command, [])
     assert app.run(command, [*options, "trainer=ddp", "trainer.devices=4", "trainer.nodes=2"]) == 2
-    told = [f"error: trainer.{name}: {command} runs on one device" for name in ("devices=4", "nodes=2")]
-    assert [line.partition(";")[0] for line in capsys.readouterr().err.splitlines()] == told
+    message = [f"error: trainer.{name}: {command} runs on one device" for name in ("devices=4", "nodes=2")]
+    assert [line.partition(";")[0] for line in capsys.readouterr().err.splitlines()] == message
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert app.run(command, options) == 2

@@ -57,15 +57,15 @@ def test_onnx_and_the_snippets_of_the_docs(place: Path, student: Sam, capfd: pyt
     assert sorted(file.name for file in Path("student_onnx").iterdir()) == [
         "contract.json", "decoder.onnx", "encoder.onnx",
     ]  # fmt: skip
-    told = json.loads(Path("student_onnx/contract.json").read_text())
+    contract = json.loads(Path("student_onnx/contract.json").read_text())
     for graph in ("encoder", "decoder"):
-        session = onnx.open_session(Path("student_onnx") / told[graph]["file"])
+        session = onnx.open_session(Path("student_onnx") / contract[graph]["file"])
         for side in ("inputs", "outputs"):
             tensors = getattr(session, f"get_{side}")()
             assert [(t.name, len(t.shape)) for t in tensors] == [
-                (t["name"], len(t["shape"])) for t in told[graph][side]
+                (t["name"], len(t["shape"])) for t in contract[graph][side]
             ]
-    assert told["checked"]["mask_iou"] > 0.999
+    assert contract["checked"]["mask_iou"] > 0.999
     ((contender, about),) = exported_encoders(Path("student_onnx"))  # as `sam-distill bench encoder exported=DIR` does
     assert contender.run().shape == (1, 256, 64, 64)
     assert about.startswith("sam-distill, onnx, fp32: 6")

@@ -37,9 +37,9 @@ def test_every_part_runs_and_is_not_repeated(tmp_path: Path) -> None:
     assert parts["train"]["steps"] == 2
     assert "miou/point" in parts["train"]
     assert "optim.lr=1e-4" in parts["train"]["command"]
-    told = (tmp_path / "README.md").read_text()
-    assert "toy sizes" in told
-    assert "not run" not in told.partition("|")[2]
+    text = (tmp_path / "README.md").read_text()
+    assert "toy sizes" in text
+    assert "not run" not in text.partition("|")[2]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

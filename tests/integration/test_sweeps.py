@@ -56,8 +56,8 @@ def status(number: int) -> tuple[str, str | None]:
 def test_a_pool(toy: Callable[..., int], capfd: pytest.CaptureFixture[str]) -> None:
     """A failure does not stop the others, and is in the exit status; again, only what failed is done."""
     assert toy(*POOL, "how=mistake,meet,well") == 1
-    told = capfd.readouterr()
-    assert told.err == "error: job 0 (how=mistake): mend me\nerror: 1 of 3 jobs failed: 0\n"
+    output = capfd.readouterr()
+    assert output.err == "error: job 0 (how=mistake): mend me\nerror: 1 of 3 jobs failed: 0\n"
     assert [status(number) for number in range(3)] == [("failed", "mend me"), ("finished", None), ("finished", None)]
     failed, met = (json.loads(Path(f"sweep/{number}/seen.json").read_text()) for number in (0, 1))
     assert len({failed["process"], met["process"], os.getpid()}) == 3
@@ -65,9 +65,9 @@ def test_a_pool(toy: Callable[..., int], capfd: pytest.CaptureFixture[str]) -> N
     assert failed["threads"] == max(1, joblib.cpu_count() // 2)
 
     assert toy(*POOL, "how=mistake,meet,well") == 1
-    told = capfd.readouterr()
-    assert told.out.count("has finished before") == 2
-    assert told.err.count("mend me") == 1
+    output = capfd.readouterr()
+    assert output.out.count("has finished before") == 2
+    assert output.err.count("mend me") == 1
 
 
 def test_folders_of_a_pool_have_one_name(toy: Callable[..., int]) -> None:
@@ -98,5 +98,5 @@ def test_submitit(toy: Callable[..., int]) -> None:
 
 def test_a_launcher_that_is_not_there(toy: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
     assert toy("-m", "hydra/launcher=slurm", "how=well,fine") == 2
-    assert "no such choice; " in (told := capsys.readouterr().err)
-    assert told.endswith("; pip install 'sam-distill[sweeps]' brings joblib and submitit_*\n")
+    assert "no such choice; " in (output := capsys.readouterr().err)
+    assert output.endswith("; pip install 'sam-distill[sweeps]' brings joblib and submitit_*\n")

@@ -42,7 +42,7 @@ def values(items: Any) -> dict[str, Any]:
     return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
 
 
-class Told:
+class LoggedRun:
     """One run as W&B will have it."""
 
     def __init__(self, run_dir: Path) -> None:
@@ -103,21 +103,21 @@ def test_steps_go_on_in_a_resumed_run(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_a_sweep_as_wandb_has_it(sweep: Path) -> None:
     folders = [sweep / "tinyvit_0_seed0", sweep / "tinyvit_1_seed0"]
-    runs = [Told(folder) for folder in folders]
-    for run_dir, told, padding in zip(folders, runs, (0, 1), strict=True):
-        assert told.run.display_name.startswith(f"decoupled-tinyvit-64px-strategy.padding={padding}-")
-        assert told.run.display_name.endswith("-budget=4 steps-encoder.pretrained=False-seed0")
-        assert told.run.run_group == "padding_mask"
-        assert [*told.run.tags] == ["padding_mask", "decoupled", "tinyvit", "mobile_sam", "photos", "small", "first"]
-        assert told.config["strategy"]["padding"] == padding
-        assert told.config["choices"]["encoder"] == "tinyvit"
-        assert told.config["version"] == json.loads((run_dir / "status.json").read_text())["version"]
-        assert told.config["teacher_sha256"] == weights.sha256("mobile_sam")
+    runs = [LoggedRun(folder) for folder in folders]
+    for run_dir, logged, padding in zip(folders, runs, (0, 1), strict=True):
+        assert logged.run.display_name.startswith(f"decoupled-tinyvit-64px-strategy.padding={padding}-")
+        assert logged.run.display_name.endswith("-budget=4 steps-encoder.pretrained=False-seed0")
+        assert logged.run.run_group == "padding_mask"
+        assert [*logged.run.tags] == ["padding_mask", "decoupled", "tinyvit", "mobile_sam", "photos", "small", "first"]
+        assert logged.config["strategy"]["padding"] == padding
+        assert logged.config["choices"]["encoder"] == "tinyvit"
+        assert logged.config["version"] == json.loads((run_dir / "status.json").read_text())["version"]
+        assert logged.config["teacher_sha256"] == weights.sha256("mobile_sam")
         metrics = json.loads((run_dir / "metrics.json").read_text())
         for fact in ("teacher_sha256", "data_keys", "parameters", "token"):
-            assert told.config[fact] == metrics[fact]
+            assert logged.config[fact] == metrics[fact]
 
-        curve, losses = told.curve("val/miou/point"), told.curve("train/loss")
+        curve, losses = logged.curve("val/miou/point"), logged.curve("train/loss")
         assert sorted(curve) == [0, 2, 4]
         assert sorted(losses) == [1, 2, 3, 4]
         assert curve[4] == pytest.approx(metrics["miou/point"])
@@ -127,17 +127,17 @@ def test_a_sweep_as_wandb_has_it(sweep: Path) -> None:
             "val/embedding_mse": min,
             "train/loss": min,
         }.items():
-            assert getattr(told.metrics[name].summary, best.__name__)
-            assert told.metrics[name].step_metric == "trainer/global_step"
-            measured = told.curve(name)
-            assert told.summary[name] == {best.__name__: best(measured.values()), "last": measured[4]}
+            assert getattr(logged.metrics[name].summary, best.__name__)
+            assert logged.metrics[name].step_metric == "trainer/global_step"
+            measured = logged.curve(name)
+            assert logged.summary[name] == {best.__name__: best(measured.values()), "last": measured[4]}
     assert runs[0].config["data_keys"] == runs[1].config["data_keys"]
 
 
 def test_masks_over_pictures(sweep: Path) -> None:
     run_dir = sweep / "tinyvit_0_seed0"
-    told = Told(run_dir)
-    columns, rows, files = told.table("val/pictures")
+    logged = LoggedRun(run_dir)
+    columns, rows, files = logged.table("val/pictures")
     assert columns[:4] == ["picture", "image", "kind", "prompt"]
     assert [row[columns.index("kind")] for row in rows] == ["point", "box"]
     for row in rows:
@@ -154,6 +154,6 @@ def test_masks_over_pictures(sweep: Path) -> None:
         labels = json.loads(files[picture["classes"]["path"]].read_text())["class_set"]
         assert [(one["id"], one["name"]) for one in labels] == [(1, "teacher"), (2, "student")]
     assert all(file.is_relative_to(run_dir) for file in files.values()), "uploaded later, from the run's own folder"
-    last = [row for row in told.history if "val/masks/captions" in row][-1]
+    last = [row for row in logged.history if "val/masks/captions" in row][-1]
     assert last["val/masks/captions"] == [row[0]["caption"] for row in rows]
     assert sum(file.stat().st_size for file in files.values()) < 100_000 * len(rows)

@@ -21,10 +21,10 @@ from sam_distill.benchmark.tables import Finding
 from sam_distill.benchmark.timing import Contender, race
 from sam_distill.data.base import DataSource, collate
 from sam_distill.data.cache import Cache, ShardWriter, members, update_manifest
-from sam_distill.data.contents import Contents, remembered, stamp_of
 from sam_distill.data.embeddings import Dtype
 from sam_distill.data.photos import Photos
 from sam_distill.data.sa1b import Sa1b
+from sam_distill.data.tar_index import Contents, remembered, stamp_of
 from sam_distill.images import decode, to_frame
 from sam_distill.types import EMBED_DIM, FRAME, GRID, Sample, UserError
 
@@ -136,7 +136,7 @@ def _starting(folder: Path) -> Finding:
 
         def start() -> object:
             source = Sa1b(str(folder))
-            return source.fingerprint, source.damage, source.train_stream(0, 0, 0, 8, 8)
+            return source.fingerprint, source.skipped_samples, source.train_stream(0, 0, 0, 8, 8)
 
         timings = race([Contender("sam-distill", start)], "cpu", turns=3)
     return Finding(f"Start on {SA1B_TARS * each:,} images in {SA1B_TARS:,} tars that were read before", timings=timings)

@@ -41,8 +41,8 @@ def bench_everything(sam: Sam, image: np.ndarray[Any, Any], points_per_side: int
 
 def likeness(ours: Records, theirs: Records) -> str:
     """How far two sets of masks (coco_rle) are the same: how many there are, and how well each of theirs is met."""
-    told = f"{len(ours)} masks, theirs {len(theirs)}"
+    counts = f"{len(ours)} masks, theirs {len(theirs)}"
     if not ours or not theirs:
-        return told
+        return counts
     iou = np.mean([row.iou for row in nearest("", theirs, ours)])
-    return f"{told}; mean IoU of theirs with our nearest: {iou:.4f}"
+    return f"{counts}; mean IoU of theirs with our nearest: {iou:.4f}"

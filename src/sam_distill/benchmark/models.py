@@ -61,11 +61,11 @@ def bench_encoder(sam: Sam, device: str, compiled: bool, onnx: bool, exported: P
         twin = deepcopy(sam)
         twin.image_encoder = torch.compile(twin.image_encoder)  # type: ignore[assignment]
         contenders.append(Contender("sam-distill, bf16, torch.compile", encode(torch.bfloat16, twin)))
-    told = []
+    notes = []
     if device == "cpu" and exported:
         for contender, about in exported_encoders(exported):
             contenders.append(contender)
-            told.append(about)
+            notes.append(about)
     elif onnx and device == "cpu" and find_spec("onnx") and find_spec("onnxruntime") and find_spec("onnxscript"):
         contenders.append(_onnx_encoder(sam))
     peer = peer_of(sam)
@@ -75,9 +75,9 @@ def bench_encoder(sam: Sam, device: str, compiled: bool, onnx: bool, exported: P
         contenders.append(Contender(f"{name}, fp32", lambda: model.image_encoder(model.preprocess(pixels)), ours=False))
     with FlopCounterMode(display=False) as counter:
         encode(None)()
-    facts = f"{sam.sizes['parameters'] / 1e6:.2f}M parameters, {counter.get_total_flops() / 2e9:.1f} GMACs"
+    facts = f"{sam.parameter_counts['parameters'] / 1e6:.2f}M parameters, {counter.get_total_flops() / 2e9:.1f} GMACs"
     what = f"Image encoder at {sam.image_size} px, {device}: {facts}"
-    note = "\n".join([*told, *([] if peer else [MISSING]), PAPER_ENCODER])
+    note = "\n".join([*notes, *([] if peer else [MISSING]), PAPER_ENCODER])
     finding = Finding(what, "image", race(contenders, device, seconds), note)
     return _with_times(finding, "encoder_ms")
 
@@ -126,7 +126,7 @@ def bench_decoder(sam: Sam, device: str, seconds: float) -> Iterator[Finding]:
             run = _peer_decoder(model, embedding, points, labels)
             contenders.append(Contender(f"{name}, fp32", run, count, ours=False))
         what = f"Mask decoder, {count} point prompt{'s' * (count > 1)} on one image, {device}"
-        what += f": {sam.sizes['parameters/mask_decoder'] / 1e6:.2f}M parameters"
+        what += f": {sam.parameter_counts['parameters/mask_decoder'] / 1e6:.2f}M parameters"
         yield Finding(what, "prompt", race(contenders, device, seconds), PAPER_DECODER if peer else MISSING)
 
 
@@ -173,9 +173,9 @@ def bench_fastsam(model: FastSam, photograph: np.ndarray, device: str, seconds: 
 
 def counted(sam: Sam) -> Finding:
     """Parameters of the model and its parts."""
-    encoder, prompts, decoder, model = (f"{number / 1e6:,.3f}M" for number in sam.sizes.values())
+    encoder, prompts, decoder, model = (f"{number / 1e6:,.3f}M" for number in sam.parameter_counts.values())
     what = f"Parameters: image encoder {encoder}, prompt encoder {prompts}, mask decoder {decoder}, together {model}"
-    return Finding(what, note=PAPER_PARAMETERS, metrics=dict(sam.sizes))
+    return Finding(what, note=PAPER_PARAMETERS, metrics=dict(sam.parameter_counts))
 
 
 def _decoder(sam: Sam, embedding: Tensor, prompts: Prompts, dtype: torch.dtype | None) -> Callable[[], object]:

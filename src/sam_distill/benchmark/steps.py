@@ -8,7 +8,7 @@ from sam_distill.benchmark.tables import Finding
 from sam_distill.benchmark.timing import Timing, wait_for
 from sam_distill.data.base import collate
 from sam_distill.runs.hardware import Hardware
-from sam_distill.training.datamodule import Loaders
+from sam_distill.training.datamodule import DistillationData
 from sam_distill.training.lightning_module import Distillation
 from sam_distill.training.plan import WARM_UP, measure_steps
 
@@ -16,7 +16,7 @@ STEPS = 8  # at a time, ...
 TURNS = 3  # ... in turn
 
 
-def bench_step(module: Distillation, loaders: Loaders, hardware: Hardware) -> Finding:
+def bench_step(module: Distillation, loaders: DistillationData, hardware: Hardware) -> Finding:
     """The whole loop of `sam-distill train`, data included, against a bare PyTorch loop over one batch."""
     whole, bare, waits = [], [], []
     for _ in range(TURNS):
@@ -33,7 +33,7 @@ def bench_step(module: Distillation, loaders: Loaders, hardware: Hardware) -> Fi
     return Finding(what, "image", timings, f"waiting for data: {100 * sum(waits) / TURNS:.1f}% of the time")
 
 
-def _bare_steps(module: Distillation, loaders: Loaders, hardware: Hardware) -> list[float]:
+def _bare_steps(module: Distillation, loaders: DistillationData, hardware: Hardware) -> list[float]:
     stream = iter(loaders.source.train_stream(0, 0, 0, 1, loaders.batch_size))
     batch = collate([next(stream) for _ in range(loaders.batch_size)]).to(hardware.kind)
     module.to(hardware.kind).train()

@@ -29,7 +29,7 @@ from sam_distill.images import decode, to_frame
 from sam_distill.models.weights import digest
 from sam_distill.runs import processes
 from sam_distill.runs.hardware import Hardware
-from sam_distill.runs.progress import Tally
+from sam_distill.runs.progress import CountProgress
 from sam_distill.runs.status import alone
 from sam_distill.teachers import LiveTeacher, check_finite, save_parts
 from sam_distill.types import FRAME, Sample, UserError
@@ -128,8 +128,8 @@ def write_cache(job: CacheJob) -> dict[str, Any]:
     facts = _facts(job)
     _begin(folder, facts, job.teacher)
     rank, ranks = processes.place(hardware.devices, hardware.nodes)
-    told = f"path={folder}: another process is writing this cache; wait for it, or stop it"
-    with alone(folder / f".writing-{rank}.lock", told):  # two would write the same tars
+    message = f"path={folder}: another process is writing this cache; wait for it, or stop it"
+    with alone(folder / f".writing-{rank}.lock", message):  # two would write the same tars
         job.teacher.sam.to(hardware.kind)
         todo = [number for number in range(rank, len(blocks), ranks) if not done(folder, number)]
         log.info(
@@ -137,7 +137,7 @@ def write_cache(job: CacheJob) -> dict[str, Any]:
             folder, job.images, len(blocks), len(todo), hardware.num_format, hardware.kind,
         )  # fmt: skip
         writer = _Writer(job, {n: blocks[n].images for n in todo}, facts)
-        with Tally(sum(writer.expected.values()), "Caching") as tally, writer:
+        with CountProgress(sum(writer.expected.values()), "Caching") as tally, writer:
             for number, prepared in job.loader(todo):
                 writer.take(number, prepared, job.embed(prepared))
                 tally.add(len(prepared), f"{writer.bytes / 1e6:,.0f} MB")
@@ -209,7 +209,7 @@ def verify(folder: Path) -> dict[str, int]:
     """Compare every tar with its line in the manifest. A UserError names those that differ."""
     manifest = read_manifest(folder)
     wrong = []
-    with Tally(len(manifest["shards"]), "Verifying") as tally:
+    with CountProgress(len(manifest["shards"]), "Verifying") as tally:
         for name, line in manifest["shards"].items():
             tar = folder / name
             if not tar.is_file():
@@ -221,8 +221,8 @@ def verify(folder: Path) -> dict[str, int]:
     if wrong:
         raise UserError(f"{folder}: {'; '.join(wrong)}. Delete what has changed and run sam-distill cache again")
     if missing:
-        told = f"{missing} of {manifest['tars']} tars have not been written yet; the others are whole"
-        raise UserError(f"{folder}: {told}. Run the same sam-distill cache again: it goes on where it stopped")
+        message = f"{missing} of {manifest['tars']} tars have not been written yet; the others are whole"
+        raise UserError(f"{folder}: {message}. Run the same sam-distill cache again: it goes on where it stopped")
     return {"images": manifest["images"], "tars": manifest["tars"]}
 
 
@@ -255,8 +255,10 @@ def _begin(folder: Path, facts: dict[str, Any], teacher: LiveTeacher) -> None:
         before = read_manifest(folder)
         other = [name for name, value in facts.items() if name != "teacher" and before.get(name) != value]
         if other:
-            told = ", ".join(f"{name} {_short(before.get(name))} there, {_short(facts[name])} here" for name in other)
-            raise UserError(f"path={folder} holds another cache, and caches are not mixed: {told}")
+            message = ", ".join(
+                f"{name} {_short(before.get(name))} there, {_short(facts[name])} here" for name in other
+            )
+            raise UserError(f"path={folder} holds another cache, and caches are not mixed: {message}")
     save_parts(teacher.sam, folder)
     update_manifest(folder, facts)
 

@@ -31,7 +31,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from sam_distill.cli import pool
+from sam_distill.cli import joblib_workers
 from sam_distill.cli.allocator import keep_freed_memory
 from sam_distill.cli.compose import compose_jobs
 from sam_distill.cli.config import check
@@ -121,8 +121,8 @@ def _run(command: str, argv: list[str], conf_dir: Path, folders: tuple[str, str]
     jobs, mistakes = compose_jobs(conf_dir, command, args.overrides + extra, args.multirun)
     only_shown = args.hydra_help or args.cfg or args.info or args.shell_completion
     if not (args.help or only_shown):
-        told = {line.partition("=")[0] for line in mistakes}  # a key that can't be read is not missing as well
-        mistakes += [line for job in jobs for line in check(job) if line.partition("=")[0] not in told]
+        message = {line.partition("=")[0] for line in mistakes}  # a key that can't be read is not missing as well
+        mistakes += [line for job in jobs for line in check(job) if line.partition("=")[0] not in message]
         mistakes = list(_of_another_command(jobs, command)) or mistakes
         mistakes += _forbidden_sweep(jobs, command, args.multirun)
         mistakes += _too_many(jobs, command)
@@ -222,7 +222,7 @@ def _signals_end_it() -> Iterator[None]:
     heard: list[int] = []
 
     def end(number: int, frame: FrameType | None) -> None:
-        workers = [] if heard else pool.workers()
+        workers = [] if heard else joblib_workers.workers()
         if not workers:
             raise SystemExit(128 + number)
         heard.append(number)

@@ -17,7 +17,7 @@ from sam_distill.benchmark.everything import bench_everything
 from sam_distill.benchmark.models import bench_decoder, bench_encoder, bench_fastsam, bench_image, counted
 from sam_distill.benchmark.steps import bench_step
 from sam_distill.benchmark.tables import Finding, machine, show, write
-from sam_distill.cli.answers import Judged
+from sam_distill.cli.models import Judged
 from sam_distill.data.base import DataSource
 from sam_distill.evaluate.agreement import Agreement
 from sam_distill.evaluate.fastsam import FastSam, is_fastsam
@@ -30,7 +30,7 @@ from sam_distill.prompts.samplers import Points
 from sam_distill.runs.hardware import Hardware
 from sam_distill.strategies.decoupled import Decoupled
 from sam_distill.teachers import CachedTeacher, save_parts
-from sam_distill.training.datamodule import Loaders
+from sam_distill.training.datamodule import DistillationData
 from sam_distill.training.lightning_module import Distillation
 from sam_distill.training.optimizers import AdamW
 from sam_distill.types import UserError
@@ -111,4 +111,4 @@ def _step(sam: Sam, jpegs: list[bytes], trainer: Hardware, batch_size: int) -> F
         source = temporary_cache(path, jpegs, "int8")
         save_parts(sam, path)
         module = Distillation(sam, Decoupled(), CachedTeacher(str(path)), Points(1, 0), AdamW(), Agreement())
-        return bench_step(module, Loaders(source, batch_size, 0, trainer), trainer)
+        return bench_step(module, DistillationData(source, batch_size, 0, trainer), trainer)

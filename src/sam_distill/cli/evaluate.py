@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field
 
-from sam_distill.cli.answers import Judged, answering
+from sam_distill.cli.models import Judged, teacher_for
 from sam_distill.data.base import DataSource, Split
 from sam_distill.evaluate.evaluation import judge
 from sam_distill.evaluate.everything import Everything
@@ -50,7 +50,7 @@ def evaluate(
     if isinstance(protocol, Everything):
         judge_everything(student=student, teacher=teacher, protocol=protocol, run_dir=run_dir, **asked)
     else:
-        judge(student=student, teacher=answering(teacher, data), protocol=protocol, run_dir=run_dir, **asked)
+        judge(student=student, teacher=teacher_for(teacher, data), protocol=protocol, run_dir=run_dir, **asked)
 
 
 def _data_path(run_dir: Path) -> list[str]:

@@ -19,7 +19,7 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from sam_distill.cli import pool
+from sam_distill.cli import joblib_workers
 from sam_distill.cli.config import parameters
 from sam_distill.cli.resume import LAST, taken
 from sam_distill.cli.sources import task_overrides
@@ -49,11 +49,11 @@ class Task:
         """In a worker process, before Hydra composes the job there."""
         self.__dict__.update(state)
         name_folders(*self.folders)
-        if pool.is_worker():
-            pool.settle()
+        if joblib_workers.is_worker():
+            joblib_workers.set_up_worker()
 
     def __call__(self, cfg: DictConfig) -> bool:
-        return pool.unless_stopped(lambda: self._run(cfg)) if pool.is_worker() else self._run(cfg)
+        return joblib_workers.unless_stopped(lambda: self._run(cfg)) if joblib_workers.is_worker() else self._run(cfg)
 
     def _run(self, cfg: DictConfig) -> bool:
         """Failures are told and recorded; a multirun goes on."""

@@ -17,8 +17,8 @@ from PIL import Image
 from pycocotools import mask as coco
 from pydantic import Field
 
-from sam_distill.data.choice import is_image, unique_keys
 from sam_distill.data.folder import image_files
+from sam_distill.data.selection import is_image, unique_keys
 from sam_distill.files import write_text
 from sam_distill.images import decode
 from sam_distill.models.checkpoints import Checkpoint, load_sam
@@ -26,7 +26,7 @@ from sam_distill.predict.mask_generator import SamAutomaticMaskGenerator
 from sam_distill.predict.overlays import coloured, overlay
 from sam_distill.predict.predictor import SamPredictor
 from sam_distill.runs.hardware import Hardware
-from sam_distill.runs.progress import Tally
+from sam_distill.runs.progress import CountProgress
 from sam_distill.types import UserError
 
 log = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ def segment(
         raise UserError(f"box={list(box)}: expected [x0,y0,x1,y1] with x0 < x1 and y0 < y1")
     sam = load_sam(checkpoint).to(trainer.kind)
     make, predictor = generator(sam, output_mode="coco_rle"), SamPredictor(sam)
-    tally = Tally(len(jobs), "segmenting") if len(jobs) > 1 else nullcontext()
+    tally = CountProgress(len(jobs), "segmenting") if len(jobs) > 1 else nullcontext()
     skipped = 0
     with trainer.autocast(), tally:
         for number, (file, target) in enumerate(jobs):
@@ -86,7 +86,7 @@ def segment(
                 log.warning("skipped: %s", error)
             else:
                 log.info("%s: %s", target, said)
-            if isinstance(tally, Tally):
+            if isinstance(tally, CountProgress):
                 tally.add(1)
     if skipped:
         raise UserError(f"{skipped} of {len(jobs)} images were skipped, see above; {path} holds the others")

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from sam_distill.cli.answers import answering
+from sam_distill.cli.models import teacher_for
 from sam_distill.data.base import DataSource
 from sam_distill.evaluate.agreement import Agreement
 from sam_distill.models.checkpoints import Checkpoint
@@ -52,7 +52,7 @@ def train(
     run_dir: Path,
 ) -> None:
     """Distil `teacher` into `encoder`; conf/train.yaml says what each option means. Only experiments read `scale`."""
-    whose = answering(teacher, data)
+    whose = teacher_for(teacher, data)
     fit(
         strategy=strategy,
         student=new_student(encoder, whose.sam, image_size, neck_from_teacher),

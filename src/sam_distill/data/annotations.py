@@ -13,7 +13,7 @@ from pycocotools import mask as coco
 from torch import Tensor
 
 from sam_distill.images import frame_size
-from sam_distill.prompts.draws import generator
+from sam_distill.prompts.sampling import generator
 from sam_distill.types import FRAME, LOW_RES, RunLengths, Sample, UserError
 
 

@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from sam_distill.data.annotations import run_lengths
-from sam_distill.data.choice import digest, fingerprint
+from sam_distill.data.selection import digest, fingerprint
 from sam_distill.types import FRAME, Batch, Sample, UserError
 
 logger = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ Item = TypeVar("Item")
 Split = Literal["all", "val"]  # what to evaluate on: everything there is, or what training holds out
 
 
-class Damage:
+class SkippedSamples:
     """What could not be read: a warning and a count for each, once, whichever process of a loader comes across it.
 
     unreadable: [images] bool in shared memory, a flag per training image. Ranks put theirs together now and then.
@@ -142,17 +142,17 @@ class DataSource(ABC):
         return fingerprint([np.array([digest(key) for key in self.train_keys], np.uint64)])
 
     @cached_property
-    def damage(self) -> Damage:
+    def skipped_samples(self) -> SkippedSamples:
         """What had to be skipped so far."""
-        return Damage(self.num_train_images)
+        return SkippedSamples(self.num_train_images)
 
     @property
     def skipped(self) -> int:
         """How many damaged images and tars were found so far."""
-        return len(self.damage)
+        return len(self.skipped_samples)
 
     @property
-    def damage_by_tar(self) -> dict[str, int]:
+    def skipped_by_tar(self) -> dict[str, int]:
         """How many damaged training images were found in each tar, where images come in tars."""
         return {}
 
@@ -217,7 +217,7 @@ class IndexedSource(DataSource, Generic[Item]):
             try:
                 samples.append(self.load(item))
             except UserError as error:
-                self.damage.note(str(error))
+                self.skipped_samples.note(str(error))
         return samples
 
 
@@ -233,7 +233,7 @@ class IndexedStream(IterableDataset[Sample], Generic[Item]):
         self, source: IndexedSource[Item], start: int, seed: int, rank: int, world_size: int, batch_size: int
     ) -> None:
         self.source = source
-        self.damage = source.damage  # made here, before there are workers, so that they share it
+        self.skipped_samples = source.skipped_samples  # made here, before there are workers, so that they share it
         self.start = start
         self.seed = seed
         self.rank = rank
@@ -245,7 +245,7 @@ class IndexedStream(IterableDataset[Sample], Generic[Item]):
             try:
                 yield replace(self.source.load(self.source.train[index]), epoch=epoch)
             except UserError as error:
-                self.damage.report(str(error), index)
+                self.skipped_samples.report(str(error), index)
 
     def _indices(self) -> Iterator[tuple[int, int]]:
         """Epochs and indices into `source.train`, for the batches that fall to this worker."""
@@ -278,7 +278,7 @@ class EvalStream(IterableDataset[Sample]):
                 sample = load()
                 yield replace(sample, truth=run_lengths(sample)) if self.truth else sample
             except UserError as error:
-                self.source.damage.note(str(error))
+                self.source.skipped_samples.note(str(error))
 
 
 def loader_worker() -> tuple[int, int]:

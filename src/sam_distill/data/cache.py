@@ -21,11 +21,11 @@ from typing import Annotated, Any
 from filelock import FileLock
 from pydantic import Field
 
-from sam_distill.data.choice import Fraction, Images
-from sam_distill.data.contents import companion
 from sam_distill.data.embeddings import Dtype, pack, unpack
 from sam_distill.data.sa1b import Encoded, Sa1b
+from sam_distill.data.selection import Fraction, Images
 from sam_distill.data.shards import index_tars, subset
+from sam_distill.data.tar_index import companion
 from sam_distill.files import write_json
 from sam_distill.images import decode, to_frame
 from sam_distill.models.weights import digest
@@ -64,7 +64,7 @@ class Cache(Sa1b):
         val = subset(shards, set(self.manifest["held_out"]))
         self._share_out(shards, val, f"data.path={path} has nothing to train on: all its images are held out")
         for problem in problems:
-            self.damage.note(problem)
+            self.skipped_samples.note(problem)
 
     def annotate(self, count: int, seed: int) -> None:
         self.load_json()

@@ -11,7 +11,16 @@ from typing import Any
 
 from sam_distill.data.annotations import coco_json
 from sam_distill.data.base import IndexedSource, Split
-from sam_distill.data.choice import Fraction, Images, ValImages, affordable_val, by_hash, choose, is_image, unique_keys
+from sam_distill.data.selection import (
+    Fraction,
+    Images,
+    ValImages,
+    affordable_val,
+    by_hash,
+    choose,
+    is_image,
+    unique_keys,
+)
 from sam_distill.images import decode, to_frame
 from sam_distill.types import Sample, UserError
 

@@ -27,7 +27,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from pydantic import Field
 
 from sam_distill.data.base import IndexedSource
-from sam_distill.data.choice import Fraction, ValImages
+from sam_distill.data.selection import Fraction, ValImages
 from sam_distill.images import to_frame
 from sam_distill.types import Sample
 

@@ -19,10 +19,10 @@ from pydantic import Field
 from torch.utils.data import IterableDataset
 
 from sam_distill.data.annotations import draw_annotations
-from sam_distill.data.base import Block, Damage, DataSource, Split, loader_worker
-from sam_distill.data.choice import Fraction, Images, ValImages, affordable_val, fingerprint
-from sam_distill.data.contents import companion
+from sam_distill.data.base import Block, DataSource, SkippedSamples, Split, loader_worker
+from sam_distill.data.selection import Fraction, Images, ValImages, affordable_val, fingerprint
 from sam_distill.data.shards import Shard, chosen, index_tars, spread, without
+from sam_distill.data.tar_index import companion
 from sam_distill.images import decode, to_frame
 from sam_distill.types import Sample, UserError
 
@@ -82,7 +82,7 @@ class Sa1b(DataSource):
         self.images, self.fraction, self.shuffle_buffer = images, fraction, shuffle_buffer
         self._share_out(shards, val, f"data.path={path} leaves nothing to train on: all {total} images are held out")
         for problem in problems:
-            self.damage.note(problem)
+            self.skipped_samples.note(problem)
 
     def _share_out(self, shards: list[Shard], val: list[Shard], none_left: str) -> None:
         """Validation takes `val`; training what `images` or `fraction` choose of the rest."""
@@ -116,8 +116,8 @@ class Sa1b(DataSource):
             raise UserError("not one training image has annotations: a JSON of the same name beside it in its tar")
         before, self.train, self.annotations = self.num_train_images, annotated, (count, seed)
         self._read_json()
-        problems, self.damage = self.damage.others, Damage(self.num_train_images)
-        self.damage.others |= problems
+        problems, self.skipped_samples = self.skipped_samples.others, SkippedSamples(self.num_train_images)
+        self.skipped_samples.others |= problems
         if before > self.num_train_images:
             log.warning("%d training images have no annotations: left out", before - self.num_train_images)
 
@@ -165,8 +165,8 @@ class Sa1b(DataSource):
         return fingerprint(shard.digests() for shard in self.train)
 
     @property
-    def damage_by_tar(self) -> dict[str, int]:
-        flags = self.damage.unreadable.split([len(shard) for shard in self.train])
+    def skipped_by_tar(self) -> dict[str, int]:
+        flags = self.skipped_samples.unreadable.split([len(shard) for shard in self.train])
         return {str(s.tar): int(own.sum()) for s, own in zip(self.train, flags, strict=True) if own.any()}
 
     def load_json(self) -> None:
@@ -194,7 +194,7 @@ class Sa1b(DataSource):
             try:
                 samples.append(load())
             except UserError as error:
-                self.damage.note(str(error))
+                self.skipped_samples.note(str(error))
         return samples
 
 
@@ -211,7 +211,7 @@ class TarStream(IterableDataset[Sample]):
         self.source = source
         self.shards = source.train
         self.first = np.cumsum([0, *map(len, self.shards)])  # of each shard, among all images
-        self.damage = source.damage  # made here, before there are workers, so that they share it
+        self.skipped_samples = source.skipped_samples  # made here, before there are workers, so that they share it
         self.shuffle_buffer = source.shuffle_buffer
         self.start = start
         self.seed = seed
@@ -229,7 +229,7 @@ class TarStream(IterableDataset[Sample]):
             try:
                 yield self.source.decode(image)
             except UserError as error:
-                self.damage.report(str(error), image.index)
+                self.skipped_samples.report(str(error), image.index)
 
     def _images(self, place: int, places: int, skip: int) -> Iterator[Encoded]:
         """Endless images for one of so many places, without its first `skip`; blocks end where an epoch ends."""
@@ -268,8 +268,8 @@ class TarStream(IterableDataset[Sample]):
             for member, contents in shard.read(missing, self.source.kinds):
                 yield Encoded(missing.pop(member), epoch, shard, member, contents)
             if missing:
-                told = f"{len(missing)} images of {shard.tar} from {shard.key(next(iter(missing)))} on"
-                self.damage.report(f"{told}: the tar has changed or broken", *missing.values())
+                message = f"{len(missing)} images of {shard.tar} from {shard.key(next(iter(missing)))} on"
+                self.skipped_samples.report(f"{message}: the tar has changed or broken", *missing.values())
 
     def _shuffled(self, images: Iterator[Encoded], seed: tuple[int, ...], first_block: int) -> Iterator[Encoded]:
         for number in count(first_block):

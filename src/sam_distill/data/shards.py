@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from webdataset.shardlists import expand_urls
 from webdataset.tariterators import tar_file_iterator
 
-from sam_distill.data.choice import digest, how_many
-from sam_distill.data.contents import Contents, companion, short_key
-from sam_distill.data.kept import Kept
+from sam_distill.data.local_copy import Kept
+from sam_distill.data.selection import digest, how_many
+from sam_distill.data.tar_index import Contents, companion, short_key
 from sam_distill.data.tars import HttpTar, LocalTar, PipedTar, Tar
 from sam_distill.types import UserError
 

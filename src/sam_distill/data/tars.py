@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 import requests
 
-from sam_distill.data.contents import FEW, Contents, remembered, stamp_of
+from sam_distill.data.tar_index import FEW, Contents, remembered, stamp_of
 from sam_distill.files import compression
 from sam_distill.types import UserError
 

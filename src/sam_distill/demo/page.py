@@ -66,9 +66,9 @@ def build(models: Mapping[str, Sam], examples: Sequence[Image.Image], points_per
             mode = gr.Radio([FOREGROUND, BACKGROUND, BOX], value=FOREGROUND, label="what a click means", scale=3)
             again = gr.Button("start over")
             everything = gr.Button("segment everything")
-        told = gr.Markdown(HINT, elem_id="told")
+        message = gr.Markdown(HINT, elem_id="message")
         gr.Examples([[example] for example in examples], source)
-        shown = [visit, *views, told]
+        shown = [visit, *views, message]
 
         def empty(said: str) -> list[Any]:
             return [None, *[None] * len(models), said]

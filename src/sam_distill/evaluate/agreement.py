@@ -14,8 +14,8 @@ from pydantic import Field
 
 from sam_distill.evaluate.protocol import Protocol, Target
 from sam_distill.evaluate.views import SamView, Token
-from sam_distill.prompts.draws import Draw, uniform_points
 from sam_distill.prompts.forms import box_prompts, boxes_of, point_prompts
+from sam_distill.prompts.sampling import PromptRng, uniform_points
 from sam_distill.types import FOREGROUND, LOW_RES, valid_area
 
 
@@ -42,7 +42,7 @@ class Agreement(Protocol):
 
     def ask(self, teacher: SamView) -> list[Target]:
         batch = teacher.batch
-        draw = Draw(batch.keys, [0] * len(batch), self.seed)  # the same points whenever an image is judged
+        draw = PromptRng(batch.keys, [0] * len(batch), self.seed)  # the same points whenever an image is judged
         points = uniform_points(draw, batch.sizes, self.points).unsqueeze(2)
         at_points = point_prompts(points, torch.full(points.shape[:3], FOREGROUND, device=points.device))
         answer = teacher.low_res(at_points)

@@ -87,7 +87,7 @@ def judge(
 
 def facts(student: Sam | FastSam, hardware: Hardware, images: int, total: int, seconds: float) -> dict[str, Any]:
     """What an evaluation's metrics.json says beside the scores. total: images, damaged ones included."""
-    about = student.sizes if isinstance(student, Sam) else student.description
+    about = student.parameter_counts if isinstance(student, Sam) else student.description
     return about | {
         "images": images,
         "images_skipped": total - images,

@@ -21,8 +21,8 @@ from torch import Tensor
 from sam_distill.evaluate.protocol import Outcome, Protocol, Target, outcomes
 from sam_distill.evaluate.views import MaskOf, SamView, Token, View
 from sam_distill.images import scale_points
-from sam_distill.prompts.draws import generator
 from sam_distill.prompts.forms import add_points, box_prompts, point_prompts
+from sam_distill.prompts.sampling import generator
 from sam_distill.types import ABSENT, BACKGROUND, FOREGROUND, upload
 
 

@@ -29,7 +29,7 @@ class Picture:
     """An outcome that is drawn. image: of the original size, and so are the masks, [H, W] bool."""
 
     image: Image.Image
-    told: Comparison
+    comparison: Comparison
     right: np.ndarray
     student: np.ndarray
 
@@ -111,27 +111,27 @@ class Judge(nn.Module):
         return bounds
 
     def _draw(self, outcome: Outcome, student: View) -> None:
-        told, batch = outcome.comparison, student.batch
-        if told.image not in self._wanted and len(self._wanted) < PICTURES:
-            self._wanted[told.image] = self.protocol.kinds[len(self._wanted) % len(self.protocol.kinds)]
-        if self._wanted.get(told.image) != told.kind:
+        row, batch = outcome.comparison, student.batch
+        if row.image not in self._wanted and len(self._wanted) < PICTURES:
+            self._wanted[row.image] = self.protocol.kinds[len(self._wanted) % len(self.protocol.kinds)]
+        if self._wanted.get(row.image) != row.kind:
             return
-        self._wanted[told.image] = ""  # done
-        i = batch.keys.index(told.image)
+        self._wanted[row.image] = ""  # done
+        i = batch.keys.index(row.image)
         (height, width), original_size = student.sizes[i]
         frame = batch.images[i, :, :height, :width].permute(1, 2, 0).cpu().numpy()
         original = Image.fromarray(frame).resize(original_size[::-1])
         right, answer = outcome.teacher().cpu().numpy(), outcome.student().cpu().numpy()
-        self.pictures.append(Picture(original, told, right, answer))
+        self.pictures.append(Picture(original, row, right, answer))
 
     def sheet(self) -> Image.Image:
         """Each of the pictures as a row: the image with its prompt, the right mask, the student's."""
         rows = []
         for picture in self.pictures:
-            told = picture.told
-            captions = f"image and {told.kind}", self.protocol.right, f"student   IoU {told.iou:.2f}"
+            row = picture.comparison
+            captions = f"image and {row.kind}", self.protocol.right, f"student   IoU {row.iou:.2f}"
             masks = picture.right, picture.student
-            rows.append(comparison(picture.image, *masks, told.prompt, told.labels, captions))
+            rows.append(comparison(picture.image, *masks, row.prompt, row.labels, captions))
         return column(rows)
 
 

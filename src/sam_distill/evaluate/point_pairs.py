@@ -15,8 +15,8 @@ from torch import Tensor
 
 from sam_distill.evaluate.protocol import Protocol, Target
 from sam_distill.evaluate.views import SamView, Token
-from sam_distill.prompts.draws import Draw, at_points, points_at, uniform_points
 from sam_distill.prompts.forms import point_prompts
+from sam_distill.prompts.sampling import PromptRng, at_points, points_at, uniform_points
 from sam_distill.types import ABSENT, BACKGROUND, FOREGROUND, upload
 
 
@@ -53,7 +53,7 @@ class PointPairs(Protocol):
             scale = batch.sizes.amax(1) / batch.original_sizes.amax(1)
         targets = []
         for kind, distance in zip(self.kinds, self.distances, strict=True):
-            draw = Draw(batch.keys, [0] * len(batch), self.seed, kind)
+            draw = PromptRng(batch.keys, [0] * len(batch), self.seed, kind)
             points = uniform_points(draw, batch.sizes, self.pairs)
             wanted = (distance * scale)[:, None, None]
             others = points_at(draw, points, batch.sizes, wanted, wanted)

@@ -72,9 +72,9 @@ def _row(frame: np.ndarray, ours: Records, theirs: Records) -> Image.Image:
 def _tell(metrics: dict[str, Any], run_dir: Path) -> None:
     table = Table("", "student", title=f"Everything, by the teacher's masks on {metrics['images']} images")
     table.add_row("masks per image", f"{metrics['masks']:.1f} (teacher {metrics['teacher/masks']:.1f})")
-    told = {"miou/everything": "mIoU of the teacher's masks with the nearest", "recall/50": "of them met with IoU 0.5",
+    about = {"miou/everything": "mIoU of the teacher's masks with the nearest", "recall/50": "of them met with IoU 0.5",
             "recall/75": "of them met with IoU 0.75", "ap": "AP, IoU 0.5 to 0.95", "ap/50": "AP, IoU 0.5"}  # fmt: skip
-    for name, label in told.items():
+    for name, label in about.items():
         if name in metrics:
             table.add_row(label, f"{metrics[name]:.4f}")
     console = Console()

@@ -20,7 +20,7 @@ from pydantic import AfterValidator
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sam_distill.files import compression, whole
+from sam_distill.files import atomic_write, compression
 from sam_distill.models import weights
 from sam_distill.models.encoders import ImageEncoder, SamViT, TinyViT, build_encoder
 from sam_distill.models.sam import Sam
@@ -74,7 +74,7 @@ def save_sam(sam: Sam, path: str | Path) -> None:
     """Write the official layout. Their encoders load strictly in SAM's and MobileSAM's code."""
     state = official_state(sam)
     state._metadata = {DESCRIPTION: describe(sam)}  # type: ignore[attr-defined]
-    with whole(Path(path)) as draft, draft.open("wb") as file:  # a path would hide that the disk is full
+    with atomic_write(Path(path)) as draft, draft.open("wb") as file:  # a path would hide that the disk is full
         torch.save(state, file)
 
 
@@ -200,9 +200,9 @@ def _load(sam: Sam, state: dict[str, Tensor], path: Path) -> None:
     unexpected = sorted(state.keys() - own.keys())
     misshapen = sorted(key for key in own.keys() & state.keys() if own[key].shape != state[key].shape)
     problems = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
-    told = [f"{len(keys)} tensors {what} ({keys[0]}, ...)" for what, keys in problems.items() if keys]
-    if told:
-        raise UserError(f"{path} does not fit {in_words(describe(sam)['encoder'])}: {'; '.join(told)}")
+    message = [f"{len(keys)} tensors {what} ({keys[0]}, ...)" for what, keys in problems.items() if keys]
+    if message:
+        raise UserError(f"{path} does not fit {in_words(describe(sam)['encoder'])}: {'; '.join(message)}")
     broken = sorted(key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all())
     if broken:
         raise UserError(f"{path} holds NaN or infinity in {len(broken)} tensors ({broken[0]}, ...): it can't be used")

@@ -35,7 +35,7 @@ class Sam(nn.Module):
         return self.prompt_encoder.no_mask_embed.weight.device
 
     @property
-    def sizes(self) -> dict[str, int]:
+    def parameter_counts(self) -> dict[str, int]:
         """Parameters, by their names in metrics.json: `parameters` are the image encoder's, as in the paper."""
         parts = {"": self.image_encoder, "/prompt_encoder": self.prompt_encoder, "/mask_decoder": self.mask_decoder}
         counts = {name: sum(p.numel() for p in part.parameters()) for name, part in (parts | {"/model": self}).items()}

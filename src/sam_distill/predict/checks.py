@@ -88,9 +88,9 @@ def check_values(
         wrong["mask_input holds NaN or infinity: logits are expected"] = ~masks.isfinite().all()
         wrong[f"mask_input is a mask of 0 and 1 or 255, but logits are expected: one of {_LOGITS}"] = is_mask
     *answers, lies_outside = torch.stack([*wrong.values(), outside]).tolist()
-    told = next((line for line, found in zip(wrong, answers, strict=True) if found), None)
-    if told:
-        raise ValueError(told)
+    message = next((line for line, found in zip(wrong, answers, strict=True) if found), None)
+    if message:
+        raise ValueError(message)
     if lies_outside:
         warnings.warn("a point or box lies outside the image: SAM was trained on none that do", stacklevel=4)
 

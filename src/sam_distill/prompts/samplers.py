@@ -10,8 +10,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from sam_distill.prompts.draws import Draw, jitter, points_at, points_in, uniform_points
 from sam_distill.prompts.forms import box_prompts, boxes_of, join, point_prompts
+from sam_distill.prompts.sampling import PromptRng, jitter, points_at, points_in, uniform_points
 from sam_distill.types import ABSENT, BACKGROUND, FOREGROUND, LOW_RES, Batch, Prompts, upload, valid_area
 
 Count = Annotated[int, Field(gt=0)]
@@ -35,8 +35,8 @@ class PromptSampler(ABC):
     def draw(self, batch: Batch, first: int = 0) -> Prompts:
         """`count` prompts per image. first: how many prompts other samplers draw before, in a mixture."""
 
-    def source(self, batch: Batch, first: int, purpose: str = "") -> Draw:
-        return Draw(batch.keys, batch.epochs, self.seed, f"+{first}{purpose}" if first or purpose else "")
+    def source(self, batch: Batch, first: int, purpose: str = "") -> PromptRng:
+        return PromptRng(batch.keys, batch.epochs, self.seed, f"+{first}{purpose}" if first or purpose else "")
 
 
 class Points(PromptSampler):

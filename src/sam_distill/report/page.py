@@ -12,7 +12,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from sam_distill.files import whole, write_text
+from sam_distill.files import atomic_write, write_text
 from sam_distill.report.experiments import label
 from sam_distill.report.plots import FAINT, INK
 from sam_distill.report.runs import Unusable
@@ -60,7 +60,7 @@ def write(report: Report, folder: Path) -> None:
             data = picture.content
             if isinstance(data, str):
                 data = data.replace("<svg ", '<svg style="background: #fff" ', 1).encode()
-            with whole(folder / "pictures" / picture.file) as draft:
+            with atomic_write(folder / "pictures" / picture.file) as draft:
                 draft.write_bytes(data)
     write_text(folder / "report.md", "\n".join(_markdown(report)) + "\n")
     write_text(folder / "report.html", _html(report))

@@ -102,14 +102,14 @@ def _section(about: Experiment, runs: Sequence[Run], committed: Committed | None
     table = tabulate(about, runs)
     curves = learning_curves(table, about)
     score = "mIoU" if about.across else about.columns[0].label
-    told = "Learning curves: the mean of each setting's runs, in their range"
+    caption = "Learning curves: the mean of each setting's runs, in their range"
     drawn = [(x, against(table, about, x)) for x in about.plots]
     drawn += [(about.across, across(table, about))] if about.across else []
     return Section(
         experiment=about,
         table=table,
         runs=runs,
-        curves=[Picture(f"{about.id}_curves.svg", curves, told)] if curves else [],
+        curves=[Picture(f"{about.id}_curves.svg", curves, caption)] if curves else [],
         plots=[Picture(f"{about.id}_{_safe(x)}.svg", svg, f"{score}, against {label(x)}") for x, svg in drawn if svg],
         photos=[*_masks(about, runs), *(_illustrations(about.id, committed) if committed else ())],
         facts=_facts(runs),

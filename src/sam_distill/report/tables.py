@@ -59,8 +59,8 @@ class Table:
 
     def name(self, row: Row, besides: str = "") -> str:
         """What tells a row from the others, in a line: `8 epochs, batch size 4`. besides: a setting told elsewhere."""
-        told = {key: row.settings[key] for key in self.keys if key != besides and row.settings.get(key)}
-        return ", ".join(f"{label(key)} {value}" if _is_bare(value) else value for key, value in told.items())
+        settings = {key: row.settings[key] for key in self.keys if key != besides and row.settings.get(key)}
+        return ", ".join(f"{label(key)} {value}" if _is_bare(value) else value for key, value in settings.items())
 
 
 def tabulate(experiment: Experiment, runs: Sequence[Run]) -> Table:

@@ -50,7 +50,7 @@ def all_processes(hardware: Hardware, run_dir: Path) -> Iterator[None]:
         raise
     except Exception as error:
         if any(sign in str(error) for sign in _CUT_OFF):
-            raise UserError(_obituary(children)) from error
+            raise UserError(_exit_report(children)) from error
         raise
     else:
         _wait(children, PATIENCE)
@@ -110,7 +110,7 @@ def _watch(children: list[subprocess.Popen[bytes]], parent: int, run_dir: Path, 
             continue
         if over.wait(PATIENCE if codes and codes[0] in STOPPED else PATIENCE / 3):
             return
-        why = "the first process has ended" if orphaned else _obituary(children)
+        why = "the first process has ended" if orphaned else _exit_report(children)
         if status.fail(run_dir, why):
             print(f"error: {why}", file=sys.stderr, flush=True)
         for child in children:
@@ -127,7 +127,7 @@ def _wait(children: list[subprocess.Popen[bytes]], seconds: float) -> None:
             return
 
 
-def _obituary(children: list[subprocess.Popen[bytes]]) -> str:
+def _exit_report(children: list[subprocess.Popen[bytes]]) -> str:
     """Which process has ended, and how, as far as one can tell from here."""
     deadline = time.monotonic() + 2
     while time.monotonic() < deadline:

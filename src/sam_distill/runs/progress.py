@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 log = logging.getLogger(__name__)
 
 
-class Tally:
+class CountProgress:
     """Things done of all, their rate and the time left: a bar on a terminal, else a log line every half minute.
 
     Drawn when something is added, not by a thread: loader workers are forked meanwhile, and would inherit its locks.
@@ -27,7 +27,7 @@ class Tally:
         self._is_terminal = Console().is_terminal
         self._started = self._told = time.perf_counter()
 
-    def __enter__(self) -> Tally:
+    def __enter__(self) -> CountProgress:
         if self._is_terminal:
             self._bar.start()
         return self

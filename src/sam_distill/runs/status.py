@@ -63,15 +63,15 @@ class Status:
 
 
 @contextmanager
-def alone(lock: Path, told: str) -> Iterator[None]:
-    """Hold `lock`, which goes with this process however it ends. A UserError says `told` if another one has it."""
+def alone(lock: Path, message: str) -> Iterator[None]:
+    """Hold `lock`, which goes with this process however it ends. A UserError says `message` if another one has it."""
     held = FileLock(lock)
     try:
         held.acquire(timeout=PATIENCE)
     except Timeout:
         from sam_distill.types import UserError
 
-        raise UserError(told) from None
+        raise UserError(message) from None
     except (OSError, NotImplementedError):  # a file system without locks
         pass
     try:

@@ -12,8 +12,8 @@ from torch import Tensor
 from sam_distill.losses import bce_dice, focal_dice, mean_per_prompt
 from sam_distill.metrics import mask_iou
 from sam_distill.models.sam import Sam
-from sam_distill.prompts.draws import Draw, corrections
 from sam_distill.prompts.forms import add_points
+from sam_distill.prompts.sampling import PromptRng, corrections
 from sam_distill.strategies.base import Strategy
 from sam_distill.types import ABSENT, ALL, LOW_RES, Batch, Masks, Prompts, StepOutput, UserError, valid_area
 
@@ -111,7 +111,7 @@ class MaskStrategy(Strategy, ABC):
     @torch.no_grad()
     def _corrected(self, prompts: Prompts, answer: Masks, target: Masks, batch: Batch, number: int) -> Prompts:
         """The prompts with one more click each, where the student's token 0 is wrong."""
-        draw = Draw(batch.keys, batch.epochs, self.seed, f"click{number}")
+        draw = PromptRng(batch.keys, batch.epochs, self.seed, f"click{number}")
         area, wanted = valid_area(batch.sizes, LOW_RES), target.low_res[:, :, 0] > 0
         points, labels = corrections(draw, answer.low_res[:, :, 0] > 0, wanted, area, batch.sizes)
         return add_points(prompts, points, labels.masked_fill(~prompts.valid, ABSENT))

@@ -14,7 +14,7 @@ from pytorch_lightning.callbacks import WeightAveraging
 from pytorch_lightning.loggers import WandbLogger
 from torch import Tensor
 
-from sam_distill.data.base import Damage, DataSource
+from sam_distill.data.base import DataSource, SkippedSamples
 from sam_distill.files import write_json
 from sam_distill.models.checkpoints import save_sam
 from sam_distill.training.history import History, write_curves
@@ -122,11 +122,11 @@ class Averaged(WeightAveraging):
         """Nothing is put in place of the weights: the last checkpoint, from which a run may go on, needs both."""
 
 
-def _share(damage: Damage, device: torch.device) -> None:
+def _share(skipped_samples: SkippedSamples, device: torch.device) -> None:
     """What one rank could not read, all know of."""
-    found = damage.unreadable.to(device, torch.uint8)
+    found = skipped_samples.unreadable.to(device, torch.uint8)
     torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
-    damage.unreadable |= found.cpu().bool()
+    skipped_samples.unreadable |= found.cpu().bool()
 
 
 class RunFolder(pl.Callback):
@@ -182,7 +182,7 @@ class RunFolder(pl.Callback):
         if step == 0:
             self.before = {f"before/{n}": value for n, value in module.metrics.items() if "miou" in n} | module.blind()
         if trainer.world_size > 1:
-            _share(self.source.damage, module.device)
+            _share(self.source.skipped_samples, module.device)
         if not trainer.is_global_zero:
             return
         metrics = module.metrics | module.judge.intervals() | self.before | self.facts
@@ -207,4 +207,4 @@ class RunFolder(pl.Callback):
         for logger in trainer.loggers:
             logger.log_metrics({"images_skipped": self.source.skipped}, step)
             if isinstance(logger, WandbLogger):
-                logger.log_metrics(shown(module.judge, self.source.damage_by_tar), step)
+                logger.log_metrics(shown(module.judge, self.source.skipped_by_tar), step)

@@ -13,7 +13,7 @@ from sam_distill.runs.processes import begin_worker
 from sam_distill.types import Sample, UserError
 
 
-class Loaders(pl.LightningDataModule):
+class DistillationData(pl.LightningDataModule):
     """Training is an endless stream, so its length is in steps; validation is a small set, split without padding."""
 
     def __init__(self, source: DataSource, batch_size: int, seed: int, hardware: Hardware) -> None:

@@ -27,11 +27,11 @@ from sam_distill.runs.launch import all_processes
 from sam_distill.strategies.base import Strategy
 from sam_distill.teachers import Teacher
 from sam_distill.training.callbacks import Averaged, ProgressiveResizing, RunFolder, Throughput
-from sam_distill.training.checkpoint_io import WholeCheckpoints
-from sam_distill.training.datamodule import Loaders
+from sam_distill.training.checkpoint_io import AtomicCheckpointIO
+from sam_distill.training.datamodule import DistillationData
 from sam_distill.training.durations import in_steps
 from sam_distill.training.history import History
-from sam_distill.training.lightning_module import Distillation, quieten, requirements
+from sam_distill.training.lightning_module import Distillation, requirements, silence_lightning
 from sam_distill.training.loggers import CsvOnly, WandB, close
 from sam_distill.training.optimizers import AdamW
 from sam_distill.training.plan import plan_training
@@ -103,14 +103,14 @@ def fit(
 
     together = hardware.sync_batchnorm and processes > 1
     module = Distillation(student, strategy, teacher, prompts, optim, protocol, together, seed)
-    loaders = Loaders(source, batch_size, seed, hardware)
+    loaders = DistillationData(source, batch_size, seed, hardware)
     if plan:
         plan_training(module, loaders, hardware, steps, accumulate)
         return {}
     facts: dict[str, Any] = {
         "images_per_step": images_per_step,
         "workers": hardware.num_workers,  # part of what the order of images in tars depends on
-        "parameters": student.sizes["parameters"],
+        "parameters": student.parameter_counts["parameters"],
         "precision": hardware.num_format,
         "device": hardware.device_name,
         "teacher_sha256": teacher.sha256,
@@ -131,12 +131,14 @@ def fit(
         steps * images_per_step / source.num_train_images, source.num_train_images, hardware.num_format, hardware.kind,
     )  # fmt: skip
     if module.requires & teacher.provides and teacher.capacity >= source.num_train_images:
-        told = "The first %d images wait for the teacher, whose answers are then remembered: it gets faster after them"
+        message = (
+            "The first %d images wait for the teacher, whose answers are then remembered: it gets faster after them"
+        )
         if processes > 1:
-            told += (
+            message += (
                 ", little by little: each process remembers only what it has asked itself, and images are dealt anew"
             )
-        log.info(told, source.num_train_images)
+        log.info(message, source.num_train_images)
     if source.shortage:
         log.warning(source.shortage)
     with all_processes(hardware, run_dir):
@@ -172,7 +174,7 @@ def _trainer(
     accumulate: int,
     callbacks: list[pl.Callback],
 ) -> pl.Trainer:
-    quieten()
+    silence_lightning()
     last: dict[str, Any] = {"dirpath": run_dir / "checkpoints", "filename": "last", "enable_version_counter": False}
     callbacks = [
         *callbacks,
@@ -193,7 +195,7 @@ def _trainer(
         log_every_n_steps=max(1, min(50, steps // LOG_LINES)),
         gradient_clip_val=optim.clip or None,
         callbacks=callbacks,
-        plugins=[WholeCheckpoints()],
+        plugins=[AtomicCheckpointIO()],
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=run_dir,
@@ -212,7 +214,7 @@ def _tell(folder: RunFolder, module: Distillation, run_dir: Path) -> None:
     console.print(table)
     console.print(f"blind: {BLIND}")
     console.print(f"{folder.seconds:.0f} seconds" + (f"; {skipped} damaged images or tars skipped" if skipped else ""))
-    for tar, images in folder.source.damage_by_tar.items():
+    for tar, images in folder.source.skipped_by_tar.items():
         console.print(f"  {images} of {tar}", highlight=False, soft_wrap=True)
     try_it = "sam-distill segment image=PHOTO.jpg 'point=[x,y]' path=seen.png checkpoint="
     for name, what in {
@@ -237,11 +239,11 @@ def _goes_on(run_dir: Path, facts: Mapping[str, Any]) -> None:
     metrics = run_dir / "metrics.json"
     before = json.loads(metrics.read_text()) if metrics.is_file() else {}
     anew = f"init={run_dir} starts a new run from its weights"
-    for name, told in {
+    for name, message in {
         "data_keys": f"the images to train on are not those that the run began with; {anew}",
         "teacher_sha256": f"the teacher's weights are not those that the run began with; {anew}",
         "images_per_step": f"{before.get('images_per_step')} images per step then, {facts['images_per_step']} now:"
         " batch_size x accumulate x trainer.devices has to stay the same",
     }.items():
         if name in before and before[name] != facts[name]:
-            raise UserError(f"resume={run_dir}: {told}")
+            raise UserError(f"resume={run_dir}: {message}")

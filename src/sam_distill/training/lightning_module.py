@@ -20,8 +20,8 @@ from sam_distill.evaluate.judge import Judge, blind
 from sam_distill.evaluate.protocol import Target
 from sam_distill.models.checkpoints import DESCRIPTION, describe
 from sam_distill.models.sam import Sam
-from sam_distill.prompts.draws import generator
 from sam_distill.prompts.samplers import PromptSampler
+from sam_distill.prompts.sampling import generator
 from sam_distill.strategies.base import Strategy
 from sam_distill.teachers import Teacher
 from sam_distill.training.optimizers import AdamW
@@ -130,16 +130,16 @@ class Distillation(pl.LightningModule):
         values = torch.stack([loss for *_, loss in steps]).tolist() if steps else []
         for (step, keys, _), value in zip(steps, values, strict=True):
             if not math.isfinite(value):
-                told = f"the loss is {value} at step {step} (images {', '.join(keys)})"
-                raise UserError(f"{told}: try a smaller optim.lr, or trainer.precision=fp32")
+                message = f"the loss is {value} at step {step} (images {', '.join(keys)})"
+                raise UserError(f"{message}: try a smaller optim.lr, or trainer.precision=fp32")
 
     def _check(self) -> None:
         """What is judged or kept consists of numbers. Finite losses don't say so: a gradient may not have been one."""
         self._look_at_losses()
         weights = [value for value in self.student.state_dict().values() if value.is_floating_point()]
         if not torch.stack([value.isfinite().all() for value in weights]).all():
-            told = f"weights are no numbers any more after step {self.global_step}, though all losses were"
-            raise UserError(f"{told}: try a smaller optim.lr, or trainer.precision=fp32")
+            message = f"weights are no numbers any more after step {self.global_step}, though all losses were"
+            raise UserError(f"{message}: try a smaller optim.lr, or trainer.precision=fp32")
 
     def _over_ranks(self, logs: Mapping[str, Any]) -> dict[str, Any]:
         """Means over all ranks."""
@@ -202,7 +202,7 @@ class Distillation(pl.LightningModule):
             raise UserError(f"resume: the checkpoint holds {held}, but this run builds {describe(self.student)}")
 
 
-def quieten() -> None:
+def silence_lightning() -> None:
     """Lightning's advice is about choices that are made here on purpose."""
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)

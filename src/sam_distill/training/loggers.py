@@ -78,7 +78,7 @@ class WandB:
         """facts: of the run, kept with its configuration."""
         config, record = _config(run_dir), status.read(run_dir)
         choices = record.get("choices", {})
-        told = {"choices": choices, "version": record.get("version"), **facts}
+        described = {"choices": choices, "version": record.get("version"), **facts}
         wandb.setup(wandb.Settings(silent=True))
         os.environ["WANDB_DATA_DIR"] = _DATA_DIR or str(run_dir.absolute() / "wandb")  # what tables hold, till synced
         logger = ByStep(
@@ -90,7 +90,7 @@ class WandB:
             save_dir=str(run_dir),
             id=_run_id(run_dir),
             resume="allow",
-            config=config | told,
+            config=config | described,
             mode=_mode(),
             settings=wandb.Settings(console="off"),
         )
@@ -104,10 +104,10 @@ class WandB:
         return [logger]
 
 
-def shown(judge: Judge, damage_by_tar: Mapping[str, int]) -> dict[str, Any]:
+def shown(judge: Judge, skipped_by_tar: Mapping[str, int]) -> dict[str, Any]:
     """A validation as W&B shows it: images whose masks can be switched on and off, and tables."""
     images = [_image(picture, judge.protocol.right) for picture in judge.pictures]
-    rows = prompt_rows([picture.told for picture in judge.pictures])
+    rows = prompt_rows([picture.comparison for picture in judge.pictures])
     pictures = [[image, *row.values()] for image, row in zip(images, rows, strict=True)]
     prompts = [list(row.values()) for row in prompt_rows(judge.comparisons)]
     content = {
@@ -115,8 +115,8 @@ def shown(judge: Judge, damage_by_tar: Mapping[str, int]) -> dict[str, Any]:
         "val/pictures": wandb.Table(columns=["picture", *COLUMNS], data=pictures),
         "val/comparisons": wandb.Table(columns=[*COLUMNS], data=prompts),
     }
-    if damage_by_tar:
-        skipped = [list(row) for row in damage_by_tar.items()]
+    if skipped_by_tar:
+        skipped = [list(row) for row in skipped_by_tar.items()]
         content["images_skipped_by_tar"] = wandb.Table(columns=["tar", "images"], data=skipped)
     return content
 
@@ -129,13 +129,13 @@ def close(loggers: Iterable[Logger]) -> None:
 
 def _image(picture: Picture, right: str) -> wandb.Image:
     """The image with its prompt drawn, and both masks above it, at the top left of a square: W&B wants equal sizes."""
-    told = picture.told
+    row = picture.comparison
     masks = {
         who: {"mask_data": label * np.asarray(_squared(Image.fromarray(mask)), np.uint8), "class_labels": {label: who}}
         for label, (who, mask) in enumerate({right: picture.right, "student": picture.student}.items(), 1)
     }
-    image = _squared(prompted(picture.image, told.prompt, told.labels))
-    return wandb.Image(image, caption=f"{told.image}, {told.kind}: IoU {told.iou:.2f}", masks=masks, file_type="jpg")
+    image = _squared(prompted(picture.image, row.prompt, row.labels))
+    return wandb.Image(image, caption=f"{row.image}, {row.kind}: IoU {row.iou:.2f}", masks=masks, file_type="jpg")
 
 
 def _squared(image: Image.Image) -> Image.Image:

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from sam_distill.runs.hardware import Hardware, peak_memory
-from sam_distill.training.datamodule import Loaders
-from sam_distill.training.lightning_module import Distillation, quieten
+from sam_distill.training.datamodule import DistillationData
+from sam_distill.training.lightning_module import Distillation, silence_lightning
 
 STEPS = 4  # that are measured, ...
 WARM_UP = 2  # ... after so many
@@ -36,9 +36,11 @@ class _Clock(pl.Callback):
         self.ends.append(time.perf_counter())
 
 
-def measure_steps(module: Distillation, loaders: Loaders, hardware: Hardware, steps: int) -> tuple[list[float], float]:
+def measure_steps(
+    module: Distillation, loaders: DistillationData, hardware: Hardware, steps: int
+) -> tuple[list[float], float]:
     """(seconds of each of so many steps, the share of them spent waiting for data). The weights change."""
-    quieten()
+    silence_lightning()
     clock = _Clock()
     trainer = pl.Trainer(
         **hardware.trainer_arguments(), max_steps=WARM_UP + steps, max_epochs=-1, limit_val_batches=0,
@@ -51,7 +53,9 @@ def measure_steps(module: Distillation, loaders: Loaders, hardware: Hardware, st
     return [end - before for before, end in pairwise(ends)], sum(waits) / (ends[-1] - ends[0])
 
 
-def plan_training(module: Distillation, loaders: Loaders, hardware: Hardware, steps: int, accumulate: int) -> None:
+def plan_training(
+    module: Distillation, loaders: DistillationData, hardware: Hardware, steps: int, accumulate: int
+) -> None:
     """Take a few steps, which are forgotten, and say what all of them will take. Writes nothing."""
     times, waited = measure_steps(module, loaders, hardware, STEPS)
     each = sum(times) / len(times)

@@ -92,9 +92,9 @@ class Stopping(pl.Callback):
     def _listen(self) -> None:
         """In place of Lightning's handlers, which it puts back to what they were when it ends."""
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._hear)
+            signal.signal(number, self._on_signal)
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if not self._stepping or (self._signal and now - self._heard > REPEATS):
             raise SystemExit(128 + number)

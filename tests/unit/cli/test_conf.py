@@ -106,32 +106,32 @@ def test_a_recipe_for_another_command_is_told_in_one_line(
     command: str, experiment: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([command, f"experiment={experiment}"]) == 2
-    (told,) = capsys.readouterr().err.splitlines()
-    assert told.startswith(f"error: experiment={experiment} is for another command: sam-distill ")
+    (lines,) = capsys.readouterr().err.splitlines()
+    assert lines.startswith(f"error: experiment={experiment} is for another command: sam-distill ")
 
 
 def test_all_mistakes_are_told_at_once() -> None:
     """Design, section 3: one line each, before anything heavy."""
-    told = mistakes(
+    lines = mistakes(
         "train", "encoder=tinyvt", "optim.lrr=1", "batch_size=many", "image_size=1000", "+strategy.typo=1", "budget=8"
     )
     expected = ["encoder=tinyvt", "optim.lrr", "batch_size=many", "image_size=1000", "strategy.typo=1", "budget=8"]
-    assert len(told) == len(expected)
+    assert len(lines) == len(expected)
     for mistake in expected:
-        assert sum(line.startswith(mistake) for line in told) == 1, (mistake, told)
-    assert any("did you mean" in line and "tinyvit" in line for line in told)
+        assert sum(line.startswith(mistake) for line in lines) == 1, (mistake, lines)
+    assert any("did you mean" in line and "tinyvit" in line for line in lines)
 
 
 def test_a_key_of_another_choice() -> None:
-    (told,) = mistakes("train", "strategy.rounds=2")
-    assert "no such key with the strategy chosen; there is one with strategy=coupled, " in told
-    assert "decoupled" not in told
+    (lines,) = mistakes("train", "strategy.rounds=2")
+    assert "no such key with the strategy chosen; there is one with strategy=coupled, " in lines
+    assert "decoupled" not in lines
 
 
 def test_options_that_a_strategy_inherits_are_checked_too() -> None:
-    told = mistakes("train", "strategy=coupled", "+strategy.tokns=all", "strategy.rounds=0", "strategy.decoder=new")
-    assert len(told) == 3
-    assert any("did you mean strategy.tokens?" in line for line in told)
+    lines = mistakes("train", "strategy=coupled", "+strategy.tokns=all", "strategy.rounds=0", "strategy.decoder=new")
+    assert len(lines) == 3
+    assert any("did you mean strategy.tokens?" in line for line in lines)
 
 
 def test_conf_travels_with_the_wheel() -> None:

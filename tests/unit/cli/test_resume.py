@@ -31,32 +31,32 @@ def train(*, run_dir: Path, **_: object) -> None:
     pass
 
 
-def told(run_dir: Path, resume: str | None, command: str = "train", **options: object) -> list[str]:
+def complaints(run_dir: Path, resume: str | None, command: str = "train", **options: object) -> list[str]:
     cfg = {"_target_": f"{__name__}.train", "resume": resume, "hydra": {"run": {"dir": str(run_dir)}}, **options}
     return misplaced(OmegaConf.create(cfg), command)
 
 
 def test_where_no_run_can_begin_or_go_on(tmp_path: Path) -> None:
-    assert told(tmp_path, "/nope") == ["resume=/nope: there is no such folder; expected the folder of a run"]
-    assert told(tmp_path, __file__) == [f"resume={__file__}: is a file; expected the folder of a run"]
-    assert told(tmp_path, str(tmp_path)) == [
+    assert complaints(tmp_path, "/nope") == ["resume=/nope: there is no such folder; expected the folder of a run"]
+    assert complaints(tmp_path, __file__) == [f"resume={__file__}: is a file; expected the folder of a run"]
+    assert complaints(tmp_path, str(tmp_path)) == [
         f"resume={tmp_path}: no status.json there can be read, which says with what options the run began"
     ]
-    assert told(tmp_path, None) == []
+    assert complaints(tmp_path, None) == []
     write_json(tmp_path / "status.json", {"command": ["train"]})
-    assert told(tmp_path, str(tmp_path)) == told(tmp_path, None) == []
+    assert complaints(tmp_path, str(tmp_path)) == complaints(tmp_path, None) == []
     for command in ("evaluate", "bench"):
-        assert told(tmp_path, None, command) == [
+        assert complaints(tmp_path, None, command) == [
             f"hydra.run.dir={tmp_path} holds a run of sam-distill train: choose another folder"
         ]
     (tmp_path / "student.pt").touch()
-    assert told(tmp_path, None) == [], "cut short before its first checkpoint"
+    assert complaints(tmp_path, None) == [], "cut short before its first checkpoint"
     write_json(tmp_path / "status.json", {"command": ["train"], "status": "finished"})
-    assert told(tmp_path, None)[0] == f"hydra.run.dir={tmp_path} holds a student already: choose another folder"
+    assert complaints(tmp_path, None)[0] == f"hydra.run.dir={tmp_path} holds a student already: choose another folder"
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "last.ckpt").touch()
-    assert told(tmp_path, None)[0].startswith(f"hydra.run.dir={tmp_path} holds a run already")
-    assert told(tmp_path, str(tmp_path)) == []
+    assert complaints(tmp_path, None)[0].startswith(f"hydra.run.dir={tmp_path} holds a run already")
+    assert complaints(tmp_path, str(tmp_path)) == []
 
 
 def test_where_a_run_is_going_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,13 +64,13 @@ def test_where_a_run_is_going_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     write_json(tmp_path / "status.json", {"command": ["train"]})
     with status.writing(tmp_path):
         for resume in (None, str(tmp_path)):
-            assert told(tmp_path, resume) == [
+            assert complaints(tmp_path, resume) == [
                 f"{tmp_path}: another run is writing there; wait for it, or choose another folder"
             ]
         monkeypatch.setenv("LOCAL_RANK", "1")
-        assert told(tmp_path, None) == [], "a process of that very run"
+        assert complaints(tmp_path, None) == [], "a process of that very run"
         monkeypatch.delenv("LOCAL_RANK")
-    assert told(tmp_path, None) == []
+    assert complaints(tmp_path, None) == []
 
 
 def test_what_cannot_change_on_the_way(tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_what_cannot_change_on_the_way(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(before)))
 
     def changed(**options: object) -> list[str]:
-        lines = told(tmp_path, str(tmp_path), **{**before, **options})
+        lines = complaints(tmp_path, str(tmp_path), **{**before, **options})
         assert all(line.endswith(f"init={tmp_path} starts a new run from its weights") for line in lines)
         return [line.partition(": ")[0] for line in lines]
 
@@ -91,5 +91,5 @@ def test_what_cannot_change_on_the_way(tmp_path: Path) -> None:
     assert changed(optim=free | {"_target_": "b.Muon"}) == ["optim=Muon"]
     assert changed(strategy={"_target_": "a.Coupled"}, seed="${nowhere:}") == ["strategy=Coupled"]
     assert changed(data={"path": "a", "images": 5}, seed=1, later=3) == ["seed=1", "data.images=5"]
-    (line,) = told(tmp_path, str(tmp_path), **before | {"seed": 1})
+    (line,) = complaints(tmp_path, str(tmp_path), **before | {"seed": 1})
     assert line.startswith(f"seed=1: the run in {tmp_path} began with 0, and goes on with it; init=")

@@ -2,7 +2,7 @@
 
 import torch
 
-from sam_distill.data.base import Damage, collate
+from sam_distill.data.base import SkippedSamples, collate
 from sam_distill.types import Sample
 
 KEYS = [f"key{number}" for number in range(1000)]
@@ -11,10 +11,10 @@ KEYS = [f"key{number}" for number in range(1000)]
 def test_damage_found_during_validation_can_be_added_to() -> None:
     """Lightning validates in inference mode; the tensors made there can't be changed outside."""
     with torch.inference_mode():
-        damage = Damage(2)
-    damage.report("broken", 0)
-    assert len(damage) == 1
-    assert damage.unreadable.is_shared()
+        skipped_samples = SkippedSamples(2)
+    skipped_samples.report("broken", 0)
+    assert len(skipped_samples) == 1
+    assert skipped_samples.unreadable.is_shared()
 
 
 def test_collate_pads_at_the_bottom_and_right() -> None:

@@ -117,7 +117,7 @@ def test_a_tar_that_breaks_during_training(make_shards, batches) -> None:
     Path(second).write_bytes(Path(second).read_bytes()[:1000])
     assert set(keys_of(batches(source, 6, workers=2))) == {"sa_0", "sa_1", "sa_2"}
     assert source.skipped == 3
-    assert source.damage_by_tar == {second: 3}
+    assert source.skipped_by_tar == {second: 3}
 
 
 @pytest.mark.parametrize("workers", [0, 2])

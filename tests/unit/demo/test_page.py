@@ -20,17 +20,17 @@ def tiles() -> Image.Image:
 
 
 def begin(teacher: Sam, tiles: Image.Image) -> Visit:
-    visit, *views, told = demo._begin(tiles, {"student": teacher, "teacher": teacher})
+    visit, *views, message = demo._begin(tiles, {"student": teacher, "teacher": teacher})
     assert [view.size for view in views] == [(300, 200)] * 2
-    assert "student in" in told
+    assert "student in" in message
     return visit
 
 
 def test_clicks_on_a_thing_and_beside_it(teacher: Sam, tiles: Image.Image) -> None:
     visit = begin(teacher, tiles)
     visit.take(60, 100, FOREGROUND)
-    _, ours, theirs, told = demo._answer(visit)
-    assert told.startswith("**IoU 1.00**"), "a model beside itself"
+    _, ours, theirs, message = demo._answer(visit)
+    assert message.startswith("**IoU 1.00**"), "a model beside itself"
     tinted = np.asarray(ours).astype(int) - np.asarray(tiles)
     assert abs(tinted[100, 20]).sum() > 30 > abs(tinted[100, 280]).sum()
     assert np.asarray(theirs)[100, 20].tolist() != np.asarray(ours)[100, 20].tolist(), "each in its colour"
@@ -52,8 +52,8 @@ def test_a_box_takes_two_corners(teacher: Sam, tiles: Image.Image) -> None:
 
 def test_everything(teacher: Sam, tiles: Image.Image) -> None:
     visit = begin(teacher, tiles)
-    *_, told = demo._everything(visit, 2)
-    assert told.startswith("Everything: student, ")
+    *_, message = demo._everything(visit, 2)
+    assert message.startswith("Everything: student, ")
 
 
 def test_an_image_is_seen_as_its_file(teacher: Sam) -> None:

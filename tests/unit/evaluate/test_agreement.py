@@ -40,15 +40,17 @@ def test_independent_recomputation(
     noisy = embedding + 0.05 * torch.randn(embedding.shape, generator=torch.Generator().manual_seed(1))
     for target in agreement.ask(agreement.see(teacher, embedding, batch)):
         for outcome in agreement.compare(agreement.see(teacher, noisy, batch), target):
-            told = outcome.comparison
-            i = batch.keys.index(told.image)
+            found = outcome.comparison
+            i = batch.keys.index(found.image)
             masks = []
             for features in (embedding, noisy):
-                coordinates = torch.tensor(told.prompt, dtype=torch.float64).view(1, -1, 2) * (
+                coordinates = torch.tensor(found.prompt, dtype=torch.float64).view(1, -1, 2) * (
                     1024 / 300 if i == 0 else 3.2
                 )
-                kind = {"points": (coordinates.float(), torch.ones(1, 1))} if told.kind == "point" else {"points": None}
-                boxes = coordinates.flatten(1).float() if told.kind == "box" else None
+                kind = (
+                    {"points": (coordinates.float(), torch.ones(1, 1))} if found.kind == "point" else {"points": None}
+                )
+                boxes = coordinates.flatten(1).float() if found.kind == "box" else None
                 sparse, dense = reference.prompt_encoder(**kind, boxes=boxes, masks=None)
                 with torch.no_grad():
                     low_res, iou = reference.mask_decoder(
@@ -60,17 +62,17 @@ def test_independent_recomputation(
                 size, original = tuple(batch.sizes[i].tolist()), tuple(batch.original_sizes[i].tolist())
                 masks.append((reference.postprocess_masks(low_res, size, original)[0, 0] > 0).numpy())
             theirs, ours = masks
-            assert told.iou == pytest.approx(np.sum(theirs & ours) / np.sum(theirs | ours), abs=0.02)
-            assert told.teacher_area == pytest.approx(theirs.sum(), rel=0.01, abs=20)
+            assert found.iou == pytest.approx(np.sum(theirs & ours) / np.sum(theirs | ours), abs=0.02)
+            assert found.teacher_area == pytest.approx(theirs.sum(), rel=0.01, abs=20)
 
 
 def test_a_model_agrees_with_itself(teacher: Sam, batch: Batch, embedding: torch.Tensor) -> None:
     agreement = Agreement(points=3)
     view = agreement.see(teacher, embedding, batch)
-    told = [outcome.comparison for target in agreement.ask(view) for outcome in agreement.compare(view, target)]
-    assert [c.iou for c in told] == [1.0] * len(told)
-    assert {(c.image, c.kind) for c in told} == {(i, k) for i in batch.keys for k in ("point", "box")}
-    for c in told:
+    found = [outcome.comparison for target in agreement.ask(view) for outcome in agreement.compare(view, target)]
+    assert [c.iou for c in found] == [1.0] * len(found)
+    assert {(c.image, c.kind) for c in found} == {(i, k) for i in batch.keys for k in ("point", "box")}
+    for c in found:
         height, width = (200, 300) if c.image == "landscape" else (320, 200)
         x, y = c.prompt[:2]
         assert 0 <= x < width

@@ -102,8 +102,8 @@ def test_the_next_click_is_in_the_middle_of_the_largest_error(folder: Path) -> N
     answer[25:35, 105:115] = False
     protocol, student = GroundTruth(annotations=None, clicks=(2,)), Answering(batch, answer)
     clicks, _ = protocol.ask(SamView(None, torch.zeros(2, 1), batch, "single"))  # type: ignore[arg-type]
-    told = [o.comparison for o in protocol.compare(student, clicks)]
-    assert {c.kind for c in told} == {"click_2"}
+    found = [o.comparison for o in protocol.compare(student, clicks)]
+    assert {c.kind for c in found} == {"click_2"}
     second = student.asked[1]
     for prompt in range(2):
         right = clicks.masks(0, prompt).numpy()
@@ -115,7 +115,7 @@ def test_the_next_click_is_in_the_middle_of_the_largest_error(folder: Path) -> N
         else:  # the disc, all of which is missing, is as deep as half of it; the bar is too much by half its width
             assert label == 1
             assert (x - 50) ** 2 + (y - 60) ** 2 < 10**2
-    for c in told:
+    for c in found:
         expected = (answer & truth()[1]).sum() / bar.sum() if c.iou > 0 else 0
         assert c.iou == pytest.approx(expected)
 
@@ -156,12 +156,12 @@ def test_evaluate(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [("{", "not a JSON of COCO or LVIS"), ('{"images": []}', "not a JSON of COCO or LVIS"), (None, "cannot be read")],
 )
-def test_a_bad_file_of_annotations(tmp_path: Path, content: str | None, told: str) -> None:
+def test_a_bad_file_of_annotations(tmp_path: Path, content: str | None, message: str) -> None:
     Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
     if content is not None:
         (tmp_path / "a.json").write_text(content)
-    with pytest.raises(UserError, match=f"data.annotations=.*{told}"):
+    with pytest.raises(UserError, match=f"data.annotations=.*{message}"):
         Folder(str(tmp_path), val_images=0, annotations=str(tmp_path / "a.json")).load_json()

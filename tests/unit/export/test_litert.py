@@ -31,9 +31,9 @@ def test_litert_and_the_snippet_of_the_docs(teacher: Sam, tmp_path: Path, monkey
     for quantize, least in (("int8", 0.9), ("null", 0.9999)):  # at 256 px MobileSAM's masks are easily moved
         assert app.main([*words, f"quantize={quantize}", f"least_iou={least}"]) == 0
         sizes[quantize] = Path("student_litert/encoder.tflite").stat().st_size
-        told = json.loads(Path("student_litert/contract.json").read_text())
-        assert told["checked"]["runtime"] == "LiteRT"
-        assert told["checked"]["mask_iou"] > least
+        contract = json.loads(Path("student_litert/contract.json").read_text())
+        assert contract["checked"]["runtime"] == "LiteRT"
+        assert contract["checked"]["mask_iou"] > least
     assert sizes["int8"] < 0.5 * sizes["null"]
 
     text = (Path(__file__).parents[3] / "docs/export.md").read_text()

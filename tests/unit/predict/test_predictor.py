@@ -264,16 +264,16 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("prompt", "told"), WRONG, ids=[told for _, told in WRONG])
-def test_a_wrong_prompt_is_refused(predictors: tuple[Any, Any], prompt: dict[str, Any], told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+@pytest.mark.parametrize(("prompt", "message"), WRONG, ids=[message for _, message in WRONG])
+def test_a_wrong_prompt_is_refused(predictors: tuple[Any, Any], prompt: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         predictors[0].predict(**prompt)
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         predictors[0].predict_batch([prompt])
 
 
 @pytest.mark.parametrize(
-    ("prompt", "told"),
+    ("prompt", "message"),
     [
         ((None, None, BOXES[:, [2, 1, 0, 3]]), "one has x1 < x0"),
         ((None, None, BOXES * NAN), "a box holds NaN"),
@@ -284,8 +284,8 @@ def test_a_wrong_prompt_is_refused(predictors: tuple[Any, Any], prompt: dict[str
         ((None, None, None, torch.zeros(2, 256, 256)), r"mask_input is \[P, 1, 256, 256\]"),
     ],
 )
-def test_wrong_prompts_are_refused(predictors: tuple[Any, Any], prompt: Any, told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_wrong_prompts_are_refused(predictors: tuple[Any, Any], prompt: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         predictors[0].predict_torch(*prompt)
 
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from sam_distill.files import disk_is_full
-from sam_distill.training.checkpoint_io import WholeCheckpoints
+from sam_distill.training.checkpoint_io import AtomicCheckpointIO
 from sam_distill.types import UserError
 
 
 def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path: Path) -> None:
-    path, io = tmp_path / "checkpoints" / "last.ckpt", WholeCheckpoints()
+    path, io = tmp_path / "checkpoints" / "last.ckpt", AtomicCheckpointIO()
     io.save_checkpoint({"step": 1}, path)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
@@ -28,12 +28,12 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path: Path) -> None:
 
 def test_what_a_kill_has_left_is_swept_away(tmp_path: Path) -> None:
     (tmp_path / ".last.ckpt.123.part").write_bytes(b"half")
-    WholeCheckpoints().save_checkpoint({"step": 1}, tmp_path / "last.ckpt")
+    AtomicCheckpointIO().save_checkpoint({"step": 1}, tmp_path / "last.ckpt")
     assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
 
 
 def test_a_torn_checkpoint_is_told_in_one_line(tmp_path: Path) -> None:
-    path, io = tmp_path / "last.ckpt", WholeCheckpoints()
+    path, io = tmp_path / "last.ckpt", AtomicCheckpointIO()
     io.save_checkpoint({"weights": torch.zeros(1000)}, path)
     for size in (0, 1000):
         path.write_bytes(path.read_bytes()[:size])

@@ -25,7 +25,7 @@ def generator(seed: int, key: str, epoch: int, purpose: str = "") -> np.random.G
     return np.random.default_rng(int.from_bytes(digest, "little"))
 
 
-class Draw:
+class PromptRng:
     """A source of random numbers for the images of one batch. They are drawn on the CPU, the same for every device."""
 
     def __init__(self, keys: Sequence[str], epochs: Sequence[int], seed: int, purpose: str = "") -> None:
@@ -40,13 +40,13 @@ class Draw:
         return torch.from_numpy(np.stack([g.standard_normal(shape, dtype=np.float32) for g in self.generators]))
 
 
-def uniform_points(draw: Draw, sizes: Tensor, count: int) -> Tensor:
+def uniform_points(draw: PromptRng, sizes: Tensor, count: int) -> Tensor:
     """`count` pixels per image, uniform over its valid area: [B, count, 2] float32 (x, y), on the device of `sizes`."""
     extent = sizes.flip(-1).unsqueeze(1)  # (w, h)
     return (upload(draw.uniform(count, 2), sizes.device) * extent).floor()
 
 
-def points_in(draw: Draw, masks: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+def points_in(draw: PromptRng, masks: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
     """A pixel for each mask, uniform over its cells within the valid area.
 
     masks: [B, P, 256, 256] bool, False in the padding -> points [B, P, 2] float32 and found [B, P] bool, False where
@@ -62,7 +62,7 @@ def points_in(draw: Draw, masks: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]
     return torch.minimum(corner + (random[..., 1:] * _CELL).floor(), last), count > 0
 
 
-def jitter(draw: Draw, boxes: Tensor, sizes: Tensor, share: float, most: float) -> Tensor:
+def jitter(draw: PromptRng, boxes: Tensor, sizes: Tensor, share: float, most: float) -> Tensor:
     """SAM's noise on boxes [B, P, 4]: standard deviation `share` of each side, at most `most` frame pixels."""
     sides = (boxes[..., 2:] - boxes[..., :2]).repeat(1, 1, 2)
     noise = (upload(draw.normal(boxes.shape[1], 4), boxes.device) * share * sides).clamp(-most, most)
@@ -70,7 +70,9 @@ def jitter(draw: Draw, boxes: Tensor, sizes: Tensor, share: float, most: float) 
     return torch.minimum((boxes + noise).round().clamp_min(0), last)
 
 
-def points_at(draw: Draw, points: Tensor, sizes: Tensor, nearest: float | Tensor, farthest: float | Tensor) -> Tensor:
+def points_at(
+    draw: PromptRng, points: Tensor, sizes: Tensor, nearest: float | Tensor, farthest: float | Tensor
+) -> Tensor:
     """For each point [B, P, 2] another one in a random direction and distance (frame pixels), within the valid area.
 
     nearest, farthest: for all, or [B, 1, 1]. In an image too small for the distance, it is the farthest of several on
@@ -98,7 +100,7 @@ def at_points(masks: Tensor, points: Tensor) -> Tensor:
     return masks.flatten(2).gather(2, index).squeeze(-1)
 
 
-def corrections(draw: Draw, answer: Tensor, target: Tensor, area: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+def corrections(draw: PromptRng, answer: Tensor, target: Tensor, area: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
     """The next click of a user who corrects: somewhere in the error region, labelled as the target has it there.
 
     answer, target: [B, P, 256, 256] bool; area: [B, 1, 256, 256] bool -> points [B, P, 2], labels [B, P], which are

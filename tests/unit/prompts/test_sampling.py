@@ -8,14 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sam_distill.prompts.draws import Draw, corrections, jitter, points_at, points_in, uniform_points
+from sam_distill.prompts.sampling import PromptRng, corrections, jitter, points_at, points_in, uniform_points
 from sam_distill.types import ABSENT, BACKGROUND, FOREGROUND, valid_area
 
 sizes_of_images = st.lists(st.tuples(st.integers(1, 1024), st.integers(1, 1024)), min_size=1, max_size=3)
 
 
-def source(images: int, epoch: int = 0, seed: int = 0) -> Draw:
-    return Draw([f"image{i}" for i in range(images)], [epoch] * images, seed)
+def source(images: int, epoch: int = 0, seed: int = 0) -> PromptRng:
+    return PromptRng([f"image{i}" for i in range(images)], [epoch] * images, seed)
 
 
 def assert_inside(points: Tensor, sizes: Tensor) -> None:
@@ -38,10 +38,15 @@ def test_no_point_in_the_padding(given_sizes: list[tuple[int, int]], epoch: int)
 
 def test_draws_depend_on_seed_key_and_epoch_alone() -> None:
     sizes = torch.tensor([[600, 1024], [1024, 700]])
-    points = uniform_points(Draw(["a", "b"], [0, 3], 0), sizes, 4)
-    assert torch.equal(points.flip(0), uniform_points(Draw(["b", "a"], [3, 0], 0), sizes.flip(0), 4))
-    assert torch.equal(points[:1], uniform_points(Draw(["a"], [0], 0), sizes[:1], 4))
-    for other in (Draw(["a"], [0], 1), Draw(["a"], [1], 0), Draw(["c"], [0], 0), Draw(["a"], [0], 0, "click")):
+    points = uniform_points(PromptRng(["a", "b"], [0, 3], 0), sizes, 4)
+    assert torch.equal(points.flip(0), uniform_points(PromptRng(["b", "a"], [3, 0], 0), sizes.flip(0), 4))
+    assert torch.equal(points[:1], uniform_points(PromptRng(["a"], [0], 0), sizes[:1], 4))
+    for other in (
+        PromptRng(["a"], [0], 1),
+        PromptRng(["a"], [1], 0),
+        PromptRng(["c"], [0], 0),
+        PromptRng(["a"], [0], 0, "click"),
+    ):
         assert not torch.equal(points[:1], uniform_points(other, sizes[:1], 4))
 
 

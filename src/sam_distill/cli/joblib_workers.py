@@ -26,11 +26,11 @@ def is_worker() -> bool:
     return multiprocessing.current_process().name.startswith(_NAME)
 
 
-def settle() -> None:
+def set_up_worker() -> None:
     """Before the jobs of a worker."""
     _take_a_gpu(int(multiprocessing.current_process().name.removeprefix(_NAME)))
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _hear)
+        signal.signal(number, _on_signal)
 
 
 def unless_stopped(job: Callable[[], bool]) -> bool:
@@ -48,7 +48,7 @@ def unless_stopped(job: Callable[[], bool]) -> bool:
         _busy = False
 
 
-def _hear(number: int, frame: FrameType | None) -> None:
+def _on_signal(number: int, frame: FrameType | None) -> None:
     """Both the terminal and the first process tell of a signal: the second time it is no news."""
     global _stopped
     before, _stopped = _stopped, True

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sam_distill.data.choice import affordable_val, choose, is_image, unique_keys
+from sam_distill.data.selection import affordable_val, choose, is_image, unique_keys
 from sam_distill.types import UserError
 
 KEYS = [f"key{number}" for number in range(1000)]

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from sam_distill.data.kept import Kept
+from sam_distill.data.local_copy import Kept
 from sam_distill.data.sa1b import Sa1b
 from sam_distill.data.tars import PipedTar
 

@@ -12,7 +12,7 @@ from typing import IO, Any
 
 from filelock import FileLock, Timeout
 
-from sam_distill.data.contents import Contents
+from sam_distill.data.tar_index import Contents
 from sam_distill.data.tars import Tar
 
 log = logging.getLogger(__name__)

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from sam_distill.data import tars
-from sam_distill.data.choice import choose
-from sam_distill.data.contents import Contents, remembered
 from sam_distill.data.sa1b import Sa1b
+from sam_distill.data.selection import choose
 from sam_distill.data.shards import Shard, chosen, subset, without
+from sam_distill.data.tar_index import Contents, remembered
 from sam_distill.data.tars import LocalTar
 
 

@@ -21,7 +21,7 @@ def _or_fastsam(checkpoint: Any, as_sam: ValidatorFunctionWrapHandler) -> Any:
 Judged = Annotated[Checkpoint, WrapValidator(_or_fastsam)]  # a SAM, or a FastSAM
 
 
-def answering(teacher: LiveTeacher, data: DataSource) -> Teacher:
+def teacher_for(teacher: LiveTeacher, data: DataSource) -> Teacher:
     """`teacher` itself, or what a cache has kept of it, if the data are one. The answers of another are refused."""
     if not isinstance(data, Cache):
         return teacher

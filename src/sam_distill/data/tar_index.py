@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from sam_distill.data.choice import digest, is_image_member
-from sam_distill.files import whole
+from sam_distill.data.selection import digest, is_image_member
+from sam_distill.files import atomic_write
 from sam_distill.models.weights import home
 
 log = logging.getLogger(__name__)
@@ -111,7 +111,7 @@ def remembered(identity: str, stamp: str, read: Callable[[], Contents], least: i
 def remember(contents: Contents, file: Path, stamp: str) -> None:
     assert not isinstance(contents.arrays, Path)
     file.parent.mkdir(parents=True, exist_ok=True)
-    with whole(file) as draft:
+    with atomic_write(file) as draft:
         save_file(dict(contents.arrays), draft, {"stamp": stamp})
 
 
