@@ -41,7 +41,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("images")
     for number in range(10):
         image = Image.new("RGB", (96, 64), (25 * number, 120, 200))
-        ImageDraw.PromptRng(image).ellipse((10 + 3 * number, 8, 50 + 4 * number, 50), fill=(200, 25 * number, 20))
+        ImageDraw.Draw(image).ellipse((10 + 3 * number, 8, 50 + 4 * number, 50), fill=(200, 25 * number, 20))
         image.save(folder / f"{number}.png")
     (folder / "damaged.jpg").write_bytes(b"\xff\xd8 this was a photograph once")
     return folder

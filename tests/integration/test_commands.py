@@ -28,7 +28,7 @@ QUICK = ["image_size=64", "batch_size=2", "trainer=cpu", "trainer.workers=0", "e
 
 def draw(path: Path, number: int) -> None:
     image = Image.new("RGB", (96, 64), (40 * number % 256, 120, 200))
-    ImageDraw.PromptRng(image).ellipse((10 + 6 * number, 8, 50 + 6 * number, 50), fill=(200, 40 * number % 256, 20))
+    ImageDraw.Draw(image).ellipse((10 + 6 * number, 8, 50 + 6 * number, 50), fill=(200, 40 * number % 256, 20))
     image.save(path)
 
 

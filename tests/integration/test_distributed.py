@@ -45,7 +45,7 @@ def images(tmp_path: Path) -> Path:
     folder.mkdir()
     for number in range(10):
         image = Image.new("RGB", (96, 64), (25 * number, 120, 200))
-        ImageDraw.PromptRng(image).ellipse((10 + 3 * number, 8, 50 + 4 * number, 50), fill=(200, 25 * number, 20))
+        ImageDraw.Draw(image).ellipse((10 + 3 * number, 8, 50 + 4 * number, 50), fill=(200, 25 * number, 20))
         image.save(folder / f"{number}.png")
     return folder
 

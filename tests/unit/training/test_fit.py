@@ -58,7 +58,7 @@ class Drawings(IndexedSource[int]):
         if item == self.damaged:
             raise UserError(f"{self.key(item)} is torn")
         image = Image.new("RGB", (96, 64), (40 * item, 120, 200))
-        ImageDraw.PromptRng(image).ellipse((10 + 6 * item, 8, 50 + 6 * item, 50), fill=(200, 40 * item, 20))
+        ImageDraw.Draw(image).ellipse((10 + 6 * item, 8, 50 + 6 * item, 50), fill=(200, 40 * item, 20))
         return Sample(self.key(item), to_frame(image), (64, 96))
 
 
