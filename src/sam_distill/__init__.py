@@ -8,16 +8,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sam_distill.models.checkpoints import load_sam as load_sam
     from sam_distill.models.checkpoints import sam_model_registry as sam_model_registry
+    from sam_distill.models.inference import optimize_for_inference as optimize_for_inference
     from sam_distill.predict.mask_generator import SamAutomaticMaskGenerator as SamAutomaticMaskGenerator
     from sam_distill.predict.predictor import SamPredictor as SamPredictor
 
 _HOMES = {
     "load_sam": "sam_distill.models.checkpoints",
     "sam_model_registry": "sam_distill.models.checkpoints",
+    "optimize_for_inference": "sam_distill.models.inference",
     "SamPredictor": "sam_distill.predict.predictor",
     "SamAutomaticMaskGenerator": "sam_distill.predict.mask_generator",
 }
-__all__ = ["SamAutomaticMaskGenerator", "SamPredictor", "load_sam", "sam_model_registry"]
+__all__ = ["SamAutomaticMaskGenerator", "SamPredictor", "load_sam", "optimize_for_inference", "sam_model_registry"]
 
 
 def __getattr__(name: str) -> Any:

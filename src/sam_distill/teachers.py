@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from sam_distill.files import atomic_write
 from sam_distill.models.checkpoints import Checkpoint, fingerprint, load_sam
 from sam_distill.models.encoders import Neck
+from sam_distill.models.inference import optimize_for_inference
 from sam_distill.models.sam import Sam
 from sam_distill.types import ALL, EMBED_DIM, GRID, Batch, Masks, Prompts, UserError
 
@@ -90,7 +91,7 @@ class LiveTeacher(Teacher):
     @cached_property
     def sam(self) -> Sam:
         log.info("Loading the teacher %s", self.checkpoint)
-        return load_sam(self.checkpoint).requires_grad_(False).to(memory_format=torch.channels_last)
+        return optimize_for_inference(load_sam(self.checkpoint)).to(memory_format=torch.channels_last)
 
     @property
     def sha256(self) -> str:

@@ -25,6 +25,7 @@ from sam_distill.evaluate.fastsam import FastSam
 from sam_distill.export.contract import Settings, contracts
 from sam_distill.export.formats import load_format
 from sam_distill.images import frame_size, to_frame
+from sam_distill.models.inference import optimize_for_inference
 from sam_distill.models.sam import Sam
 from sam_distill.predict.predictor import SamPredictor
 from sam_distill.prompts.forms import point_prompts
@@ -56,11 +57,13 @@ def bench_encoder(sam: Sam, device: str, compiled: bool, onnx: bool, exported: P
 
         return run
 
-    contenders = [Contender(FP32, encode(None)), Contender(BF16, encode(torch.bfloat16))]
+    fast = optimize_for_inference(sam)
+    contenders = [Contender(FP32, encode(None, fast)), Contender(BF16, encode(torch.bfloat16, fast))]
     if compiled:
-        twin = deepcopy(sam)
+        twin = deepcopy(fast)
         twin.image_encoder = torch.compile(twin.image_encoder)  # type: ignore[assignment]
         contenders.append(Contender("sam-distill, bf16, torch.compile", encode(torch.bfloat16, twin)))
+    contenders.append(Contender("the same model as it trains, fp32", encode(None)))
     notes = []
     if device == "cpu" and exported:
         for contender, about in exported_encoders(exported):

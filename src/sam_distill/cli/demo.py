@@ -10,6 +10,7 @@ from pydantic import Field
 
 from sam_distill.data.photos import VAL_PHOTOS, photo
 from sam_distill.models.checkpoints import Checkpoint, load_sam
+from sam_distill.models.inference import optimize_for_inference
 from sam_distill.runs.hardware import Hardware
 from sam_distill.types import UserError
 
@@ -35,7 +36,10 @@ def demo(
     chosen = [checkpoint] if compare is None else [checkpoint, compare]
     short = [Path(name).resolve().name for name in chosen]
     names = short if len(set(short)) == len(chosen) else chosen
-    models = {name: load_sam(source).to(trainer.kind) for name, source in zip(names, chosen, strict=True)}
+    models = {
+        name: optimize_for_inference(load_sam(source)).to(trainer.kind)
+        for name, source in zip(names, chosen, strict=True)
+    }
     logging.getLogger("httpx").setLevel(logging.WARNING)  # Gradio asks itself whether it is there
     page = build(models, [photo(name) for name in VAL_PHOTOS], points_per_side)
     try:

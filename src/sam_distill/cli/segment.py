@@ -22,6 +22,7 @@ from sam_distill.data.selection import is_image, unique_keys
 from sam_distill.files import write_text
 from sam_distill.images import decode
 from sam_distill.models.checkpoints import Checkpoint, load_sam
+from sam_distill.models.inference import optimize_for_inference
 from sam_distill.predict.mask_generator import SamAutomaticMaskGenerator
 from sam_distill.predict.overlays import coloured, overlay
 from sam_distill.predict.predictor import SamPredictor
@@ -63,7 +64,7 @@ def segment(
         )
     if box is not None and not (box[0] < box[2] and box[1] < box[3]):
         raise UserError(f"box={list(box)}: expected [x0,y0,x1,y1] with x0 < x1 and y0 < y1")
-    sam = load_sam(checkpoint).to(trainer.kind)
+    sam = optimize_for_inference(load_sam(checkpoint)).to(trainer.kind)
     make, predictor = generator(sam, output_mode="coco_rle"), SamPredictor(sam)
     tally = CountProgress(len(jobs), "segmenting") if len(jobs) > 1 else nullcontext()
     skipped = 0

@@ -1,0 +1,50 @@
+import pytest
+import torch
+from torch import nn
+
+from sam_distill.models.encoders import EfficientViT, EfficientViTMIT, ImageEncoder, SamViT, TimmEncoder, TinyViT
+from sam_distill.models.inference import WindowBlock, optimize_for_inference
+from sam_distill.models.sam import Sam
+
+
+def encoders() -> list[ImageEncoder]:
+    return [
+        TinyViT(pretrained=False),
+        TimmEncoder("efficientnet_lite0", pretrained=False),
+        TimmEncoder("resnet18", pretrained=False),
+        EfficientViT("m0", pretrained=False),
+        EfficientViTMIT("b0", pretrained=False),
+        SamViT(width=64, depth=2, heads=2, global_blocks=[1]),
+    ]
+
+
+@pytest.mark.parametrize(
+    "encoder", encoders(), ids=lambda encoder: str(encoder.spec.get("name", encoder.spec["class"]))
+)
+def test_embeddings_stay_the_same(encoder: ImageEncoder) -> None:
+    sam = Sam(encoder, image_size=256)
+    sam.train()
+    with torch.no_grad():  # BatchNorms that have something to fold
+        encoder(torch.randn(2, 3, 256, 256, generator=torch.Generator().manual_seed(0)))
+    sam.eval()
+    images = torch.randint(256, (2, 3, 1024, 1024), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    sizes = torch.tensor([[1024, 700], [333, 1024]])
+    before = {key: value.clone() for key, value in sam.state_dict().items()}
+    fast = optimize_for_inference(sam)
+    with torch.inference_mode():
+        expected, found = sam.encode(images, sizes), fast.encode(images, sizes)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert all(torch.equal(value, before[key]) for key, value in sam.state_dict().items()), "a copy"
+    assert not any(parameter.requires_grad for parameter in fast.parameters())
+
+
+def test_a_batch_is_the_same_as_its_images() -> None:
+    """On a GPU several images are encoded at a time."""
+    fast = optimize_for_inference(Sam(TinyViT(pretrained=False), image_size=256)).image_encoder
+    images = torch.randn(3, 3, 256, 256, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        torch.testing.assert_close(
+            fast(images), torch.cat([fast(image[None]) for image in images]), atol=1e-5, rtol=1e-5
+        )
+    assert sum(isinstance(layer, WindowBlock) for layer in fast.modules()) == 10
+    assert not any(isinstance(layer, nn.BatchNorm2d) for layer in fast.modules())
