@@ -36,10 +36,8 @@ def demo(
     chosen = [checkpoint] if compare is None else [checkpoint, compare]
     short = [Path(name).resolve().name for name in chosen]
     names = short if len(set(short)) == len(chosen) else chosen
-    models = {
-        name: optimize_for_inference(load_sam(source)).to(trainer.kind)
-        for name, source in zip(names, chosen, strict=True)
-    }
+    loaded = [optimize_for_inference(load_sam(source)).to(trainer.kind) for source in chosen]
+    models = dict(zip(names, loaded, strict=True))
     logging.getLogger("httpx").setLevel(logging.WARNING)  # Gradio asks itself whether it is there
     page = build(models, [photo(name) for name in VAL_PHOTOS], points_per_side)
     try:

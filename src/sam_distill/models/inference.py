@@ -16,7 +16,7 @@ from sam_distill.types import GRID
 
 
 def optimize_for_inference(sam: Sam) -> Sam:
-    """A copy with the same embeddings (to 1e-4): BatchNorm is folded into convolutions, TinyViT's windows need fewer copies.
+    """A copy with the same embeddings, to 1e-4: BatchNorm is folded into convolutions, TinyViT attends without detours.
 
     It can neither be trained nor saved.
     """
