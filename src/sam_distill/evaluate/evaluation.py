@@ -19,7 +19,6 @@ from sam_distill.evaluate.judge import BLIND, Answer, Judge, blind
 from sam_distill.evaluate.protocol import Protocol, write_prompts
 from sam_distill.evaluate.views import View
 from sam_distill.files import write_json
-from sam_distill.models.inference import optimize_for_inference
 from sam_distill.models.sam import Sam
 from sam_distill.runs.hardware import Hardware
 from sam_distill.runs.processes import begin_worker
@@ -46,8 +45,7 @@ def judge(
     total = source.num_eval_images(split)
     if not total:
         raise UserError(f"split={split}: there is no such image; are any held out, by data.val_images?")
-    fast = optimize_for_inference(student) if isinstance(student, Sam) else student
-    for model in (fast, teacher.sam):
+    for model in (student, teacher.sam):
         if isinstance(model, Sam):
             model.to(hardware.kind).to(memory_format=torch.channels_last)
     result, of_teacher = Judge(protocol).to(hardware.kind), Judge(protocol).to(hardware.kind)
@@ -60,7 +58,7 @@ def judge(
         for batch in loader(source, split, hardware, batch_size, annotated):
             batch = batch.to(hardware.kind)
             with hardware.autocast():  # decoders as well: a training judges so, too
-                theirs, ours = protocol.see(teacher.sam, teacher.embed(batch), batch), _look(fast, batch, protocol)
+                theirs, ours = protocol.see(teacher.sam, teacher.embed(batch), batch), _look(student, batch, protocol)
                 targets = protocol.ask(theirs)
                 if annotated:
                     of_teacher.update(theirs, theirs.embedding, targets)

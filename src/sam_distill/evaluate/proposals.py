@@ -19,7 +19,6 @@ from sam_distill.evaluate.everything import Detections, Everything, Records
 from sam_distill.evaluate.fastsam import FastSam
 from sam_distill.evaluate.protocol import write_prompts
 from sam_distill.files import write_json
-from sam_distill.models.inference import optimize_for_inference
 from sam_distill.models.sam import Sam
 from sam_distill.predict.overlays import coloured, column, side_by_side
 from sam_distill.runs.hardware import Hardware
@@ -36,8 +35,7 @@ def judge_everything(
 ) -> dict[str, Any]:  # fmt: skip
     """Writes metrics.json, prompts.csv with a row for each of the teacher's masks, and pictures/."""
     started, total = time.perf_counter(), source.num_eval_images(split)
-    fast = optimize_for_inference(student) if isinstance(student, Sam) else student
-    for model in (fast, teacher.sam):
+    for model in (student, teacher.sam):
         if isinstance(model, Sam):
             model.to(hardware.kind).to(memory_format=torch.channels_last)
     who, detections = f"{teacher.sha256} {hardware.num_format}", Detections()
@@ -47,7 +45,7 @@ def judge_everything(
         for batch in loader(source, split, hardware, batch_size):
             for key, image, (height, width) in zip(batch.keys, batch.images, batch.sizes.tolist(), strict=True):
                 frame = image[:, :height, :width].permute(1, 2, 0).contiguous().numpy()
-                theirs, ours = protocol.remembered(who, teacher.sam, frame), protocol.masks(fast, frame)
+                theirs, ours = protocol.remembered(who, teacher.sam, frame), protocol.masks(student, frame)
                 detections.add(key, theirs, ours)
                 if len(rows) < PICTURES:
                     rows.append(_row(frame, ours, theirs))
