@@ -12,20 +12,26 @@ from sam_distill.benchmark.peers import MISSING, mobile_sam, peer_of
 from sam_distill.benchmark.tables import Finding
 from sam_distill.benchmark.timing import Contender, race
 from sam_distill.evaluate.everything import Records, nearest
+from sam_distill.models.inference import optimize_for_inference
 from sam_distill.models.sam import Sam
 from sam_distill.predict.mask_generator import SamAutomaticMaskGenerator
 
 
 def bench_everything(sam: Sam, image: np.ndarray[Any, Any], points_per_side: int, device: str) -> Finding:
     """image: [H, W, 3] uint8. One turn each: it takes seconds to minutes."""
+    sam = optimize_for_inference(sam).to(device)
     options: dict[str, Any] = {"points_per_side": points_per_side, "output_mode": "coco_rle"}
     found: dict[str, Records] = {}
 
     def keep(name: str, generator: Any) -> None:
         found[name] = generator.generate(image)
 
-    ours = SamAutomaticMaskGenerator(sam.to(device), **options)
-    contenders = [Contender(FP32, lambda: keep("ours", ours))]
+    ours = SamAutomaticMaskGenerator(sam, **options)
+    fast = SamAutomaticMaskGenerator(sam, **options, fast=True)
+    contenders = [
+        Contender(FP32, lambda: keep("ours", ours)),
+        Contender("sam-distill, fp32, fast", lambda: keep("fast", fast)),
+    ]
     note, package, peer = MISSING, mobile_sam(), peer_of(sam)
     if package is not None and peer is not None:
         theirs = package.SamAutomaticMaskGenerator(peer[1].to(device), **options)
@@ -35,6 +41,7 @@ def bench_everything(sam: Sam, image: np.ndarray[Any, Any], points_per_side: int
     timings = race(contenders, device, turns=1)
     if "theirs" in found:
         note = likeness(found["ours"], found["theirs"])
+    note += f"\nfast: {likeness(found['fast'], found['ours'])}"
     finding = Finding(what, "image", timings, note)
     return replace(finding, metrics={"everything_ms": finding.milliseconds(FP32), "masks": len(found["ours"])})
 

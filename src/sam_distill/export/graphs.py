@@ -6,6 +6,8 @@ BatchNorm is folded into the convolutions, and attention biases are gathered onc
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -81,6 +83,7 @@ def dense_prompt(prompt_encoder: PromptEncoder, mask: Tensor, has_mask: Tensor) 
 def prepared(sam: Sam) -> Sam:
     """A copy of `sam` that computes the same in layers that exporters and runtimes like."""
     sam = optimize_for_inference(sam).cpu().float()
+    layer: Any
     for layer in sam.image_encoder.modules():
         if hasattr(layer, "fused_attn"):  # timm's switch: SAM's ViT calls the fused kernel in a way ONNX lacks
             layer.fused_attn = False

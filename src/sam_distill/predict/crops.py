@@ -20,6 +20,13 @@ def point_grid(points_per_side: int) -> np.ndarray:
     return np.stack([x, y], axis=-1).reshape(-1, 2)
 
 
+def coarse_to_fine(grid: np.ndarray) -> np.ndarray:
+    """[n]: the points of a grid, [n, 2], in the order: every fourth row and column, every second, all others."""
+    column, row = (np.unique(side, return_inverse=True)[1] for side in grid.T)
+    level = 2 - sum(((column % step == 1) & (row % step == 1)).astype(int) for step in (2, 4))
+    return np.argsort(level, kind="stable")
+
+
 def crop_boxes(size: Size, layers: int, overlap_ratio: float) -> list[tuple[int, Box]]:
     """(layer, box) of the whole image, layer 0, and of the 2^i x 2^i overlapping crops of layers i = 1, 2, ...
 

@@ -18,13 +18,13 @@ from pydantic import Field
 from torchvision.ops import nms
 
 from sam_distill.models.sam import Sam
-from sam_distill.predict.crops import Box, crop_boxes, is_cut_off, point_grid
+from sam_distill.predict.crops import Box, coarse_to_fine, crop_boxes, is_cut_off, point_grid
 from sam_distill.predict.full_size import FullSize, Patch, box_of
 from sam_distill.predict.predictor import Picture, SamPredictor, picture
 from sam_distill.predict.regions import without_small_regions
 from sam_distill.predict.run_lengths import Runs, runs_of
 from sam_distill.prompts.forms import point_prompts
-from sam_distill.types import FOREGROUND, MULTI
+from sam_distill.types import FOREGROUND, FRAME, LOW_RES, MULTI
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,10 @@ class SamAutomaticMaskGenerator:
         crop_overlap_ratio; each layer has crop_n_points_downscale_factor times fewer points per side.
     min_mask_region_area: fill holes and remove islands of fewer pixels.
     output_mode: of a record's `segmentation`: binary_mask ([H, W] bool), uncompressed_rle or coco_rle, which is small.
+    fast: ask every fourth row and column first, then between them, and leave out points that lie in the smallest good
+        mask of two points before them: most get what those got. (TinySAM's idea, which takes any confident mask, and
+        so loses what is within it.) Not segment-anything's. A third of the points are asked, an eighth of the masks
+        lost.
     """
 
     def __init__(
@@ -75,6 +79,7 @@ class SamAutomaticMaskGenerator:
         point_grids: list[np.ndarray] | None = None,
         min_mask_region_area: int = 0,
         output_mode: Literal["binary_mask", "uncompressed_rle", "coco_rle"] = "binary_mask",
+        fast: bool = False,
     ) -> None:
         if output_mode not in ("binary_mask", "uncompressed_rle", "coco_rle"):
             raise ValueError(f"output_mode must be binary_mask, uncompressed_rle or coco_rle, not {output_mode}")
@@ -96,6 +101,7 @@ class SamAutomaticMaskGenerator:
         self.crop_overlap_ratio = crop_overlap_ratio
         self.min_mask_region_area = min_mask_region_area
         self.output_mode = output_mode
+        self.fast = fast
 
     @torch.no_grad()
     def generate(self, image: Picture) -> list[dict[str, Any]]:
@@ -124,13 +130,27 @@ class SamAutomaticMaskGenerator:
         self.predictor.set_image(image.crop(crop))
         canvas = FullSize(self.predictor.input_size, crop, size, self.predictor.device)
         points = grid * self.predictor.original_size[::-1]
-        batches = (points[i : i + self.points_per_batch] for i in range(0, len(points), self.points_per_batch))
-        found = [mask for batch in batches for mask in self._ask(batch, canvas)]
+        if self.fast:
+            points = points[coarse_to_fine(grid)]
+        answered = np.zeros((LOW_RES, LOW_RES), int)  # by how many points, of a cell
+        found: list[Found] = []
+        for start in range(0, len(points), self.points_per_batch):
+            batch = points[start : start + self.points_per_batch]
+            if self.fast:
+                batch = batch[self._at(batch, answered) < 2]
+            if len(batch):
+                found += self._ask(batch, canvas, answered)
         kept = _distinct([mask.box for mask in found], [mask.iou for mask in found], self.box_nms_thresh)
         return [found[index] for index in kept]
 
-    def _ask(self, points: np.ndarray, canvas: FullSize) -> Iterator[Found]:
-        """Three masks for each point, [n, 2] in the crop, as far as they are good."""
+    def _at(self, points: np.ndarray, cells: np.ndarray) -> np.ndarray:
+        """What `cells`, [256, 256], say at points, [n, 2] in the crop: [n]."""
+        framed = self.predictor.transform.apply_coords(points, self.predictor.original_size)
+        x, y = (framed * (LOW_RES / FRAME)).astype(int).clip(0, LOW_RES - 1).T
+        return cells[y, x]
+
+    def _ask(self, points: np.ndarray, canvas: FullSize, answered: np.ndarray) -> Iterator[Found]:
+        """Three masks for each point, [n, 2] in the crop, as far as they are good; marks the smallest in `answered`."""
         predictor, least = self.predictor, self.pred_iou_thresh if self.pred_iou_thresh > 0 else None
         framed = predictor.transform.apply_coords(points, predictor.original_size).astype(np.float32)
         coordinates = torch.from_numpy(framed)[None, :, None].to(predictor.device)
@@ -142,12 +162,19 @@ class SamAutomaticMaskGenerator:
             patches = canvas.patches(masks.low_res[0][trusted], min(0.0, -self.stability_score_offset))
             measured = [canvas.measure(patch, self.stability_score_offset) for patch in patches]
         corner = np.array(canvas.crop[:2])
-        for index, trust, patch, (stability, box) in zip(asked, iou, patches, measured, strict=True):
+        cells = (masks.low_res[0][trusted] > 0).cpu().numpy() if self.fast else None
+        smallest: dict[int, np.ndarray] = {}  # of each point
+        for number, (index, trust, patch) in enumerate(zip(asked, iou, patches, strict=True)):
+            stability, box = measured[number]
             x0, y0, x1, y1 = (int(side) for side in box + np.tile(corner, 2))
             unstable = self.stability_score_thresh > 0 and not stability >= self.stability_score_thresh
             if not unstable and not is_cut_off((x0, y0, x1, y1), canvas.crop, canvas.image_size):
                 x, y = (points[index] + corner).tolist()
                 yield Found(canvas, patch, (x0, y0, x1, y1), trust, stability, (x, y))
+                if cells is not None and (index not in smallest or cells[number].sum() < smallest[index].sum()):
+                    smallest[index] = cells[number]
+        for mask in smallest.values():
+            answered += mask
 
     def _tidied(self, masks: Sequence[tuple[Found, Runs]]) -> list[tuple[Found, Runs]]:
         """Without small regions, and without what is now a duplicate; masks that needed no mending are preferred."""

@@ -98,6 +98,26 @@ def test_within_autocast_masks_are_nearly_the_same(teacher: Sam, photograph: np.
     assert np.median(overlaps.max(1)) > 0.9
 
 
+def test_fast_asks_fewer_points_for_nearly_the_same_masks(
+    teacher: Sam, photograph: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    decode = Sam.decode
+    monkeypatch.setattr(
+        Sam, "decode", lambda sam, e, p, *more: asked.append(p.points.shape[1]) or decode(sam, e, p, *more)
+    )
+    full, fast = (
+        SamAutomaticMaskGenerator(teacher, points_per_side=8, output_mode="coco_rle", fast=fast, points_per_batch=16)
+        for fast in (False, True)
+    )
+    expected, before = full.generate(photograph), sum(asked)
+    found = fast.generate(photograph)
+    assert before == 64
+    assert sum(asked) - before < 50
+    overlaps = coco.iou([r["segmentation"] for r in expected], [r["segmentation"] for r in found], [0] * len(found))
+    assert (overlaps.max(1) > 0.9).mean() > 0.75
+
+
 def test_nothing_found_is_no_mistake(teacher: Sam, photograph: np.ndarray) -> None:
     generator = SamAutomaticMaskGenerator(teacher, points_per_side=1, pred_iou_thresh=9, min_mask_region_area=5)
     assert generator.generate(photograph) == []
