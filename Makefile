@@ -9,7 +9,7 @@ BIN := .venv/bin
 .PHONY: demo test check gpu-check clean
 
 demo: .venv/installed
-	$(BIN)/python train.py strategy=decoupled encoder=tinyvit
+	$(BIN)/python train.py strategy=decoupled encoder=efficientnet_lite0
 
 test: check
 	$(BIN)/python -m pytest
