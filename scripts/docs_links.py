@@ -1,4 +1,4 @@
-"""A hook of MkDocs: links that lead out of docs/, to code or experiments, work in the site as they do in the repository.
+"""A hook of MkDocs: links that lead out of docs/, to code or experiments, work in the site as in the repository.
 
 They become links to `repo_url`, or mere words where there is none. One that leads nowhere is a warning, which
 `mkdocs build --strict` fails on.
