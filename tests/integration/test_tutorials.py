@@ -53,7 +53,13 @@ def test_start(photos: Path, capfd: pytest.CaptureFixture[str]) -> None:
     said = capfd.readouterr().out
     assert "mIoU, one point" in said
     assert "before/miou/box" in json.loads(Path("outputs/better/metrics.json").read_text())
-    assert {path.name for path in photos.iterdir()} == {"photos", "outputs", "seen.png", "seen.json", "student.pt"}
+    assert {path.name for path in photos.iterdir()} == {
+        "photos",
+        "outputs",
+        "seen.png",
+        "seen.json",
+        "student.safetensors",
+    }
     assert 0 <= json.loads(Path("outputs/judged/metrics.json").read_text())["miou/point"] <= 1
 
 
