@@ -48,7 +48,7 @@ def test_start(photos: Path, capfd: pytest.CaptureFixture[str]) -> None:
             exec(code, result)
             assert result["masks"].shape == (3, 300, 400)
         if language == "bash":
-            for line in code.splitlines():
+            for line in code.replace("\\\n", "").splitlines():
                 run(line)
     said = capfd.readouterr().out
     assert "mIoU, one point" in said
