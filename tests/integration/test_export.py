@@ -73,7 +73,7 @@ def test_onnx_and_the_snippets_of_the_docs(place: Path, student: Sam, capfd: pyt
 
     predictor = SamPredictor(student)
     predictor.set_image(np.asarray(Image.open("photo.jpg")))
-    (short,), (whole,) = snippets("README.md"), snippets("docs/export.md")
+    (short,), (whole,) = snippets("docs/use.md"), snippets("docs/export.md")
     result: dict[str, Any] = {}
     exec(short, result)
     expected, _, _ = predictor.predict(np.array([[320, 240]]), np.array([1]), return_logits=True)
