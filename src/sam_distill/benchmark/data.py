@@ -24,7 +24,7 @@ from sam_distill.data.cache import Cache, ShardWriter, members, update_manifest
 from sam_distill.data.embeddings import Dtype
 from sam_distill.data.photos import Photos
 from sam_distill.data.sa1b import Sa1b
-from sam_distill.data.tar_index import Contents, remembered, stamp_of
+from sam_distill.data.tar_index import TarIndex, cached_index, file_stamp
 from sam_distill.images import decode, to_frame
 from sam_distill.types import EMBED_DIM, FRAME, GRID, Sample, UserError
 
@@ -132,7 +132,7 @@ def _starting(folder: Path) -> Finding:
                 "digests": random.integers(2**64, size=each, dtype=np.uint64),
                 "beside": np.ones(each, np.uint8),
             }
-            remembered(str(tar), stamp_of(tar.stat()), partial(Contents, each, arrays))
+            cached_index(str(tar), file_stamp(tar.stat()), partial(TarIndex, each, arrays))
 
         def start() -> object:
             source = Sa1b(str(folder))

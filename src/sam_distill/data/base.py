@@ -1,7 +1,4 @@
-"""What every data source offers: an endless, resumable training stream and a small fixed validation set.
-
-A source with random access subclasses `IndexedSource` and says how to load one item.
-"""
+"""What every data source offers: an endless, resumable training stream and a small fixed validation set."""
 
 from __future__ import annotations
 
@@ -11,20 +8,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from itertools import count, islice
+from itertools import islice
 from typing import Generic, Literal, TypeVar
 
-import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from sam_distill.data.annotations import run_lengths
-from sam_distill.data.selection import digest, fingerprint
+from sam_distill.data.selection import digests, fingerprint
 from sam_distill.types import FRAME, Batch, Sample, UserError
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
-Item = TypeVar("Item")
+T = TypeVar("T")  # what a source keeps its images in: files, keys, or tars of them
 
 Split = Literal["all", "val"]  # what to evaluate on: everything there is, or what training holds out
 
@@ -44,7 +40,7 @@ class SkippedSamples:
         """Training images are skipped; when none is left to train on, that is the end."""
         if not self.unreadable[list(indices)].all():
             self.unreadable[list(indices)] = True
-            logger.warning("skipped: %s", reason)
+            log.warning("skipped: %s", reason)
         if self.unreadable.all():
             raise UserError(f"not one of {len(self.unreadable)} training images can be read; for one, {reason}")
 
@@ -52,7 +48,7 @@ class SkippedSamples:
         """Anything else is skipped: a validation or evaluation image, the end of a truncated tar."""
         if reason not in self.others:
             self.others.add(reason)
-            logger.warning("skipped: %s", reason)
+            log.warning("skipped: %s", reason)
 
     def __len__(self) -> int:
         return int(self.unreadable.sum()) + len(self.others)
@@ -67,23 +63,23 @@ class Block:
     loads: Callable[[], Iterator[Callable[[], Sample]]]
 
 
-class DataSource(ABC):
-    """Images to train on and, disjoint from them, a few to validate on.
+class DataSource(ABC, Generic[T]):
+    """Images to train on and, disjoint from them, a few to validate on. A subclass sets `train` and `val`.
 
     shortage: a line for those who train, where fewer images are held out than were asked for; else empty.
     """
 
+    train: Sequence[T]
+    val: Sequence[T]
     shortage: str = ""
 
-    @property
     @abstractmethod
-    def num_train_images(self) -> int:
-        """Images in one epoch, over all ranks, damaged ones included."""
+    def keys(self, items: Sequence[T]) -> list[str]:
+        """The key of each image."""
 
-    @property
     @abstractmethod
-    def val_images(self) -> int:
-        """How many are held out for validation, which may be fewer than were asked for."""
+    def loads(self, items: Sequence[T]) -> Iterator[Callable[[], Sample]]:
+        """Each image, not yet decoded; a UserError from the call says that it is damaged."""
 
     @abstractmethod
     def train_stream(
@@ -95,26 +91,26 @@ class DataSource(ABC):
         resumed run goes on. batch_size: per rank; the loader takes batches of it from its workers in turn.
         """
 
-    def annotate(self, count: int, seed: int) -> None:
-        """Have every training image come with `count` of its annotations; without effect on streams made before."""
-        raise UserError("these data have no annotations: take data=sa1b, or a cache of it")
-
     @abstractmethod
-    def val_samples(self) -> list[Sample]:
-        """The validation images, the same ones in every run, decoded and held in memory (2 MB each)."""
+    def chunks(self, size: int) -> list[Sequence[T]]:
+        """The images held out, then those to train on, `size` of them or fewer at a time."""
 
-    @abstractmethod
-    def eval_loads(self, split: Split) -> Iterator[Callable[[], Sample]]:
-        """Each image to evaluate on, not yet decoded; data.images or data.fraction choose among `all`."""
+    def count(self, items: Sequence[T]) -> int:
+        """How many images, damaged ones included."""
+        return len(items)
 
-    @abstractmethod
-    def num_eval_images(self, split: Split) -> int:
-        """How many of them there are, damaged ones included."""
+    def eval_items(self, split: Split) -> Sequence[T]:
+        """What to evaluate on: here the held-out images, where the others are of no interest."""
+        return self.val
 
     @property
     def has_annotations(self) -> bool:
         """Whether any image comes with annotations."""
         return False
+
+    def annotate(self, count: int, seed: int) -> None:
+        """Have every training image come with `count` of its annotations; without effect on streams made before."""
+        raise UserError("these data have no annotations: take data=sa1b, or a cache of it")
 
     def load_json(self) -> None:
         """Have every image come with the JSON that holds its annotations; without effect on streams made before."""
@@ -122,24 +118,51 @@ class DataSource(ABC):
             "these data have no annotations: take data=sa1b, a cache of it, or data.annotations of a folder"
         )
 
-    @abstractmethod
-    def blocks(self, size: int) -> list[Block]:
-        """The images held out and those to train on, `size` of them or fewer at a time."""
+    @property
+    def num_train_images(self) -> int:
+        """Images in one epoch, over all ranks."""
+        return self.count(self.train)
 
     @property
-    @abstractmethod
+    def val_images(self) -> int:
+        """How many are held out for validation, which may be fewer than were asked for."""
+        return self.count(self.val)
+
+    @property
     def val_keys(self) -> list[str]:
-        """Keys of the images held out."""
+        return self.keys(self.val)
 
     @property
-    @abstractmethod
     def train_keys(self) -> list[str]:
-        """Keys of the images to train on."""
+        return self.keys(self.train)
 
     @property
     def fingerprint(self) -> str:
         """Of the set of images to train on: equal for the same keys."""
-        return fingerprint([np.array([digest(key) for key in self.train_keys], np.uint64)])
+        return fingerprint(digests(self.train_keys))
+
+    def val_samples(self) -> list[Sample]:
+        """The validation images, the same ones in every run, decoded and held in memory (2 MB each)."""
+        samples = []
+        for load in self.loads(self.val):
+            try:
+                samples.append(load())
+            except UserError as error:
+                self.skipped_samples.note(str(error))
+        return samples
+
+    def eval_loads(self, split: Split) -> Iterator[Callable[[], Sample]]:
+        """Each image to evaluate on, not yet decoded; data.images or data.fraction choose among `all`."""
+        return self.loads(self.eval_items(split))
+
+    def num_eval_images(self, split: Split) -> int:
+        return self.count(self.eval_items(split))
+
+    def blocks(self, size: int) -> list[Block]:
+        """The images held out and those to train on, `size` of them or fewer at a time."""
+        return [
+            Block(self.count(part), partial(self.keys, part), partial(self.loads, part)) for part in self.chunks(size)
+        ]
 
     @cached_property
     def skipped_samples(self) -> SkippedSamples:
@@ -155,109 +178,6 @@ class DataSource(ABC):
     def skipped_by_tar(self) -> dict[str, int]:
         """How many damaged training images were found in each tar, where images come in tars."""
         return {}
-
-
-class IndexedSource(DataSource, Generic[Item]):
-    """A source whose images can be loaded one by one, in any order. A subclass sets `train` and `val`."""
-
-    train: Sequence[Item]
-    val: Sequence[Item]
-
-    @abstractmethod
-    def key(self, item: Item) -> str:
-        """The key that the item's sample will have."""
-
-    @abstractmethod
-    def load(self, item: Item) -> Sample:
-        """Decode one image; a UserError says that it is damaged."""
-
-    @property
-    def num_train_images(self) -> int:
-        return len(self.train)
-
-    @property
-    def val_images(self) -> int:
-        return len(self.val)
-
-    def eval_items(self, split: Split) -> Sequence[Item]:
-        """The held-out images, where the others are of no interest; a subclass may know better."""
-        return self.val
-
-    def eval_loads(self, split: Split) -> Iterator[Callable[[], Sample]]:
-        return self._loads(self.eval_items(split))
-
-    def num_eval_images(self, split: Split) -> int:
-        return len(self.eval_items(split))
-
-    def blocks(self, size: int) -> list[Block]:
-        items = [*self.val, *self.train]
-        parts = [items[first : first + size] for first in range(0, len(items), size)]
-        return [Block(len(part), partial(self._keys, part), partial(self._loads, part)) for part in parts]
-
-    @property
-    def val_keys(self) -> list[str]:
-        return self._keys(self.val)
-
-    @property
-    def train_keys(self) -> list[str]:
-        return self._keys(self.train)
-
-    def _keys(self, items: Sequence[Item]) -> list[str]:
-        return [self.key(item) for item in items]
-
-    def _loads(self, items: Sequence[Item]) -> Iterator[Callable[[], Sample]]:
-        return (partial(self.load, item) for item in items)
-
-    def train_stream(self, start: int, seed: int, rank: int, world_size: int, batch_size: int) -> IndexedStream[Item]:
-        return IndexedStream(self, start, seed, rank, world_size, batch_size)
-
-    def val_samples(self) -> list[Sample]:
-        samples = []
-        for item in self.val:
-            try:
-                samples.append(self.load(item))
-            except UserError as error:
-                self.skipped_samples.note(str(error))
-        return samples
-
-
-class IndexedStream(IterableDataset[Sample], Generic[Item]):
-    """The training stream of an `IndexedSource`.
-
-    Epochs, each a permutation, follow one another in one endless sequence; ranks take its images in turn. Batch b
-    of a rank is therefore the same set of images whatever the number of workers, before and after a resume. A
-    damaged image is left out, and the batches after it move up by one.
-    """
-
-    def __init__(
-        self, source: IndexedSource[Item], start: int, seed: int, rank: int, world_size: int, batch_size: int
-    ) -> None:
-        self.source = source
-        self.skipped_samples = source.skipped_samples  # made here, before there are workers, so that they share it
-        self.start = start
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
-        self.batch_size = batch_size
-
-    def __iter__(self) -> Iterator[Sample]:
-        for epoch, index in self._indices():
-            try:
-                yield replace(self.source.load(self.source.train[index]), epoch=epoch)
-            except UserError as error:
-                self.skipped_samples.report(str(error), index)
-
-    def _indices(self) -> Iterator[tuple[int, int]]:
-        """Epochs and indices into `source.train`, for the batches that fall to this worker."""
-        worker, workers = loader_worker()
-        images, order, order_epoch = len(self.source.train), np.empty(0, np.int64), -1
-        for batch in count(worker, workers):
-            first = self.start + batch * self.batch_size
-            for position in range(first, first + self.batch_size):
-                epoch, place = divmod(position * self.world_size + self.rank, images)
-                if epoch != order_epoch:
-                    order, order_epoch = np.random.default_rng((self.seed, epoch)).permutation(images), epoch
-                yield epoch, int(order[place])
 
 
 class EvalStream(IterableDataset[Sample]):

@@ -22,10 +22,11 @@ from filelock import FileLock
 from pydantic import Field
 
 from sam_distill.data.embeddings import Dtype, pack, unpack
-from sam_distill.data.sa1b import Encoded, Sa1b
+from sam_distill.data.sa1b import Sa1b
 from sam_distill.data.selection import Fraction, Images
-from sam_distill.data.shards import index_tars, subset
+from sam_distill.data.shards import index_tars, split_by_keys
 from sam_distill.data.tar_index import companion
+from sam_distill.data.tar_stream import EncodedSample
 from sam_distill.files import write_json
 from sam_distill.images import decode, to_frame
 from sam_distill.models.weights import digest
@@ -42,6 +43,7 @@ class Cache(Sa1b):
     """
 
     kinds = (".embedding", ".json")
+    path: str
 
     def __init__(
         self,
@@ -50,7 +52,6 @@ class Cache(Sa1b):
         fraction: Fraction = None,
         shuffle_buffer: Annotated[int, Field(ge=1)] = 100,
     ) -> None:
-        self.path = path
         folder = Path(path).expanduser()
         self.manifest = read_manifest(folder)
         missing = self.manifest["tars"] - sum((folder / name).is_file() for name in self.manifest["shards"])
@@ -60,11 +61,9 @@ class Cache(Sa1b):
                 " that began it again, it goes on where it stopped"
             )
         shards, problems = index_tars(path, "data.path")
-        self.images, self.fraction, self.shuffle_buffer = images, fraction, shuffle_buffer
-        val = subset(shards, set(self.manifest["held_out"]))
-        self._share_out(shards, val, f"data.path={path} has nothing to train on: all its images are held out")
-        for problem in problems:
-            self.skipped_samples.note(problem)
+        val, rest = split_by_keys(shards, set(self.manifest["held_out"]))
+        self.path, self.images, self.fraction, self.shuffle_buffer = path, images, fraction, shuffle_buffer
+        self._set_up(shards, val, rest, problems)
 
     def annotate(self, count: int, seed: int) -> None:
         self.load_json()
@@ -78,17 +77,18 @@ class Cache(Sa1b):
     def has_annotations(self) -> bool:
         return bool(self.manifest["annotations"])
 
-    def decode(self, image: Encoded) -> Sample:
-        key, (jpg, embedding, about) = image.shard.key(image.member), image.contents
-        where = f"{key} in {image.shard.tar}"
+    def decode(self, encoded: EncodedSample) -> Sample:
+        jpg, embedding, about = encoded.contents
+        key = encoded.shard.key(encoded.member)
+        where = f"{key} in {encoded.shard.tar}"
         picture, _ = decode(jpg, where)
         try:
             height, width = json.loads(about)["original_size"]
         except (ValueError, KeyError) as error:
             raise UserError(f"{where}: its JSON can't be read ({error})") from None
-        sample = Sample(key, to_frame(picture), (height, width), image.epoch)
+        sample = Sample(key, to_frame(picture), (height, width), encoded.epoch)
         sample = replace(sample, teacher_embedding=unpack(embedding, companion(where, ".embedding")))
-        return self.annotated(sample, image, about)
+        return self.with_annotations(sample, encoded)
 
 
 def members(sample: Sample, jpg: bytes, embedding: Any, dtype: Dtype) -> dict[str, bytes]:

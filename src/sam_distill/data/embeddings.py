@@ -53,10 +53,10 @@ def unpack(content: bytes, name: str) -> Tensor:
         channels, rows, columns = image.shape
         if channels != EMBED_DIM or rows > GRID or columns > GRID:
             raise ValueError(f"its shape is {list(image.shape)}")
-        whole = F.pad(image, (0, GRID - columns, 0, GRID - rows))
+        embedding = F.pad(image, (0, GRID - columns, 0, GRID - rows))
         if "padding" in parts:
-            rest = whole[:, rows:] if rows < GRID else whole[:, :, columns:]
-            rest.copy_(F.interpolate((parts["padding"] * scale).unsqueeze(0), rest.shape[1:])[0])
+            padding = embedding[:, rows:] if rows < GRID else embedding[:, :, columns:]
+            padding.copy_(F.interpolate((parts["padding"] * scale).unsqueeze(0), padding.shape[1:])[0])
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
         raise UserError(f"{name}: not an embedding ({error})") from None
-    return whole
+    return embedding

@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from sam_distill.data.annotations import coco_json
-from sam_distill.data.base import IndexedSource, Split
+from sam_distill.data.base import Split
+from sam_distill.data.indexed import IndexedSource
 from sam_distill.data.selection import (
     Fraction,
     Images,
     ValImages,
-    affordable_val,
-    by_hash,
     choose,
+    digests,
     is_image,
+    limit_val_images,
     unique_keys,
 )
 from sam_distill.images import decode, to_frame
@@ -51,8 +52,8 @@ class Folder(IndexedSource[ImageFile]):
         self.annotations = annotations
         self._truth: dict[str, list[dict[str, Any]]] = {}  # by file name
         files = _find(Path(path).expanduser())
-        order = by_hash([file.key for file in files])
-        held_out, self.shortage = affordable_val(len(files), val_images, path)
+        order = digests(file.key for file in files).argsort(kind="stable").tolist()
+        held_out, self.shortage = limit_val_images(len(files), val_images, path)
         rest = [files[index] for index in sorted(order[held_out:])]
         self.files, self.images, self.fraction = files, images, fraction
         self.val = [files[index] for index in order[:held_out]]

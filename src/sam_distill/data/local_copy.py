@@ -1,4 +1,8 @@
-"""Tars that lie elsewhere, kept on a disk of this machine once they have been read."""
+"""Remote tars, copied to a disk of this machine while they are read for the first time.
+
+fsspec's own caches are of no use here: filecache has the reader wait for the whole tar, blockcache is not safe among
+several processes, and a full disk ends the reading.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +16,14 @@ from typing import IO, Any
 
 from filelock import FileLock, Timeout
 
-from sam_distill.data.tar_index import Contents
+from sam_distill.data.tar_index import TarIndex
 from sam_distill.data.tars import Tar
 
 log = logging.getLogger(__name__)
 
-_STEP = 1 << 20  # bytes at a time, where the rest of a tar is fetched for the copy alone
-
 
 @dataclass(frozen=True)
-class Kept(Tar):
+class LocalCopy(Tar):
     """Copied into `folder` while it is read for the first time; from then on, the copy is read."""
 
     source: Tar
@@ -43,18 +45,13 @@ class Kept(Tar):
             lock.acquire(timeout=0)
         except Timeout:  # another loader worker is copying it
             return self.source.stream()
-        return io.BufferedReader(_Copying(self.source.stream(), self.copy, lock))
+        return io.BufferedReader(CopyingReader(self.source.stream(), self.copy, lock))
 
-    def contents(self) -> Contents:
-        return self.source.contents()
-
-    def finish(self, file: IO[bytes]) -> None:
-        """Copy the rest, where it is being copied."""
-        while isinstance(getattr(file, "raw", None), _Copying) and file.read(_STEP):
-            pass
+    def index(self) -> TarIndex:
+        return self.source.index()
 
 
-class _Copying(io.RawIOBase):
+class CopyingReader(io.RawIOBase):
     """Leaves a copy of `source` in `copy` if it is read to its end. A full disk ends the copy, not the reading."""
 
     def __init__(self, source: IO[bytes], copy: Path, lock: FileLock) -> None:
@@ -76,20 +73,26 @@ class _Copying(io.RawIOBase):
                     self._file = None
         except OSError as error:
             log.warning("data.local: %s is not kept: %s", self._copy.name, error)
-            self._give_up()
+            self._end_copy()
         buffer[: len(data)] = data
         return len(data)
 
     def close(self) -> None:
         if not self.closed:
-            self._give_up()
+            self._end_copy()
             self._source.close()
             self._lock.release()
         super().close()
 
-    def _give_up(self) -> None:
+    def _end_copy(self) -> None:
         if self._file is not None:
             with suppress(OSError):
                 self._file.close()
             self._file = None
         self._draft.unlink(missing_ok=True)
+
+
+def finish_copy(file: IO[bytes]) -> None:
+    """Read the rest of a tar, where it is being copied."""
+    while isinstance(getattr(file, "raw", None), CopyingReader) and file.read(1 << 20):
+        pass

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 from pydantic import Field
 
-from sam_distill.data.base import IndexedSource
+from sam_distill.data.indexed import IndexedSource
 from sam_distill.data.selection import Fraction, ValImages
 from sam_distill.images import to_frame
 from sam_distill.types import Sample

@@ -47,8 +47,8 @@ def unique_keys(short: Sequence[str], long: Sequence[str]) -> list[str]:
     return [brief if uses[brief] == 1 else full for brief, full in zip(short, long, strict=True)]
 
 
-def affordable_val(images: int, val_images: int, where: str) -> tuple[int, str]:
-    """How many of all images to hold out, and the `shortage` if that is not what was asked for: at most a fifth."""
+def limit_val_images(images: int, val_images: int, where: str) -> tuple[int, str]:
+    """How many of all images to hold out, at most a fifth, and the `shortage` if that is not what was asked for."""
     most = max(1, images // 5) if images > 1 else 0
     if val_images <= most:
         return val_images, ""
@@ -60,31 +60,35 @@ def digest(key: str) -> int:
     return int.from_bytes(hashlib.blake2b(key.encode(errors="surrogateescape"), digest_size=8).digest(), "big")
 
 
-def by_hash(keys: Sequence[str]) -> list[int]:
-    """Indices of the keys in the order of their digests."""
-    return sorted(range(len(keys)), key=lambda index: digest(keys[index]))
+def digests(keys: Iterable[str]) -> NDArray[np.uint64]:
+    return np.array([digest(key) for key in keys], np.uint64)
 
 
-def fingerprint(digests: Iterable[NDArray[np.uint64]]) -> str:
-    """The same for the same keys, whatever their order and however they are parted."""
-    total, keys = 0, 0
-    for part in digests:
-        total, keys = (total + int(part.sum(dtype=np.uint64))) % 2**64, keys + len(part)
-    return hashlib.sha256(f"{keys} {total}".encode()).hexdigest()
+def lowest(digests: NDArray[np.uint64], number: int) -> NDArray[np.bool_]:
+    """[images]: which have the `number` lowest digests; of those that share the last place, the first."""
+    limit = np.partition(digests, number - 1)[number - 1]
+    wins = digests < limit
+    wins[np.flatnonzero(digests == limit)[: number - int(wins.sum())]] = True
+    return wins
 
 
-def how_many(there: int, images: int | None, fraction: float | None) -> int:
+def fingerprint(digests: NDArray[np.uint64]) -> str:
+    """The same for the same keys, whatever their order."""
+    return hashlib.sha256(f"{len(digests)} {digests.sum(dtype=np.uint64)}".encode()).hexdigest()
+
+
+def how_many(available: int, images: int | None, fraction: float | None) -> int:
     """How many of so many images data.images or data.fraction keeps for training."""
     if images is not None and fraction is not None:
         raise UserError("data.images and data.fraction exclude each other: give one of them")
     if fraction is not None:
-        return max(1, round(fraction * there))
-    if images is not None and images > there:
-        log.warning("data.images=%d, but there are only %d to train on: all are used", images, there)
-    return there if images is None else min(images, there)
+        return max(1, round(fraction * available))
+    if images is not None and images > available:
+        log.warning("data.images=%d, but there are only %d to train on: all are used", images, available)
+    return available if images is None else min(images, available)
 
 
 def choose(keys: Sequence[str], images: int | None, fraction: float | None) -> list[int]:
     """Indices, in their order, of the training images that data.images or data.fraction keeps."""
     wanted = how_many(len(keys), images, fraction)
-    return list(range(len(keys))) if wanted == len(keys) else sorted(by_hash(keys)[:wanted])
+    return list(range(len(keys))) if wanted == len(keys) else np.flatnonzero(lowest(digests(keys), wanted)).tolist()

@@ -6,24 +6,24 @@ import glob
 import logging
 import random
 import tarfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import chain, compress, islice, repeat, zip_longest
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
+import fsspec
 import numpy as np
 from numpy.typing import NDArray
 from webdataset.shardlists import expand_urls
 from webdataset.tariterators import tar_file_iterator
 
-from sam_distill.data.local_copy import Kept
-from sam_distill.data.selection import digest, how_many
-from sam_distill.data.tar_index import Contents, companion, short_key
-from sam_distill.data.tars import HttpTar, LocalTar, PipedTar, Tar
+from sam_distill.data.local_copy import LocalCopy, finish_copy
+from sam_distill.data.selection import digests, how_many, lowest
+from sam_distill.data.tar_index import TarIndex, companion, one_line, short_key
+from sam_distill.data.tars import FsspecTar, HttpTar, LocalTar, PipedTar, Tar
 from sam_distill.types import UserError
 
 log = logging.getLogger(__name__)
@@ -35,21 +35,21 @@ CONNECTIONS = 16  # at a time, while indices are read
 class Shard:
     """A tar, or a choice of its images; never empty.
 
-    rows: which of its contents' images, ascending; None: all.
+    rows: which of the index's images, ascending; None: all.
     shared: short keys that several images of the data set have, which are told apart by their tars' names.
     """
 
     tar: Tar
-    contents: Contents
+    index: TarIndex
     shared: Collection[str] = frozenset()
     rows: NDArray[np.int32] | None = None
 
     def __len__(self) -> int:
-        return self.contents.images if self.rows is None else len(self.rows)
+        return self.index.images if self.rows is None else len(self.rows)
 
     def members(self) -> list[str]:
         """Names of its images, in the order of the tar."""
-        names = self.contents.names()
+        names = self.index.names()
         return names if self.rows is None else [names[row] for row in self.rows]
 
     def key(self, member: str) -> str:
@@ -60,21 +60,19 @@ class Shard:
         return [self.key(member) for member in self.members()]
 
     def digests(self) -> NDArray[np.uint64]:
-        """Of the keys."""
-        if self.shared:
-            return np.array([digest(key) for key in self.image_keys()], np.uint64)
-        return self._of_mine(self.contents.digests())
+        """[images], of the keys."""
+        return digests(self.image_keys()) if self.shared else self._chosen(self.index.digests())
 
     def beside(self, kind: str) -> NDArray[np.bool_]:
-        """Which of the images have that companion."""
-        return self._of_mine(self.contents.beside(kind))
+        """[images]: which have that companion."""
+        return self._chosen(self.index.beside(kind))
 
-    def only(self, which: NDArray[np.int64] | NDArray[np.bool_]) -> Shard:
-        """A part of it: numbers of its images, ascending, or a flag for each."""
-        rows = self._of_mine(np.arange(self.contents.images, dtype=np.int32))[which]
+    def only(self, which: slice | NDArray[np.bool_]) -> Shard:
+        """A part of it: which of its images."""
+        rows = self._chosen(np.arange(self.index.images, dtype=np.int32))[which]
         return self if len(rows) == len(self) else replace(self, rows=rows)
 
-    def _of_mine(self, values: NDArray[Any]) -> NDArray[Any]:
+    def _chosen(self, values: NDArray[Any]) -> NDArray[Any]:
         return values if self.rows is None else values[self.rows]
 
     def read(self, members: Collection[str], kinds: Sequence[str] = ()) -> Iterator[tuple[str, list[bytes]]]:
@@ -82,32 +80,30 @@ class Shard:
 
         A companion that a member does not have is empty.
         """
-        having = {kind: set(compress(self.members(), self.beside(kind))) for kind in kinds}
-        names = {m: [m, *(companion(m, kind) for kind in kinds if m in having[kind])] for m in members}
-        owners: dict[str, list[str]] = {}  # several, where a.jpg and a.png share a.json
-        for member, its in names.items():
-            for name in its:
-                owners.setdefault(name, []).append(member)
-        parts: dict[str, dict[str, bytes]] = {}  # of members that are not complete yet
-        for name, content in self._read(owners.keys()):
-            for member in owners[name]:
-                whole = parts.setdefault(member, {})
-                whole[name] = content
-                if len(whole) == len(names[member]):
-                    yield member, [whole[member], *(whole.get(companion(member, kind), b"") for kind in kinds)]
-                    del parts[member]
+        with_companion = {kind: set(compress(self.members(), self.beside(kind))) for kind in kinds}
+        files = {m: [m, *(companion(m, kind) for kind in kinds if m in with_companion[kind])] for m in members}
+        members_of: dict[str, list[str]] = defaultdict(list)  # several, where a.jpg and a.png share a.json
+        for member, names in files.items():
+            for name in names:
+                members_of[name].append(member)
+        found: dict[str, dict[str, bytes]] = defaultdict(dict)  # of members that are not complete yet
+        for name, content in self._read(members_of):
+            for member in members_of[name]:
+                found[member][name] = content
+                if len(found[member]) == len(files[member]):
+                    contents = found.pop(member)
+                    yield member, [contents[member], *(contents.get(companion(member, kind), b"") for kind in kinds)]
 
     def _read(self, names: Collection[str]) -> Iterator[tuple[str, bytes]]:
-        left = set(names)
+        unread = set(names)
         try:
             with self.tar.stream() as file:
-                for found in tar_file_iterator(file, skip_meta=None, select_files=left.__contains__):
-                    left.remove(found["fname"])
+                for found in tar_file_iterator(file, skip_meta=None, select_files=unread.__contains__):
+                    unread.remove(found["fname"])
                     yield found["fname"], found["data"]
-                    if not left:
+                    if not unread:
                         break
-                if isinstance(self.tar, Kept):
-                    self.tar.finish(file)
+                finish_copy(file)
         except (tarfile.TarError, OSError, UserError) as error:  # hours into a run, too: the other tars are still there
             log.warning("%s: %s", self.tar, " ".join(str(error).split()))
 
@@ -117,28 +113,88 @@ def index_tars(path: str | list[str], option: str, local: str | None = None) -> 
 
     local: a folder for copies of those that lie elsewhere.
     """
-    paths = [tar for pattern in ([path] if isinstance(path, str) else path) for tar in _expand(pattern, option)]
-    paths = list(dict.fromkeys(paths))  # patterns may overlap
+    tars = [tar for pattern in ([path] if isinstance(path, str) else path) for tar in _expand(pattern, option)]
+    tars = list(dict.fromkeys(tars))  # patterns may overlap
     if local is not None:
-        paths = _kept(paths, Path(local).expanduser())
-    if not paths:
+        tars = _with_copies(tars, Path(local).expanduser())
+    if not tars:
         raise UserError(f"{option}={path} names no tar")
-    contents = _contents(paths)
-    problems = [c.problem for c in contents if c.problem]
-    found = [Shard(tar, held) for tar, held in zip(paths, contents, strict=True) if held.images]
-    if not found:
+    indices = _indices(tars)
+    problems = [index.problem for index in indices if index.problem]
+    shards = [Shard(tar, index) for tar, index in zip(tars, indices, strict=True) if index.images]
+    if not shards:
         reason = next(iter(problems), "none of them holds a jpg or png")
-        raise UserError(f"{option}={path}: no image in {len(paths)} tars ({reason})")
-    shared = _shared(found)
-    long = Counter((shard.tar.stem, name) for shard in found if shared for name in _named(shard, shared))
+        raise UserError(f"{option}={path}: no image in {len(tars)} tars ({reason})")
+    shared = _shared_keys(shards)
+    shards = [replace(shard, shared=shared) for shard in shards]
+    long = Counter(shard.key(m) for shard in shards if shared for m in shard.members() if short_key(m) in shared)
     if any(uses > 1 for uses in long.values()):
         raise UserError(f"{option}={path}: two tars of the same name hold images of the same name; rename one of them")
-    return [replace(shard, shared=shared) for shard in found], problems
+    return shards, problems
 
 
-def _shared(shards: list[Shard]) -> frozenset[str]:
+def _expand(pattern: str, option: str) -> list[Tar]:
+    """The tars that a pattern names."""
+    if pattern.startswith("pipe:"):
+        return [PipedTar(pattern)]
+    local = Path(pattern).expanduser()
+    is_remote = "://" in pattern
+    if not is_remote and local.exists():  # no pattern, whatever brackets and braces it may have
+        found = sorted(local.glob("*.tar")) if local.is_dir() else [local]
+        if not found:
+            raise UserError(f"{option}={pattern}: there is no .tar in that folder")
+        return [LocalTar(str(tar)) for tar in found]
+    try:
+        names = expand_urls(pattern)
+    except ValueError as error:
+        raise UserError(f"{option}={pattern}: {error}") from None
+    if pattern.startswith(("http://", "https://")):
+        return [HttpTar(name) for name in names]
+    if is_remote:
+        return [FsspecTar(address) for name in names for address in _expand_address(name, option)]
+    tars = [tar for name in names for tar in sorted(glob.glob(str(Path(name).expanduser()))) or [name]]
+    missing = next((tar for tar in tars if not Path(tar).is_file()), None)
+    if missing:
+        raise UserError(f"{option}={pattern}: there is no {missing}; expected a folder of tars, a tar, or a pattern")
+    return [LocalTar(tar) for tar in tars]
+
+
+def _expand_address(address: str, option: str) -> list[str]:
+    """An address of fsspec's: of a tar, of a folder of tars, or a glob."""
+    pattern = address if address.endswith(".tar") else f"{address.rstrip('/')}/*.tar"
+    try:
+        system, path = fsspec.url_to_fs(pattern)
+        found = [system.unstrip_protocol(tar) for tar in sorted(system.glob(path))] if "*" in pattern else [pattern]
+    except Exception as error:  # no such protocol, its package is missing, or what the package itself says
+        hint = "http(s), s3, gs and hf addresses and pipe: commands can be read"
+        raise UserError(f"{option}={address}: {one_line(error)}; {hint}") from error
+    if not found:
+        raise UserError(f"{option}={address}: there is no .tar")
+    return found
+
+
+def _with_copies(tars: list[Tar], folder: Path) -> list[Tar]:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"data.local={folder}: {error.strerror}") from None
+    return [tar if isinstance(tar, LocalTar) else LocalCopy(tar.address, tar, folder) for tar in tars]
+
+
+def _indices(tars: list[Tar]) -> list[TarIndex]:
+    """What each holds; several at a time, since those that lie elsewhere answer slowly.
+
+    In an order of this process's own, so that ranks which start together do not all read the same headers.
+    """
+    order = random.Random().sample(range(len(tars)), len(tars))
+    with ThreadPoolExecutor(1 if all(isinstance(tar, LocalTar) for tar in tars) else CONNECTIONS) as pool:
+        found = dict(zip(order, pool.map(lambda number: tars[number].index(), order), strict=True))
+    return [found[number] for number in range(len(tars))]
+
+
+def _shared_keys(shards: list[Shard]) -> frozenset[str]:
     """The short keys that several images have."""
-    digests = _gathered(shards)
+    digests = all_digests(shards)
     digests.sort()
     twice = np.unique(digests[1:][digests[1:] == digests[:-1]])
     if not len(twice):
@@ -148,12 +204,8 @@ def _shared(shards: list[Shard]) -> frozenset[str]:
     return frozenset(key for key, times in uses.items() if times > 1)
 
 
-def _named(shard: Shard, shared: Collection[str]) -> Iterator[str]:
-    return (member for member in shard.members() if short_key(member) in shared)
-
-
-def _gathered(shards: Sequence[Shard]) -> NDArray[np.uint64]:
-    """The digests of all keys: the one thing that is ever held in memory for each image, and not for long."""
+def all_digests(shards: Sequence[Shard]) -> NDArray[np.uint64]:
+    """Of all keys: the one thing that is ever held in memory for each image, and not for long."""
     ends = np.cumsum([len(shard) for shard in shards])
     digests = np.empty(int(ends[-1]), np.uint64)
     for shard, end in zip(shards, ends, strict=True):
@@ -161,98 +213,34 @@ def _gathered(shards: Sequence[Shard]) -> NDArray[np.uint64]:
     return digests
 
 
-def _expand(pattern: str, option: str) -> list[Tar]:
-    if pattern.startswith("pipe:"):
-        return [PipedTar(pattern)]
-    is_remote = urlsplit(pattern).scheme in ("http", "https")
-    there = Path(pattern).expanduser()
-    if not is_remote and there.exists():  # no pattern, whatever brackets and braces it may have
-        named = sorted(there.glob("*.tar")) if there.is_dir() else [there]
-        if not named:
-            raise UserError(f"{option}={pattern}: there is no .tar in that folder")
-        return [LocalTar(str(tar)) for tar in named]
-    try:
-        names = expand_urls(pattern)
-    except ValueError as error:
-        raise UserError(f"{option}={pattern}: {error}") from None
-    if is_remote:
-        return [HttpTar(name) for name in names]
-    tars = [tar for name in names for tar in sorted(glob.glob(str(Path(name).expanduser()))) or [name]]
-    missing = next((tar for tar in tars if not Path(tar).is_file()), None)
-    if missing:
-        hint = "; http(s) addresses and pipe: commands can be read, too" if "://" in missing else ""
-        raise UserError(
-            f"{option}={pattern}: there is no {missing}; expected a folder of tars, a tar, or a pattern{hint}"
-        )
-    return [LocalTar(tar) for tar in tars]
+def filter_shards(shards: Sequence[Shard], flags: Iterable[NDArray[np.bool_]]) -> list[Shard]:
+    """Of each shard the images that its flags choose; shards of which nothing is left are left out."""
+    return [shard.only(which) for shard, which in zip(shards, flags, strict=True) if which.any()]
 
 
-def _kept(tars: list[Tar], folder: Path) -> list[Tar]:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"data.local={folder}: {error.strerror}") from None
-    return [tar if isinstance(tar, LocalTar) else Kept(tar.where, tar, folder) for tar in tars]
+def split_by_keys(shards: Sequence[Shard], keys: Collection[str]) -> tuple[list[Shard], list[Shard]]:
+    """(images that have one of these keys, the others)."""
+    wanted = digests(keys)
+    flags = [np.isin(shard.digests(), wanted) for shard in shards]
+    for shard, which in zip(shards, flags, strict=True):
+        if which.any():  # another key may have the same digest
+            which[which] = [key in keys for key in compress(shard.image_keys(), which)]
+    return filter_shards(shards, flags), filter_shards(shards, (~which for which in flags))
 
 
-def _contents(tars: list[Tar]) -> list[Contents]:
-    """What each holds; several at a time, since those that lie elsewhere answer slowly.
-
-    In an order of this process's own, so that ranks which start together do not all read the same headers.
-    """
-    order = random.Random().sample(range(len(tars)), len(tars))
-    with ThreadPoolExecutor(1 if all(isinstance(tar, LocalTar) for tar in tars) else CONNECTIONS) as pool:
-        found = dict(zip(order, pool.map(lambda number: tars[number].contents(), order), strict=True))
-    return [found[number] for number in range(len(tars))]
-
-
-def _rows(shard: Shard, keys: Collection[str], digests: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """Which of its images have one of these keys. digests: of the keys."""
-    near = np.flatnonzero(np.isin(shard.digests(), digests))
-    if not len(near):
-        return near
-    members = shard.members()
-    return np.array([row for row in near if shard.key(members[row]) in keys], np.int64)
-
-
-def subset(shards: Iterable[Shard], keys: Collection[str]) -> list[Shard]:
-    """The images that have one of these keys."""
-    digests = np.array([digest(key) for key in keys], np.uint64)
-    parts = ((shard, _rows(shard, keys, digests)) for shard in shards)
-    return [shard.only(rows) for shard, rows in parts if len(rows)]
-
-
-def without(shards: Iterable[Shard], keys: Collection[str]) -> list[Shard]:
-    """The other images."""
-    digests = np.array([digest(key) for key in keys], np.uint64)
-    parts = ((shard, _rows(shard, keys, digests)) for shard in shards)
-    left = (shard.only(np.delete(np.arange(len(shard)), rows)) if len(rows) else shard for shard, rows in parts)
-    return [shard for shard in left if len(shard)]
-
-
-def chosen(shards: list[Shard], images: int | None, fraction: float | None) -> list[Shard]:
+def choose_images(shards: list[Shard], images: int | None, fraction: float | None) -> list[Shard]:
     """What data.images or data.fraction keeps, as `choose` does: the images whose digests are lowest."""
-    wanted = how_many(sum(map(len, shards)), images, fraction)
-    if wanted == sum(map(len, shards)):
+    ends = np.cumsum([len(shard) for shard in shards])
+    wanted = how_many(int(ends[-1]), images, fraction)
+    if wanted == ends[-1]:
         return shards
-    digests = _gathered(shards)
-    digests.partition(wanted - 1)
-    limit = digests[wanted - 1]
-    at_limit = int((digests[:wanted] == limit).sum())  # of several images with that very digest, the first
-    kept = []
-    for shard in shards:
-        own = shard.digests()
-        wins = own < limit
-        ties = np.flatnonzero(own == limit)[:at_limit]
-        wins[ties], at_limit = True, at_limit - len(ties)
-        kept.append(shard.only(wins))
-    return [shard for shard in kept if len(shard)]
+    return filter_shards(shards, np.split(lowest(all_digests(shards), wanted), ends[:-1]))
 
 
 def spread(shards: list[Shard], images: int) -> list[Shard]:
     """The first images of evenly spaced shards, so many in all."""
     used = min(images, len(shards))
     spaced = [shards[number * len(shards) // used] for number in range(used)]
-    in_turn = chain.from_iterable(zip_longest(*(repeat(place, len(shard)) for place, shard in enumerate(spaced))))
-    counts = Counter(islice((place for place in in_turn if place is not None), images))
-    return [shard.only(np.arange(counts[place])) for place, shard in enumerate(spaced)]
+    in_turn = chain.from_iterable(zip_longest(*(repeat(number, len(shard)) for number, shard in enumerate(spaced))))
+    counts = Counter(islice((number for number in in_turn if number is not None), images))
+    return [shard.only(slice(counts[number])) for number, shard in enumerate(spaced)]

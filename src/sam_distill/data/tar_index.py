@@ -1,4 +1,4 @@
-"""What tars hold, read off their headers once and remembered in $SAM_DISTILL_HOME/index, a file for each.
+"""What tars hold, read off their headers once and kept in $SAM_DISTILL_HOME/index, a file for each.
 
 SA-1B has eleven million names. They stay in those files, and are looked up when a tar's turn comes: memory does not
 grow with the data set, and all ranks and loader workers share what the system caches of the files.
@@ -9,24 +9,26 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import tarfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from sam_distill.data.selection import digest, is_image_member
-from sam_distill.files import atomic_write
+from sam_distill.data.selection import digests, is_image_member
+from sam_distill.files import atomic_write, compression
 from sam_distill.models.weights import home
 
 log = logging.getLogger(__name__)
 
 COMPANIONS = (".json", ".embedding")  # what may lie beside an image: its annotations, its teacher's embedding
-FEW = 100  # files in a tar on a disk, whose headers are read as fast as what was remembered of them
 
 
 def companion(member: str, kind: str) -> str:
@@ -39,11 +41,15 @@ def short_key(member: str) -> str:
     return member.rpartition(".")[0]
 
 
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:160] or type(error).__name__
+
+
 @dataclass(frozen=True, eq=False)
-class Contents:
+class TarIndex:
     """The images of a tar, in its order. images: how many. problem: what is wrong with the tar, if anything.
 
-    arrays: `names`, `digests` (of short keys) and `beside`, or the file that holds them.
+    arrays: `names`, `digests` (of short keys) and `beside`, or the safetensors file that holds them.
     """
 
     images: int
@@ -51,15 +57,15 @@ class Contents:
     problem: str | None = None
 
     @classmethod
-    def of(cls, files: Sequence[str], problem: str | None = None) -> Contents:
+    def of(cls, files: Sequence[str], problem: str | None = None) -> TarIndex:
         """files: those that the tar holds whole."""
-        images, there = [name for name in files if is_image_member(name)], set(files)
+        images, present = [name for name in files if is_image_member(name)], set(files)
         beside = [
-            sum((companion(name, kind) in there) << bit for bit, kind in enumerate(COMPANIONS)) for name in images
+            sum((companion(name, kind) in present) << bit for bit, kind in enumerate(COMPANIONS)) for name in images
         ]
         arrays: dict[str, NDArray[np.generic]] = {
             "names": np.frombuffer("\0".join(images).encode(errors="surrogateescape"), np.uint8),
-            "digests": np.array([digest(short_key(name)) for name in images], np.uint64),
+            "digests": digests(map(short_key, images)),
             "beside": np.array(beside, np.uint8),  # a bit for each of COMPANIONS
         }
         return cls(len(images), arrays, problem)
@@ -85,50 +91,62 @@ class Contents:
         return found
 
 
-def remembered(identity: str, stamp: str, read: Callable[[], Contents], least: int = 0) -> Contents:
+def read_headers(file: IO[bytes], size: int | None, address: str) -> TarIndex:
+    """size: of the file, which is None if it can only be read from front to back."""
+    names: dict[str, None] = {}  # an ordered set
+    try:
+        with tarfile.open(fileobj=file, mode="r|" if size is None else "r:") as tar:
+            for member in filter(tarfile.TarInfo.isreg, tar):
+                if size is not None and member.offset_data + member.size > size:
+                    raise tarfile.ReadError(f"truncated in {member.name}")
+                names[member.name] = None
+            if size is not None:
+                file.seek(tar.offset)
+                if file.read(tarfile.BLOCKSIZE).strip(b"\0"):  # neither the end of the archive nor that of the file
+                    raise tarfile.ReadError("damaged header")
+    except (tarfile.TarError, OSError) as error:
+        if size and not names and (packed := _compression(file)):
+            problem = f"{address} is compressed with {packed}: unpack it, or read it by a command, pipe:..."
+        else:
+            problem = f"the rest of {address} after {len(names)} files ({one_line(error)})"
+        return TarIndex.of(list(names), problem)
+    return TarIndex.of(list(names))
+
+
+def _compression(file: IO[bytes]) -> str | None:
+    file.seek(0)
+    return compression(file.read(8))
+
+
+def cached_index(identity: str, stamp: str, read: Callable[[], TarIndex], min_images: int = 0) -> TarIndex:
     """What `read` said of a tar when its stamp was the same as now; where it is new or has changed, it is read.
 
-    stamp: its size, and what else changes with it. least: tars with fewer images are not worth it. Damaged ones are
-    read each time.
+    stamp: its size, and what else changes with it. Tars with fewer images are not worth a file; damaged ones are read
+    each time.
     """
-    file = (
-        home() / "index" / f"{hashlib.sha256(identity.encode(errors='surrogateescape')).hexdigest()[:32]}.safetensors"
-    )
-    known = _recall(file, stamp)
-    if known is not None:
-        return known
-    contents = read()
-    if contents.problem is not None or contents.images < least:
-        return contents
+    name = hashlib.sha256(identity.encode(errors="surrogateescape")).hexdigest()[:32]
+    file = home() / "index" / f"{name}.safetensors"
+    with suppress(OSError, SafetensorError), safe_open(file, "numpy") as held:  # there may be none
+        if held.metadata()["stamp"] == stamp:
+            return TarIndex(held.get_slice("digests").get_shape()[0], file)
+    index = read()
+    if index.problem is not None or index.images < min_images:
+        return index
+    assert not isinstance(index.arrays, Path)
     try:
-        remember(contents, file, stamp)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(file) as draft:
+            save_file(dict(index.arrays), draft, {"stamp": stamp})
     except OSError as error:
-        _complain(str(file.parent), error.strerror)
-        return contents
-    return Contents(contents.images, file)
+        _warn_once(str(file.parent), error.strerror)
+        return index
+    return TarIndex(index.images, file)
 
 
-def remember(contents: Contents, file: Path, stamp: str) -> None:
-    assert not isinstance(contents.arrays, Path)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(file) as draft:
-        save_file(dict(contents.arrays), draft, {"stamp": stamp})
-
-
-def stamp_of(stat: os.stat_result) -> str:
-    """Of a file."""
+def file_stamp(stat: os.stat_result) -> str:
     return f"{stat.st_size} {stat.st_mtime_ns}"
 
 
-def _recall(file: Path, stamp: str) -> Contents | None:
-    try:
-        with safe_open(file, "numpy") as held:
-            same = held.metadata()["stamp"] == stamp
-            return Contents(held.get_slice("digests").get_shape()[0], file) if same else None
-    except (OSError, SafetensorError):  # there is none
-        return None
-
-
 @cache
-def _complain(folder: str, why: str) -> None:
+def _warn_once(folder: str, why: str) -> None:
     log.warning("what tars hold can't be remembered in %s (%s): their headers are read at every start", folder, why)

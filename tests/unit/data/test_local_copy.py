@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from sam_distill.data.local_copy import Kept
+from sam_distill.data.local_copy import LocalCopy
 from sam_distill.data.sa1b import Sa1b
 from sam_distill.data.tars import PipedTar
 
@@ -16,9 +16,9 @@ def shard(make_shards: Callable[..., list[str]], tmp_path: Path, monkeypatch: py
     return Path(make_shards([6])[0])
 
 
-def kept(shard: Path, folder: Path) -> Kept:
+def local_copy(shard: Path, folder: Path) -> LocalCopy:
     folder.mkdir(exist_ok=True)
-    return Kept(f"pipe:cat {shard}", PipedTar(f"pipe:cat {shard}"), folder)
+    return LocalCopy(f"pipe:cat {shard}", PipedTar(f"pipe:cat {shard}"), folder)
 
 
 @pytest.mark.parametrize("images", [None, 2])
@@ -34,21 +34,21 @@ def test_what_has_been_read_once_is_there(shard: Path, tmp_path: Path, batches, 
 
 
 def test_what_breaks_off_is_not_kept(shard: Path, tmp_path: Path) -> None:
-    tar = kept(shard, tmp_path / "copies")
+    tar = local_copy(shard, tmp_path / "copies")
     with tar.stream() as file:
         file.read(100)
     assert not [path for path in tar.folder.iterdir() if path.suffix != ".lock"]
 
 
 def test_one_copies_at_a_time(shard: Path, tmp_path: Path) -> None:
-    tar = kept(shard, tmp_path / "copies")
+    tar = local_copy(shard, tmp_path / "copies")
     with FileLock(tar.copy.with_suffix(".lock")), tar.stream() as file:
         assert file.read() == shard.read_bytes()
     assert not tar.copy.exists()
 
 
 def test_a_full_disk_ends_the_copy_alone(shard: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    tar = kept(shard, tmp_path / "copies")
+    tar = local_copy(shard, tmp_path / "copies")
     tar.copy.with_suffix(".part").symlink_to("/dev/full")
     with tar.stream() as file:
         assert file.read() == shard.read_bytes()

@@ -187,7 +187,7 @@ def test_every_way_to_name_tars(make_shards, tmp_path: Path) -> None:
 
 
 def test_mistakes_in_the_path(make_tar, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tars, "PATIENCE", (0, 0, 0))
+    monkeypatch.setattr(tars, "RETRY_AFTER", (0, 0, 0))
     (tmp_path / "no.tar").write_text("not a tar" * 100)
     make_tar("text/a.tar", {"a.txt": b""})
     for path, line in {
@@ -198,7 +198,7 @@ def test_mistakes_in_the_path(make_tar, tmp_path: Path, monkeypatch: pytest.Monk
         f"{tmp_path}/text": "none of them holds",
         "https://localhost:1/sa_000000.tar": "https://localhost:1/sa_000000.tar: no connection",
         "pipe:cat /nowhere": r"no image in 1 tars \(.* after 0 files \(given up after 4 attempts: exit status 1",
-        "s3://bucket/a.tar": "there is no s3://bucket/a.tar; .* http.s. addresses and pipe: commands can be read, too",
+        "s4://bucket/a.tar": "Protocol not known: s4; http.s., s3, gs and hf addresses and pipe: commands can be read",
     }.items():
         with pytest.raises(UserError, match=line) as caught:
             Sa1b(path)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sam_distill.data.selection import affordable_val, choose, is_image, unique_keys
+from sam_distill.data.selection import choose, is_image, limit_val_images, unique_keys
 from sam_distill.types import UserError
 
 KEYS = [f"key{number}" for number in range(1000)]
@@ -32,9 +32,11 @@ def test_too_many_are_wanted(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_validation_takes_a_fifth_at_most() -> None:
-    assert affordable_val(80, 16, "x") == (16, "")
-    assert [affordable_val(images, 16, "x")[0] for images in (79, 19, 10, 2, 1)] == [15, 3, 2, 1, 0]
-    assert affordable_val(19, 16, "x")[1] == ("x has only 19 images: 3, not 16, are held out for validation (a fifth)")
+    assert limit_val_images(80, 16, "x") == (16, "")
+    assert [limit_val_images(images, 16, "x")[0] for images in (79, 19, 10, 2, 1)] == [15, 3, 2, 1, 0]
+    assert limit_val_images(19, 16, "x")[1] == (
+        "x has only 19 images: 3, not 16, are held out for validation (a fifth)"
+    )
 
 
 def test_names_of_images() -> None:

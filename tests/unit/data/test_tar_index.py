@@ -14,28 +14,28 @@ import pytest
 from sam_distill.data import tars
 from sam_distill.data.sa1b import Sa1b
 from sam_distill.data.selection import choose
-from sam_distill.data.shards import Shard, chosen, subset, without
-from sam_distill.data.tar_index import Contents, remembered
+from sam_distill.data.shards import Shard, choose_images, split_by_keys
+from sam_distill.data.tar_index import TarIndex, cached_index
 from sam_distill.data.tars import LocalTar
 
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("SAM_DISTILL_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(tars, "FEW", 1)
+    monkeypatch.setattr(tars, "FEW_IMAGES", 1)
     return tmp_path / "home"
 
 
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The tars whose headers have been read."""
-    seen, headers = [], tars._headers
+    seen, headers = [], tars.read_headers
 
-    def reading(file: object, size: int | None, where: str) -> Contents:
+    def reading(file: object, size: int | None, where: str) -> TarIndex:
         seen.append(Path(where).name)
         return headers(file, size, where)
 
-    monkeypatch.setattr(tars, "_headers", reading)
+    monkeypatch.setattr(tars, "read_headers", reading)
     return seen
 
 
@@ -67,7 +67,7 @@ def test_a_damaged_tar_is_not_remembered(make_shards: Callable[..., list[str]], 
 def test_a_few_images_are_not_worth_a_file(
     make_shards: Callable[..., list[str]], home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tars, "FEW", 5)
+    monkeypatch.setattr(tars, "FEW_IMAGES", 5)
     Sa1b(make_shards([4, 5]), val_images=1)
     assert len(list((home / "index").iterdir())) == 1
 
@@ -92,7 +92,7 @@ def test_a_home_that_can_not_be_written_to(
 
 def test_names_come_back_as_they_are() -> None:
     names = ["a/b.jpg", "é 1.png", "broken\udcff.jpg", "x.jpg"]
-    held = remembered("a tar", "1", lambda: Contents.of([*names, "a/b.json", "notes.txt", "x.embedding"]))
+    held = cached_index("a tar", "1", lambda: TarIndex.of([*names, "a/b.json", "notes.txt", "x.embedding"]))
     assert isinstance(held.arrays, Path)
     assert (held.images, held.names()) == (4, names)
     assert held.beside(".json").tolist() == [True, False, False, False]
@@ -104,20 +104,21 @@ def test_images_are_chosen_as_in_a_folder(images: int | None, fraction: float | 
     """By the digests of their keys, also where keys need their tars' names."""
     parts = [[f"{tar * 20 + n}.jpg" for n in range(20)] + ["same.jpg"] for tar in range(2)]
     tars_of = [LocalTar(f"{name}.tar") for name in "ab"]
-    shards = [Shard(tar, Contents.of(part), {"same"}) for tar, part in zip(tars_of, parts, strict=True)]
+    shards = [Shard(tar, TarIndex.of(part), {"same"}) for tar, part in zip(tars_of, parts, strict=True)]
     keys = [key for shard in shards for key in shard.image_keys()]
     assert {"a/same.jpg", "b/same.jpg"} < set(keys)
-    found = [key for shard in chosen(shards, images, fraction) for key in shard.image_keys()]
+    found = [key for shard in choose_images(shards, images, fraction) for key in shard.image_keys()]
     assert found == [keys[index] for index in choose(keys, images, fraction)]
     some = set(keys[::7])
-    assert [key for shard in subset(shards, some) for key in shard.image_keys()] == keys[::7]
-    assert [key for shard in without(shards, some) for key in shard.image_keys()] == [k for k in keys if k not in some]
+    having, others = split_by_keys(shards, some)
+    assert [key for shard in having for key in shard.image_keys()] == keys[::7]
+    assert [key for shard in others for key in shard.image_keys()] == [k for k in keys if k not in some]
 
 
 def test_two_images_with_one_digest(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are told apart by their names; and of those that share the last place, the first is taken."""
-    contents = Contents.of(["0.jpg", "1.jpg", "2.jpg"])
-    assert not isinstance(contents.arrays, Path)
-    alike = Contents(3, {**contents.arrays, "digests": np.array([7, 7, 3], np.uint64)})
+    index = TarIndex.of(["0.jpg", "1.jpg", "2.jpg"])
+    assert not isinstance(index.arrays, Path)
+    alike = TarIndex(3, {**index.arrays, "digests": np.array([7, 7, 3], np.uint64)})
     shard = Shard(LocalTar("a.tar"), alike)
-    assert [s.image_keys() for s in chosen([shard], 2, None)] == [["0", "2"]]
+    assert [s.image_keys() for s in choose_images([shard], 2, None)] == [["0", "2"]]

@@ -5,9 +5,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
 from pathlib import Path
 
+import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFile
 
 from sam_distill.data import tars
 from sam_distill.data.sa1b import Sa1b
@@ -75,7 +78,7 @@ class Server:
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setenv("SAM_DISTILL_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(tars, "PATIENCE", (0.01, 0.1, 0.5, 0.5, 0.5, 0.5))
+    monkeypatch.setattr(tars, "RETRY_AFTER", (0.01, 0.1, 0.5, 0.5, 0.5, 0.5))
     (tmp_path / "shards").mkdir(exist_ok=True)
     server = Server(tmp_path / "shards")
     yield server
@@ -161,6 +164,52 @@ def test_a_command(server: Server, shards: list[str], tmp_path: Path, batches: C
     here = Sa1b(shards[0], val_images=1)
     there = Sa1b(f"pipe:cat {shards[0]}", val_images=1)
     assert batches(there, 8) == batches(here, 8)
+
+
+def test_a_command_that_talks_a_lot(shards: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than a pipe holds, which nobody empties."""
+    monkeypatch.setenv("SAM_DISTILL_HOME", str(tmp_path / "home"))
+    source = Sa1b(f"pipe:head -c 500000 /dev/zero >&2; cat {shards[0]}", val_images=1)
+    assert len(source.train_keys) == 11
+
+
+def test_every_address_that_fsspec_knows(
+    shards: list[str], tmp_path: Path, batches: Callable[..., list[list[str]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its file system in memory stands for s3 and the like."""
+    monkeypatch.setenv("SAM_DISTILL_HOME", str(tmp_path / "home"))
+    memory, here = fsspec.filesystem("memory"), Sa1b(str(tmp_path / "shards"), val_images=3)
+    for shard in shards:
+        memory.pipe(f"/bucket/{Path(shard).name}", Path(shard).read_bytes())
+    for path in (f"memory://bucket/{BRACES}", "memory://bucket/*.tar", "memory://bucket"):
+        there = Sa1b(path, val_images=3)
+        assert (there.train_keys, there.val_keys) == (here.train_keys, here.val_keys)
+    assert batches(there, 12, workers=2) == batches(here, 12, workers=2)
+    for path in ("memory://bucket/none.tar", "memory://none"):
+        with pytest.raises(UserError, match=f"{path}: "):
+            Sa1b(path)
+    if find_spec("s3fs") is None:
+        with pytest.raises(UserError, match=r"s3://bucket/a\.tar: Install s3fs"):
+            Sa1b("s3://bucket/a.tar")
+
+
+def test_an_address_whose_connection_breaks(
+    shards: list[str], tmp_path: Path, batches: Callable[..., list[list[str]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SAM_DISTILL_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(tars, "RETRY_AFTER", (0.01, 0.01))
+    fsspec.filesystem("memory").pipe("/bucket/a.tar", Path(shards[0]).read_bytes())
+    there, here = Sa1b("memory://bucket/a.tar", val_images=1), Sa1b(shards[0], val_images=1)
+    read, breaks = MemoryFile.read, [True, False, True, False]
+
+    def breaking(file: MemoryFile, size: int) -> bytes:
+        if file.tell() > 9000 and breaks and breaks.pop():
+            raise OSError("slow down")
+        return read(file, size)
+
+    monkeypatch.setattr(MemoryFile, "read", breaking)
+    assert batches(there, 5) == batches(here, 5)
+    assert (there.skipped, breaks) == (0, [])
 
 
 def test_a_command_that_fails_now_and_then(

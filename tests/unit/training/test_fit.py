@@ -19,7 +19,8 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from sam_distill.data.base import IndexedSource, collate
+from sam_distill.data.base import collate
+from sam_distill.data.indexed import IndexedSource
 from sam_distill.evaluate.agreement import Agreement
 from sam_distill.evaluate.evaluation import judge
 from sam_distill.evaluate.judge import Judge, blind

@@ -1,0 +1,76 @@
+"""Sources with random access: a subclass says how to load one image, and has everything else for it."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import count
+
+import numpy as np
+from torch.utils.data import IterableDataset
+
+from sam_distill.data.base import DataSource, T, loader_worker
+from sam_distill.types import Sample, UserError
+
+
+class IndexedSource(DataSource[T]):
+    """A source whose images can be loaded one by one, in any order. A subclass sets `train` and `val`."""
+
+    @abstractmethod
+    def key(self, item: T) -> str:
+        """The key that the item's sample will have."""
+
+    @abstractmethod
+    def load(self, item: T) -> Sample:
+        """Decode one image; a UserError says that it is damaged."""
+
+    def keys(self, items: Sequence[T]) -> list[str]:
+        return [self.key(item) for item in items]
+
+    def loads(self, items: Sequence[T]) -> Iterator[Callable[[], Sample]]:
+        return (partial(self.load, item) for item in items)
+
+    def chunks(self, size: int) -> list[Sequence[T]]:
+        items = [*self.val, *self.train]
+        return [items[first : first + size] for first in range(0, len(items), size)]
+
+    def train_stream(self, start: int, seed: int, rank: int, world_size: int, batch_size: int) -> IndexedStream:
+        return IndexedStream(self, start, seed, rank, world_size, batch_size)
+
+
+class IndexedStream(IterableDataset[Sample]):
+    """The training stream of an `IndexedSource`.
+
+    Epochs, each a permutation, follow one another in one endless sequence; ranks take its images in turn. Batch b
+    of a rank is therefore the same set of images whatever the number of workers, before and after a resume. A
+    damaged image is left out, and the batches after it move up by one.
+    """
+
+    def __init__(
+        self, source: IndexedSource, start: int, seed: int, rank: int, world_size: int, batch_size: int
+    ) -> None:
+        self.source = source
+        self.skipped_samples = source.skipped_samples  # made here, before there are workers, so that they share it
+        self.start, self.seed, self.batch_size = start, seed, batch_size
+        self.rank, self.world_size = rank, world_size
+
+    def __iter__(self) -> Iterator[Sample]:
+        for epoch, index in self._indices():
+            try:
+                yield replace(self.source.load(self.source.train[index]), epoch=epoch)
+            except UserError as error:
+                self.skipped_samples.report(str(error), index)
+
+    def _indices(self) -> Iterator[tuple[int, int]]:
+        """Epochs and indices into `source.train`, for the batches that fall to this worker."""
+        worker, workers = loader_worker()
+        images, order, order_epoch = len(self.source.train), np.empty(0, np.int64), -1
+        for batch in count(worker, workers):
+            first = self.start + batch * self.batch_size
+            for position in range(first, first + self.batch_size):
+                epoch, place = divmod(position * self.world_size + self.rank, images)
+                if epoch != order_epoch:
+                    order, order_epoch = np.random.default_rng((self.seed, epoch)).permutation(images), epoch
+                yield epoch, int(order[place])
