@@ -23,7 +23,7 @@ from webdataset.tariterators import tar_file_iterator
 from sam_distill.data.local_copy import LocalCopy, finish_copy
 from sam_distill.data.selection import digests, how_many, lowest
 from sam_distill.data.tar_index import TarIndex, companion, one_line, short_key
-from sam_distill.data.tars import FsspecTar, HttpTar, LocalTar, PipedTar, Tar
+from sam_distill.data.tars import HttpTar, LocalTar, PipedTar, RemoteTar, Tar
 from sam_distill.types import UserError
 
 log = logging.getLogger(__name__)
@@ -151,7 +151,7 @@ def _expand(pattern: str, option: str) -> list[Tar]:
     if pattern.startswith(("http://", "https://")):
         return [HttpTar(name) for name in names]
     if is_remote:
-        return [FsspecTar(address) for name in names for address in _expand_address(name, option)]
+        return [RemoteTar(address) for name in names for address in _expand_address(name, option)]
     tars = [tar for name in names for tar in sorted(glob.glob(str(Path(name).expanduser()))) or [name]]
     missing = next((tar for tar in tars if not Path(tar).is_file()), None)
     if missing:

@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 
 import fsspec
 import requests
+from fsspec.spec import AbstractBufferedFile
 
 from sam_distill.data.tar_index import TarIndex, cached_index, file_stamp, one_line, read_headers
 from sam_distill.types import UserError
@@ -77,7 +78,7 @@ class LocalTar(Tar):
 
 
 class RemoteTar(Tar):
-    """At an address, read through a connection that may break."""
+    """At an address of fsspec's."""
 
     @property
     def identity(self) -> str:
@@ -95,36 +96,25 @@ class RemoteTar(Tar):
         except Exception as error:  # every library has errors of its own
             raise UserError(f"{self.address}: no connection ({one_line(error)})") from error
 
-    @abstractmethod
-    def open_at(self, position: int) -> tuple[Any, int | None]:
+    def open_at(self, position: int, block_size: int = BLOCK) -> tuple[Any, int | None]:
         """The rest of it from that byte on, and the length of the whole, if that is known."""
-
-    @abstractmethod
-    def open_headers(self) -> tuple[Any, int]:
-        """It with random access, for small reads, and its length."""
-
-
-class FsspecTar(RemoteTar):
-    def open_at(self, position: int) -> tuple[Any, int | None]:
-        file = self._open(BLOCK)
-        file.seek(position)
-        return file, file.size
-
-    def open_headers(self) -> tuple[Any, int]:
-        file = self._open(HEADERS)
-        return file, file.size
-
-    def _open(self, block_size: int) -> Any:
         try:
-            return fsspec.open(self.address, block_size=block_size, cache_type="readahead").open()
+            system, path = fsspec.url_to_fs(self.address)  # anew in each process: a file system does not outlive a fork
+            file = system.open(path, block_size=block_size, cache_type="readahead")
         except FileNotFoundError as error:  # asking again won't help
             raise UserError(f"{self.address}: there is no such tar") from error
         except PermissionError as error:
             raise UserError(f"{self.address}: {one_line(error)}") from error
+        file.seek(position)
+        return file, file.size
+
+    def open_headers(self) -> tuple[Any, int | None]:
+        """It with random access, for small reads, and its length."""
+        return self.open_at(0, HEADERS)
 
 
 class HttpTar(RemoteTar):
-    def open_at(self, position: int) -> tuple[Any, int | None]:
+    def open_at(self, position: int, block_size: int = BLOCK) -> tuple[Any, int | None]:
         headers = {"Range": f"bytes={position}-", "Accept-Encoding": "identity"}
         answer = requests.get(self.address, stream=True, timeout=TIMEOUT, headers=headers)
         _raise_for_status(answer)
@@ -133,9 +123,9 @@ class HttpTar(RemoteTar):
         answer.raw.read(skip)
         return answer.raw, None if length is None else position + int(length) - skip
 
-    def open_headers(self) -> tuple[Any, int]:
-        ranges = _HttpRanges(self.address)
-        return io.BufferedReader(ranges, HEADERS), ranges.size
+    def open_headers(self) -> tuple[Any, int | None]:
+        file = _HttpRanges(self.address)
+        return file, file.size
 
 
 class PipedTar(Tar):
@@ -234,46 +224,31 @@ class RetryingReader(io.RawIOBase):
         time.sleep(seconds)
 
 
-class _HttpRanges(io.RawIOBase):
+class _HttpRanges(AbstractBufferedFile):
     """Random access: a request for each block that is read."""
 
     def __init__(self, address: str) -> None:
-        self._address, self._position, self._session = address, 0, requests.Session()
+        self._session = requests.Session()
         answer = self._session.head(address, timeout=TIMEOUT, allow_redirects=True)
         _raise_for_status(answer)
         if "Content-Length" not in answer.headers:
             raise UserError(f"{address}: the server does not say how long it is; download it first")
-        self.size = int(answer.headers["Content-Length"])
+        super().__init__(None, address, block_size=HEADERS, size=int(answer.headers["Content-Length"]))
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.size}[whence]
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        end = min(self._position + len(buffer), self.size)
-        if self._position >= end:
-            return 0
-        answer = self._get({"Range": f"bytes={self._position}-{end - 1}"})
+    def _fetch_range(self, start: int, end: int) -> bytes:
+        for seconds in (*RETRY_AFTER[:RETRIES_AT_START], None):
+            try:
+                headers = {"Range": f"bytes={start}-{end - 1}"}
+                answer = self._session.get(self.path, timeout=TIMEOUT, headers=headers)
+                break
+            except requests.RequestException:
+                if seconds is None:
+                    raise
+                time.sleep(seconds)
         _raise_for_status(answer)
         if answer.status_code != 206:
-            raise UserError(f"{self._address}: the server can't send parts of a file; download it first, or use pipe:")
-        buffer[: len(answer.content)] = answer.content
-        self._position += len(answer.content)
-        return len(answer.content)
-
-    def _get(self, headers: dict[str, str]) -> requests.Response:
-        for seconds in RETRY_AFTER[:RETRIES_AT_START]:
-            try:
-                return self._session.get(self._address, timeout=TIMEOUT, headers=headers)
-            except requests.RequestException:
-                time.sleep(seconds)
-        return self._session.get(self._address, timeout=TIMEOUT, headers=headers)
+            raise UserError(f"{self.path}: the server can't send parts of a file; download it first, or use pipe:")
+        return answer.content
 
 
 def _raise_for_status(answer: requests.Response) -> None:
