@@ -8,7 +8,7 @@ import logging
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from sam_distill.data.base import Block, DataSource, collate, loader_worker
+from sam_distill.data.base import DataSource, collate, loader_worker
 from sam_distill.data.cache import MANIFEST, ShardWriter, done, members, read_manifest, update_manifest
 from sam_distill.data.embeddings import Dtype
 from sam_distill.files import disk_is_full
@@ -51,14 +51,15 @@ class Prepared:
 class ToCache(IterableDataset[tuple[int, list[Prepared]]]):
     """Batches of images, tar by tar; loader workers take the batches in turn, so that they arrive in order."""
 
-    def __init__(self, blocks: list[Block], todo: list[int], batch_size: int, quality: int) -> None:
-        self.blocks, self.todo, self.batch_size, self.quality = blocks, todo, batch_size, quality
+    def __init__(self, job: CacheJob, todo: list[int]) -> None:
+        self.source, self.blocks, self.todo = job.source, job.blocks, todo
+        self.batch_size, self.quality = job.batch_size, job.quality
 
     def __iter__(self) -> Iterator[tuple[int, list[Prepared]]]:
         worker, workers = loader_worker()
         turn = count()
         for number in self.todo:
-            loads = self.blocks[number].loads()
+            loads = self.source.loads(self.blocks[number])
             while batch := list(islice(loads, self.batch_size)):
                 if next(turn) % workers == worker:
                     yield number, [self._prepare(load) for load in batch]
@@ -89,17 +90,17 @@ class CacheJob:
     tar_images: int
 
     @cached_property
-    def blocks(self) -> list[Block]:
+    def blocks(self) -> list[Sequence[Any]]:
         """The images of each tar."""
         return self.source.blocks(self.tar_images)
 
     @property
     def images(self) -> int:
-        return sum(block.images for block in self.blocks)
+        return sum(map(self.source.count, self.blocks))
 
     def loader(self, todo: list[int]) -> DataLoader[tuple[int, list[Prepared]]]:
         """Batches for the tars of these numbers."""
-        stream = ToCache(self.blocks, todo, self.batch_size, self.quality)
+        stream = ToCache(self, todo)
         workers = self.hardware.num_workers
         return DataLoader(stream, batch_size=None, num_workers=workers, worker_init_fn=processes.begin_worker)
 
@@ -136,7 +137,7 @@ def write_cache(job: CacheJob) -> dict[str, Any]:
             "%s: %d images in %d tars, %d of them to be written by this process; %s on %s",
             folder, job.images, len(blocks), len(todo), hardware.num_format, hardware.kind,
         )  # fmt: skip
-        writer = _Writer(job, {n: blocks[n].images for n in todo}, facts)
+        writer = _Writer(job, {n: job.source.count(blocks[n]) for n in todo}, facts)
         with CountProgress(sum(writer.expected.values()), "Caching") as tally, writer:
             for number, prepared in job.loader(todo):
                 writer.take(number, prepared, job.embed(prepared))
@@ -230,7 +231,7 @@ def _facts(job: CacheJob) -> dict[str, Any]:
     """All that the content of a cache depends on."""
     keys = hashlib.sha256()
     for number, block in enumerate(job.blocks):
-        keys.update(("\n" * (number > 0) + "\n".join(block.keys())).encode())
+        keys.update(("\n" * (number > 0) + "\n".join(job.source.keys(block))).encode())
     return {
         "format": 1,
         "teacher": job.teacher.checkpoint,

@@ -6,8 +6,8 @@ import logging
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from dataclasses import replace
+from functools import cached_property
 from itertools import islice
 from typing import Generic, Literal, TypeVar
 
@@ -54,15 +54,6 @@ class SkippedSamples:
         return int(self.unreadable.sum()) + len(self.others)
 
 
-@dataclass(frozen=True)
-class Block:
-    """Images that are read together, in this order: what `sam-distill cache` makes one tar of. images: how many."""
-
-    images: int
-    keys: Callable[[], list[str]]
-    loads: Callable[[], Iterator[Callable[[], Sample]]]
-
-
 class DataSource(ABC, Generic[T]):
     """Images to train on and, disjoint from them, a few to validate on. A subclass sets `train` and `val`.
 
@@ -92,8 +83,8 @@ class DataSource(ABC, Generic[T]):
         """
 
     @abstractmethod
-    def chunks(self, size: int) -> list[Sequence[T]]:
-        """The images held out, then those to train on, `size` of them or fewer at a time."""
+    def blocks(self, size: int) -> list[Sequence[T]]:
+        """The images held out, then those to train on, `size` or fewer in each: a tar of `sam-distill cache`."""
 
     def count(self, items: Sequence[T]) -> int:
         """How many images, damaged ones included."""
@@ -157,12 +148,6 @@ class DataSource(ABC, Generic[T]):
 
     def num_eval_images(self, split: Split) -> int:
         return self.count(self.eval_items(split))
-
-    def blocks(self, size: int) -> list[Block]:
-        """The images held out and those to train on, `size` of them or fewer at a time."""
-        return [
-            Block(self.count(part), partial(self.keys, part), partial(self.loads, part)) for part in self.chunks(size)
-        ]
 
     @cached_property
     def skipped_samples(self) -> SkippedSamples:

@@ -32,7 +32,7 @@ class IndexedSource(DataSource[T]):
     def loads(self, items: Sequence[T]) -> Iterator[Callable[[], Sample]]:
         return (partial(self.load, item) for item in items)
 
-    def chunks(self, size: int) -> list[Sequence[T]]:
+    def blocks(self, size: int) -> list[Sequence[T]]:
         items = [*self.val, *self.train]
         return [items[first : first + size] for first in range(0, len(items), size)]
 

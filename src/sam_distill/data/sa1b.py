@@ -16,7 +16,7 @@ from typing import Annotated
 from pydantic import Field
 
 from sam_distill.data.annotations import draw_annotations
-from sam_distill.data.base import Block, DataSource, SkippedSamples, Split
+from sam_distill.data.base import DataSource, SkippedSamples, Split
 from sam_distill.data.selection import Fraction, Images, ValImages, fingerprint, limit_val_images
 from sam_distill.data.shards import Shard, all_digests, choose_images, filter_shards, index_tars, split_by_keys, spread
 from sam_distill.data.tar_index import companion
@@ -96,13 +96,10 @@ class Sa1b(DataSource[Shard]):
     def eval_items(self, split: Split) -> Sequence[Shard]:
         return self.val if split == "val" else choose_images(self.shards, self.images, self.fraction)
 
-    def chunks(self, size: int) -> list[Sequence[Shard]]:
+    def blocks(self, size: int) -> list[Sequence[Shard]]:
+        self._read_json()
         shards = [*self.val, *self.train]
         return [[shard.only(slice(n, n + size))] for shard in shards for n in range(0, len(shard), size)]
-
-    def blocks(self, size: int) -> list[Block]:
-        self._read_json()
-        return super().blocks(size)
 
     @property
     def fingerprint(self) -> str:
