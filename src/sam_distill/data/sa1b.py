@@ -14,6 +14,7 @@ from itertools import chain
 from typing import Annotated
 
 from pydantic import Field
+from torch.utils.data import IterableDataset
 
 from sam_distill.data.annotations import draw_annotations
 from sam_distill.data.base import DataSource, SkippedSamples, Split
@@ -90,7 +91,9 @@ class Sa1b(DataSource[Shard]):
         for member in missing:
             yield partial(_raise_missing, shard, member)
 
-    def train_stream(self, start: int, seed: int, rank: int, world_size: int, batch_size: int) -> TarStream:
+    def train_stream(
+        self, start: int, seed: int, rank: int, world_size: int, batch_size: int
+    ) -> IterableDataset[Sample]:
         return TarStream(self, start, seed, rank, world_size, batch_size)
 
     def eval_items(self, split: Split) -> Sequence[Shard]:

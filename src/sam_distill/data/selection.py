@@ -55,13 +55,10 @@ def limit_val_images(images: int, val_images: int, where: str) -> tuple[int, str
     return most, f"{where} has only {images} images: {most}, not {val_images}, are held out for validation (a fifth)"
 
 
-def digest(key: str) -> int:
-    """64 bits that look random and never change."""
-    return int.from_bytes(hashlib.blake2b(key.encode(errors="surrogateescape"), digest_size=8).digest(), "big")
-
-
 def digests(keys: Iterable[str]) -> NDArray[np.uint64]:
-    return np.array([digest(key) for key in keys], np.uint64)
+    """[keys]: of each, 64 bits that look random and never change."""
+    hashes = (hashlib.blake2b(key.encode(errors="surrogateescape"), digest_size=8) for key in keys)
+    return np.array([int.from_bytes(each.digest(), "big") for each in hashes], np.uint64)
 
 
 def lowest(digests: NDArray[np.uint64], number: int) -> NDArray[np.bool_]:

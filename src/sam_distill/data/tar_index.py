@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,7 +53,7 @@ class TarIndex:
     """
 
     images: int
-    arrays: Path | Mapping[str, NDArray[np.generic]]
+    arrays: Path | Mapping[str, NDArray[Any]]
     problem: str | None = None
 
     @classmethod
@@ -63,7 +63,7 @@ class TarIndex:
         beside = [
             sum((companion(name, kind) in present) << bit for bit, kind in enumerate(COMPANIONS)) for name in images
         ]
-        arrays: dict[str, NDArray[np.generic]] = {
+        arrays: dict[str, NDArray[Any]] = {
             "names": np.frombuffer("\0".join(images).encode(errors="surrogateescape"), np.uint8),
             "digests": digests(map(short_key, images)),
             "beside": np.array(beside, np.uint8),  # a bit for each of COMPANIONS
@@ -77,18 +77,17 @@ class TarIndex:
 
     def digests(self) -> NDArray[np.uint64]:
         """[images], of their short keys."""
-        return self._array("digests").astype(np.uint64, copy=False)
+        return self._array("digests")
 
     def beside(self, kind: str) -> NDArray[np.bool_]:
         """[images]: which have that companion."""
-        return (self._array("beside").astype(np.uint8, copy=False) >> COMPANIONS.index(kind) & 1).astype(bool)
+        return (self._array("beside") >> COMPANIONS.index(kind) & 1).astype(bool)
 
-    def _array(self, name: str) -> NDArray[np.generic]:
+    def _array(self, name: str) -> NDArray[Any]:
         if not isinstance(self.arrays, Path):
             return self.arrays[name]
         with safe_open(self.arrays, "numpy") as file:
-            found: NDArray[np.generic] = file.get_tensor(name)
-        return found
+            return file.get_tensor(name)
 
 
 def read_headers(file: IO[bytes], size: int | None, address: str) -> TarIndex:
