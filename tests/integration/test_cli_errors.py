@@ -108,7 +108,7 @@ def test_another_run_is_writing_there(
     before = status()
     with run_status.writing(Path("run")):
         assert toy("hydra.run.dir=run") == 2
-        monkeypatch.setattr(app, "misplaced", lambda *_: [])
+        monkeypatch.setattr(app, "run_folder_mistakes", lambda *_: [])
         assert toy("hydra.run.dir=run") == 1
     lines = capsys.readouterr().err.splitlines()
     assert [line.endswith("another run is writing there; wait for it, or choose another folder") for line in lines] == [

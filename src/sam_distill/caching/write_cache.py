@@ -30,7 +30,7 @@ from sam_distill.models.weights import digest
 from sam_distill.runs import processes
 from sam_distill.runs.hardware import Hardware
 from sam_distill.runs.progress import CountProgress
-from sam_distill.runs.status import alone
+from sam_distill.runs.status import only_process
 from sam_distill.teachers import LiveTeacher, check_finite, save_parts
 from sam_distill.types import FRAME, Sample, UserError
 
@@ -130,7 +130,7 @@ def write_cache(job: CacheJob) -> dict[str, Any]:
     _begin(folder, facts, job.teacher)
     rank, ranks = processes.place(hardware.devices, hardware.nodes)
     message = f"path={folder}: another process is writing this cache; wait for it, or stop it"
-    with alone(folder / f".writing-{rank}.lock", message):  # two would write the same tars
+    with only_process(folder / f".writing-{rank}.lock", message):  # two would write the same tars
         job.teacher.sam.to(hardware.kind)
         todo = [number for number in range(rank, len(blocks), ranks) if not done(folder, number)]
         log.info(

@@ -5,17 +5,15 @@ Hydra stops at the first bad override. Here each is tried by itself once composi
 
 from __future__ import annotations
 
-import pkgutil
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import yaml
-from hydra import initialize_config_dir
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.config_loader import ConfigLoader
+from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -25,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sam_distill.cli.config import nearest, one_line, parameters
+from sam_distill.cli.signatures import resolve
 
 
 def _when(given: str, wanted: str | Sequence[str], value: Any, otherwise: Any = None) -> Any:
@@ -57,96 +56,111 @@ def compose_jobs(
         composer = _Composer(command)
         parsed = composer.parse(overrides)
         try:
-            fixed = composer.compose_good([str(o.input_line) for o in parsed if not o.is_sweep_override()])
-            swept = multirun or fixed.hydra.mode == RunMode.MULTIRUN  # an experiment can ask for a multirun, too
-            jobs = composer.jobs(parsed, fixed) if swept else [composer.single(parsed)]
-            configs = [composer.compose_good(job) for job in jobs]
+            config = composer.compose_good([o for o in parsed if not o.is_sweep_override()])
+            if multirun or config.hydra.mode == RunMode.MULTIRUN:  # an experiment can ask for a multirun, too
+                configs = [composer.compose_good(job) for job in composer.jobs(parsed, config)]
+            else:
+                composer.refuse_sweeps(parsed)
+                configs = [config]
         except BAD_CONFIG as error:
-            return [], [*composer.mistakes, f"{conf_dir.name}/{command}.yaml: {_why(error)}"]
+            return [], [*composer.mistakes, f"{conf_dir.name}/{command}.yaml: {_reason(error)}"]
         return configs, list(dict.fromkeys(composer.mistakes))
 
 
 class _Composer:
-    """Hydra's loader within `initialize_config_dir`, collecting mistakes instead of raising them."""
+    """Hydra's compose within `initialize_config_dir`, collecting mistakes instead of raising them."""
 
     def __init__(self, command: str) -> None:
         self.command = command
         self.mistakes: list[str] = []
-        self.loader: ConfigLoader = GlobalHydra.instance().config_loader()
+        self.loader = GlobalHydra.instance().config_loader()
         self.parser = OverridesParser.create(config_loader=self.loader)
 
-    def compose(self, overrides: list[str]) -> DictConfig:
-        return self.loader.load_configuration(self.command, overrides, run_mode=RunMode.RUN, from_shell=False)
+    def compose(self, overrides: Sequence[Override | str]) -> DictConfig:
+        words = [o if isinstance(o, str) else str(o.input_line) for o in overrides]
+        return compose(self.command, words, return_hydra_config=True)
 
     def parse(self, overrides: list[str]) -> list[Override]:
         parsed, words = [], list(overrides)
         while words:
             text = words.pop(0)
-            if apart := _set_apart(text, words):
-                del words[: len(apart)]
-                together = "".join([text, *apart])
-                self.mistakes.append(f"{' '.join([text, *apart])}: leave out the spaces: {shlex.quote(together)}")
+            if rest := _separated_by_spaces(text, words):
+                del words[: len(rest)]
+                together = "".join([text, *rest])
+                self.mistakes.append(f"{' '.join([text, *rest])}: leave out the spaces: {shlex.quote(together)}")
                 continue
             try:
                 parsed.append(self.parser.parse_override(text))
             except HydraException as error:
-                torn = _torn_off(text, words)
-                del words[: len(torn)]
-                self.mistakes.append(_unreadable(text, torn, one_line(error)))
+                rest = _rest_of_list(text, words)
+                del words[: len(rest)]
+                self.mistakes.append(_unreadable(text, rest, one_line(error)))
         return parsed
 
-    def single(self, parsed: list[Override]) -> list[str]:
-        """One job's overrides: without -m, nothing may have several values."""
+    def refuse_sweeps(self, parsed: list[Override]) -> None:
+        """Without -m, nothing may have several values."""
         for override in parsed:
             if override.is_sweep_override():
                 key, value = override.get_key_element(), str(override.input_line).partition("=")[2]
-                said = f"several values need -m (a sweep); a list is {key}=[{value}], one value {key}='\"{value}\"'"
-                self.mistakes.append(f"{override.input_line}: {said}")
-        return [str(override.input_line) for override in parsed if not override.is_sweep_override()]
+                advice = f"several values need -m (a sweep); a list is {key}=[{value}], one value {key}='\"{value}\"'"
+                self.mistakes.append(f"{override.input_line}: {advice}")
 
-    def jobs(self, parsed: list[Override], fixed: DictConfig) -> list[list[str]]:
+    def jobs(self, parsed: list[Override], config: DictConfig) -> list[list[Override]]:
         """Each job's overrides, as Hydra's own sweeper makes them, the sweep of an experiment file included."""
-        swept = [f"{key}={value}" for key, value in (fixed.hydra.sweeper.get("params") or {}).items()]
-        try:
-            return BasicSweeper.split_arguments(self.parser.parse_overrides(swept) + parsed, None)[0]
-        except HydraException as error:  # a continuous range, which needs another sweeper
-            self.mistakes.append(f"-m: {one_line(error)}")
-            return []
+        swept = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
+        values: dict[str, list[str]] = {}
+        for override in self.parser.parse_overrides(swept) + parsed:
+            key = override.get_key_element()
+            if override.is_sweep_override() and not override.is_discrete_sweep():
+                self.mistakes.append(f"{override.input_line}: a range without steps needs another hydra/sweeper")
+                return []
+            one = [override.get_value_element_as_str()] if not override.is_sweep_override() else None
+            values[key] = [f"{key}={value}" for value in one or override.sweep_string_iterator()]
+        return [self.parser.parse_overrides(list(job)) for job in product(*values.values())]
 
-    def compose_good(self, overrides: list[str]) -> DictConfig:
+    def compose_good(self, parsed: Sequence[Override]) -> DictConfig:
         """Compose with as many of the overrides as can be; the rest are mistakes."""
-        try:
-            return self.compose(overrides)
-        except BAD_CONFIG:
-            good = self.compose([])  # raises if the files themselves are at fault
-        parsed = self.parser.parse_overrides(overrides)
-        kept: list[str] = []
-        refused: list[str] = []
-        for override in sorted(parsed, key=lambda o: not self._choices(o)):  # values may need the choices
-            if any(str(override.key_or_group).startswith(group + ".") for group in refused):
-                continue  # about a node that isn't there for another reason
+        wrong = [(override, names[0]) for override in parsed if (names := self._wrong_choices(override))]
+        self.mistakes += [f"{override.input_line}: {self._no_such_choice(override, name)}" for override, name in wrong]
+        refused = [override for override, _ in wrong]
+        rest = [override for override in parsed if not (override in refused or _is_within(override, refused))]
+        with suppress(*BAD_CONFIG):
+            return self.compose(rest)
+        good: list[Override] = []
+        config = self.compose(good)  # raises if the files themselves are at fault
+        for override in sorted(rest, key=lambda o: not self._choices(o)):  # values may need the choices
+            if _is_within(override, refused):
+                continue
             try:
-                good = self.compose([*kept, str(override.input_line)])
-                kept.append(str(override.input_line))
+                config = self.compose([*good, override])
+                good.append(override)
             except BAD_CONFIG as error:
-                self.mistakes.append(f"{override.input_line}: {self._explain(override, error, good)}")
-                refused.append(str(override.key_or_group))
-        return good
+                self.mistakes.append(f"{override.input_line}: {self._explain(override, error, config)}")
+                refused.append(override)
+        return config
 
     def _choices(self, override: Override) -> list[str]:
         return self.loader.get_group_options(str(override.key_or_group))
 
-    def _explain(self, override: Override, error: Exception, cfg: DictConfig) -> str:
-        key, choices = str(override.key_or_group), self._choices(override)
+    def _wrong_choices(self, override: Override) -> list[str]:
+        """What is chosen from a group that does not have it. Paths and interpolations are left to Hydra."""
+        if not (choices := self._choices(override)) or override.is_sweep_override():
+            return []
         value = override.value()
-        wrong = [str(v) for v in (value if isinstance(value, list) else [value]) if v not in choices]
-        if choices and wrong:
-            guess = nearest(wrong[0], choices)
-            more = "; pip install 'sam-distill[sweeps]' brings joblib and submitit_*" if key == "hydra/launcher" else ""
-            return f"no such choice;{guess and f' did you mean {guess}?'} choices: {', '.join(choices)}{more}"
+        chosen = [str(v) for v in (value if isinstance(value, list) else [value]) if v is not None]
+        return [name for name in chosen if name.removesuffix(".yaml") not in choices and not set(name) & set("/$")]
+
+    def _no_such_choice(self, override: Override, wrong: str) -> str:
+        key, choices = override.key_or_group, self._choices(override)
+        guess = nearest(wrong, choices)
+        more = "; pip install 'sam-distill[sweeps]' brings joblib and submitit_*" if key == "hydra/launcher" else ""
+        return f"no such choice;{guess and f' did you mean {guess}?'} choices: {', '.join(choices)}{more}"
+
+    def _explain(self, override: Override, error: Exception, cfg: DictConfig) -> str:
+        key = str(override.key_or_group)
         known = set(_dotted_names(cfg))
-        if choices or key in known or key.startswith("hydra.") or override.is_add():
-            return _why(error)
+        if self._choices(override) or key in known or key.startswith("hydra.") or override.is_add():
+            return _reason(error)
         parent = key.rpartition(".")[0]
         allowed = _parameters_of(cfg, parent)
         if key in allowed:  # a parameter with a default of its own, that no file mentions
@@ -166,7 +180,12 @@ class _Composer:
         return having
 
 
-def _set_apart(text: str, words: list[str]) -> list[str]:
+def _is_within(override: Override, refused: Sequence[Override]) -> bool:
+    """Whether it is about a node that isn't there because its choice was refused."""
+    return any(str(override.key_or_group).startswith(f"{other.key_or_group}.") for other in refused)
+
+
+def _separated_by_spaces(text: str, words: list[str]) -> list[str]:
     """What belongs to `text`, as in `batch_size = 4`, which the shell takes apart at its spaces."""
     if "=" not in text and words and words[0].startswith("="):
         return words[:2] if words[0] == "=" else words[:1]
@@ -174,7 +193,7 @@ def _set_apart(text: str, words: list[str]) -> list[str]:
     return words[:1] if lone else []
 
 
-def _torn_off(text: str, words: list[str]) -> list[str]:
+def _rest_of_list(text: str, words: list[str]) -> list[str]:
     """The words that belong to `text`, as in `point=[10, 20]` without quotes, which the shell splits at its space."""
     ends = (end for end in range(1, len(words) + 1) if _open_brackets(" ".join([text, *words[:end]])) == 0)
     return words[: next(ends, 0)] if _open_brackets(text) > 0 else []
@@ -184,21 +203,21 @@ def _open_brackets(text: str) -> int:
     return sum((char in "[{(") - (char in ")}]") for char in text)
 
 
-def _unreadable(text: str, torn: list[str], reason: str) -> str:
+def _unreadable(text: str, rest: list[str], reason: str) -> str:
     """A line about an override that isn't one; what it says to write works when pasted into a shell."""
-    whole = " ".join([text, *torn])
+    together = " ".join([text, *rest])
     key, equals, value = text.partition("=")
     if not equals:
         return f"{text}: not an override; write key=value"
-    if torn:
-        return f"{whole}: torn apart at its spaces; leave them out, or quote it: {shlex.quote(whole)}"
+    if rest:
+        return f"{together}: torn apart at its spaces; leave them out, or quote it: {shlex.quote(together)}"
     if _open_brackets(text) > 0:
         return f"{text}: a bracket is not closed"
     quoted = value.replace('"', '\\"')
     return f"{text}: can't be read ({reason}); quote it: " + shlex.quote(f'{key}="{quoted}"')
 
 
-def _why(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
         return f"{error.problem_mark.name}, line {error.problem_mark.line + 1}: {error.problem}"
     return one_line(error.__cause__ or error)
@@ -221,7 +240,7 @@ def _parameters_of(cfg: DictConfig, parent: str) -> set[str]:
     if not isinstance(node, DictConfig) or "_target_" not in node:
         return set()
     try:
-        names = parameters(pkgutil.resolve_name(node._target_))
+        names = parameters(resolve(node._target_))
     except Exception:  # check() tells what is wrong with the target
         return set()
     return {f"{parent}.{name}" if parent else name for name in names}

@@ -10,7 +10,6 @@ import difflib
 import functools
 import inspect
 import json
-import pkgutil
 import re
 import types
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,32 +19,39 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 from pydantic import ConfigDict, PydanticSchemaGenerationError, PydanticUserError, TypeAdapter, ValidationError
 
+from sam_distill.cli.signatures import resolve
 from sam_distill.cli.sources import Sources
 
 RESERVED = {"_target_", "_partial_", "_recursive_", "_convert_", "_args_"}
-SUPPLIED = {"run_dir"}  # parameters of a command that cli/app.py fills in, not the configuration
+RUN_DIR = "run_dir"  # a parameter of commands that keep a run folder: cli/jobs.py supplies it, not the configuration
 _WANTS_OBJECT = {"needs_python_object", "dataclass_type", "callable_type"}  # pydantic's names for "not plain data"
 _PYDANTIC = re.compile("^Input |^Value error, | after validation")  # words that mean nothing to a user
 _ABSENT = object()
+LIKENESS = 0.7  # that a name must have with what was typed, to be suggested: difflib's ratio
 
 
 class Mistake(NamedTuple):
-    """One wrong key, what was given there (_ABSENT: nothing) and what should have been."""
+    """A wrong key, the value given there (_ABSENT: none) and what is wrong with it."""
 
     key: str
     given: Any
-    said: str
+    message: str
 
 
 def check(cfg: DictConfig) -> list[str]:
-    """All mistakes of a composed command, one line each. Imports the targets, builds nothing."""
+    """All mistakes of a composed command, one line each. Builds nothing."""
     sources = Sources(cfg)
     lines = []
-    for key, given, said in _check_call(cfg, "", Any):
+    for key, given, message in _check_call(cfg, "", Any):
         head = key if given is _ABSENT else f"{key}={show(given)}"
         comment = sources.comment(key) if given == "???" else ""
-        lines.append(f"{head} ({sources.where(key)}): {said}{comment and f' ({comment})'}")
+        lines.append(f"{head} ({sources.where(key)}): {message}{comment and f' ({comment})'}")
     return list(dict.fromkeys(lines))
+
+
+def keeps_run_folder(cfg: DictConfig) -> bool:
+    """Whether the command leaves records and results in a folder of its own."""
+    return RUN_DIR in parameters(resolve(cfg._target_))
 
 
 def parameters(target: Any) -> dict[str, inspect.Parameter]:
@@ -66,13 +72,13 @@ def parameters(target: Any) -> dict[str, inspect.Parameter]:
 def nearest(name: str, names: Iterable[str]) -> str:
     """The most likely meant of dotted `names`, or "". A full last part (`lr` for `optim.lr`) beats likeness."""
     known = sorted(names, key=lambda n: (n.count("."), n))
-    last = name.rpartition(".")[2]
-    same = [n for n in known if n.rpartition(".")[2] == last]
-    alike = difflib.get_close_matches(name, known, 1) or [
-        n for part in difflib.get_close_matches(last, [n.rpartition(".")[2] for n in known], 1)
-        for n in known if n.rpartition(".")[2] == part
-    ]  # fmt: skip
-    return next(iter(same + alike), "")
+    ends, end = [n.rpartition(".")[2] for n in known], name.rpartition(".")[2]
+    if end in ends:
+        return known[ends.index(end)]
+    if alike := difflib.get_close_matches(name, known, 1, LIKENESS):
+        return alike[0]
+    alike = difflib.get_close_matches(end, ends, 1, LIKENESS)
+    return known[ends.index(alike[0])] if alike else ""
 
 
 def show(value: Any) -> str:
@@ -85,7 +91,7 @@ def _check_call(node: DictConfig, key: str, expected: Any) -> Iterator[Mistake]:
     """Check one `_target_` node, `expected` being the annotation of the parameter it is given to."""
     name = _raw(node).get("_target_")
     try:
-        target = pkgutil.resolve_name(name)
+        target = resolve(name)
     except Exception as error:  # whatever importing a module may raise
         yield Mistake(_join(key, "_target_"), name, f"can't be imported: {one_line(error)}")
         target = _unknown  # what lies within is still checked
@@ -97,7 +103,7 @@ def _check_call(node: DictConfig, key: str, expected: Any) -> Iterator[Mistake]:
 
     known = {n: p for n, p in parameters(target).items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
     anything = any(p.kind is p.VAR_KEYWORD for p in parameters(target).values())
-    accepted = {n: p for n, p in known.items() if key or n not in SUPPLIED}
+    accepted = {n: p for n, p in known.items() if key or n != RUN_DIR}
     for field in node:
         field = str(field)
         if field in RESERVED or (not key and field == "hydra"):
@@ -144,8 +150,8 @@ def _check_value(
             return
         for child in value if isinstance(value, DictConfig) else range(len(value)):
             yield from _check_value(value, child, _join(key, str(child)), entry, inspect.Parameter.empty)
-    elif plain is not default and (said := _leaf_mistake(plain, expected)):
-        yield Mistake(key, plain, said)
+    elif plain is not default and (message := _leaf_mistake(plain, expected)):
+        yield Mistake(key, plain, message)
 
 
 def _leaf_mistake(value: Any, expected: Any) -> str:
@@ -165,10 +171,10 @@ def _leaf_mistake(value: Any, expected: Any) -> str:
         lengths = [len(entries) for entries in tuples if ... not in entries]
         if lengths and isinstance(value, list) and len(value) not in lengths:
             return f"should have {lengths[0]} values, not {len(value)}"
-        said = " or ".join(dict.fromkeys(_PYDANTIC.sub("", error["msg"]) for error in errors))
+        message = " or ".join(dict.fromkeys(_PYDANTIC.sub("", error["msg"]) for error in errors))
         choices = [str(c) for m in _members(expected) if get_origin(m) is Literal for c in get_args(m)]
         guess = nearest(str(value), choices)
-        return f"{said}; did you mean {guess}?" if guess else said
+        return f"{message}; did you mean {guess}?" if guess else message
     return ""
 
 
@@ -214,6 +220,8 @@ def _fits(produced: Any, expected: Any) -> bool:
 def _is_subclass(produced: type, expected: Any) -> bool:
     if expected in (Any, inspect.Parameter.empty) or not inspect.isclass(expected):
         return expected is not Literal
+    if str(expected) in map(str, produced.__mro__):  # a user's own class derives from the real one, see signatures.py
+        return True
     try:
         return issubclass(produced, expected)
     except TypeError:  # a protocol that can't be checked at run time

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pkgutil
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -15,7 +14,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sam_distill.cli.config import parameters, show
+from sam_distill.cli.config import keeps_run_folder, show
 from sam_distill.runs import processes, status
 
 LAST = Path("checkpoints", "last.ckpt")  # in a run's folder
@@ -25,41 +24,41 @@ _FREE = ("resume", "plan", "scale", "budget", "validate_every", "step_times", "l
          "batch_size", "accumulate", "data.path", "data.local", "data.shuffle_buffer", "teacher.memory_gb")  # fmt: skip
 
 
-def continued(argv: list[str]) -> list[str]:
+def with_resumed_options(argv: list[str]) -> list[str]:
     """The command line with the options of the run that it resumes. Those given now take precedence."""
-    given = {_key(word): word for word in argv}
-    run_dir = _value(given["resume"]) if "resume" in given else None
+    given = {_key(word) for word in argv}
+    run_dir = next((_value(word) for word in reversed(argv) if _key(word) == "resume"), None)
     if not run_dir:
         return argv
     try:
         before = json.loads((Path(run_dir) / "status.json").read_text())["command"][1:]
     except (OSError, ValueError, KeyError):
-        return argv  # `misplaced` says so
-    kept = [word for word in before if _key(word) not in given and _key(word) not in ("resume", "hydra.run.dir")]
+        return argv  # `run_folder_mistakes` says so
+    inherited = [word for word in before if _key(word) not in {*given, "resume", "hydra.run.dir"}]
     quoted = run_dir.replace('"', '\\"')
-    place = [] if "hydra.run.dir" in given else [f'hydra.run.dir="{quoted}"']
-    return [*kept, *argv, *place]
+    folder = [] if "hydra.run.dir" in given else [f'hydra.run.dir="{quoted}"']
+    return [*inherited, *argv, *folder]
 
 
-def misplaced(cfg: DictConfig, command: str) -> list[str]:
-    """A complaint if a run is to go on nowhere or as another, or to begin where another lies or is going on."""
+def run_folder_mistakes(cfg: DictConfig, command: str) -> list[str]:
+    """Whether a run is to resume what is no run or another one, or to begin in a folder that is not free."""
     run_dir, resume = Path(cfg.hydra.run.dir), cfg.get("resume")
-    if "run_dir" not in parameters(pkgutil.resolve_name(cfg._target_)):
-        return []  # it leaves nothing there
+    if not keeps_run_folder(cfg):
+        return []
     if resume is not None and not Path(resume).is_dir():
         wrong = "is a file" if Path(resume).exists() else "there is no such folder"
         return [f"resume={resume}: {wrong}; expected the folder of a run"]
     if resume is not None and not status.read(Path(resume)).get("command"):
         return [f"resume={resume}: no status.json there can be read, which says with what options the run began"]
-    if processes.is_first() and (busy := status.busy(run_dir)):
-        return [busy]
+    if processes.is_first() and (line := status.locked(run_dir)):
+        return [line]
     if resume is not None:
         return list(_changed(cfg, Path(resume)))
-    return [] if (line := taken(run_dir, command)) is None else [f"hydra.run.dir={line}"]
+    return [f"hydra.run.dir={line}"] if (line := occupied(run_dir, command)) else []
 
 
-def taken(run_dir: Path, command: str) -> str | None:
-    """Why `command` may not begin a run in this folder, if it may not: it would write over another."""
+def occupied(run_dir: Path, command: str) -> str:
+    """Why `command` may not begin a run in this folder, where it would write over another; "" if it may."""
     record = status.read(run_dir)
     other = (record.get("command") or [command])[0]
     if other != command:
@@ -68,7 +67,7 @@ def taken(run_dir: Path, command: str) -> str | None:
         return f"{run_dir} holds a run already: resume={run_dir} goes on with it; else choose another folder"
     if (run_dir / "student.pt").is_file() and record.get("status") == "finished":
         return f"{run_dir} holds a student already: choose another folder"
-    return None
+    return ""
 
 
 def _changed(cfg: DictConfig, run_dir: Path) -> Iterator[str]:
@@ -110,6 +109,6 @@ def _value(word: str) -> str | None:
     try:
         override = OverridesParser.create().parse_override(word)
     except HydraException:
-        return None  # told when the job is composed
+        return None  # composing it gives the message
     value = None if override.is_sweep_override() else override.value()
     return None if value is None else str(value)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
+
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def task_overrides(hydra: Any) -> list[str]:
@@ -14,25 +18,31 @@ def task_overrides(hydra: Any) -> list[str]:
     return list(OmegaConf.to_container(hydra.overrides.task, resolve=False))  # type: ignore[arg-type]
 
 
+@lru_cache
+def _content(text: str) -> dict[str, Any]:
+    """Of a configuration file, as far as keys go."""
+    return yaml.load(text, _LOADER) or {}
+
+
 class _Source(NamedTuple):
     """One configuration file and the dotted place its content went to ("" is the root)."""
 
-    path: Path
-    shown: str
+    name: str
+    text: str
     package: str
 
-    def keys_of(self, key: str) -> str | None:
+    def own_key(self, key: str) -> str | None:
         """The key as the file itself spells it, or None if its content lies elsewhere."""
         if not self.package or key == self.package:
             return key.removeprefix(self.package)
         return key.removeprefix(self.package + ".") if key.startswith(self.package + ".") else None
 
     def defines(self, key: str) -> bool:
-        local = self.keys_of(key)
-        if not local:
-            return local == ""
-        node: Any = OmegaConf.to_container(OmegaConf.load(self.path), resolve=False)
-        for part in local.split("."):
+        own = self.own_key(key)
+        if not own:
+            return own == ""
+        node: Any = _content(self.text)
+        for part in own.split("."):
             if not isinstance(node, dict) or part not in node:
                 return False
             node = node[part]
@@ -41,7 +51,7 @@ class _Source(NamedTuple):
 
 def _bases(path: Path) -> list[Path]:
     """The files of the same group that a choice begins with, as muon.yaml does with adamw.yaml."""
-    defaults = OmegaConf.select(OmegaConf.load(path), "defaults") or []
+    defaults = _content(path.read_text()).get("defaults") or []
     named = [name for name in defaults if isinstance(name, str) and "/" not in name]
     return [base for name in named if (base := path.with_name(f"{name}.yaml")).is_file()]
 
@@ -53,53 +63,45 @@ class Sources:
         hydra = cfg.hydra
         self.choices: dict[str, Any] = dict(hydra.runtime.choices)
         self._target = cfg.get("_target_")
-        self.overrides = [text.lstrip("+~").partition("=")[0] for text in task_overrides(hydra)]
-        self.roots = [Path(s.path) for s in hydra.runtime.config_sources if s.schema == "file"]
+        self._overridden = {text.lstrip("+~").partition("=")[0] for text in task_overrides(hydra)} - set(self.choices)
+        self._roots = [Path(s.path) for s in hydra.runtime.config_sources if s.schema == "file"]
         chosen = {hydra.job.config_name: ""} | {
             f"{group.partition('@')[0]}/{choice}": group.rpartition("@")[2].replace("/", ".")
             for group, choice in self.choices.items()
             if isinstance(choice, str) and not group.startswith("hydra/")
         }
-        self.files = [
-            _Source(
-                file,
-                f"{root.name}/{file.relative_to(root)}",
-                "" if "@package _global_" in file.read_text() else package,
-            )
+        self._files = [
+            _Source(f"{root.name}/{file.relative_to(root)}", text, "" if "@package _global_" in text else package)
             for name, package in chosen.items()
-            for root in self.roots
+            for root in self._roots
             if (path := root / f"{name}.yaml").is_file()
             for file in [*_bases(path), path]
+            for text in [file.read_text()]
         ]
 
     def where(self, key: str) -> str:
         """The last to define the key; for a key that nobody gave, the file of the node it is missing from."""
-        if any(key == o or key.startswith(o + ".") for o in self.overrides if o not in self.choices):
+        if any(f"{key}.".startswith(f"{override}.") for override in self._overridden):
             return "command line"
-        return self._file(key).shown
+        return self._defining(key)[-1].name
 
     def comment(self, key: str) -> str:
         """The comment beside a key's line, or beside a group's in the command's defaults; "" if there is none."""
         name = re.escape(key.rpartition(".")[2])
-        files = self.files[:1] if key in self.choices else self._defining(key) or [self._file(key)]
-        for file in reversed(files):
-            line = re.search(rf"^\s*(?:- )?(?:optional )?{name}:.*?#\s*(.+)$", file.path.read_text(), re.MULTILINE)
+        for file in reversed(self._files[:1] if key in self.choices else self._defining(key)):
+            line = re.search(rf"^\s*(?:- )?(?:optional )?{name}:.*?#\s*(.+)$", file.text, re.MULTILINE)
             if line:
                 return line.group(1).strip()
         return ""
 
     def options(self, group: str) -> list[str]:
         """The choices there are, without recipes for other commands."""
-        files = [path for root in self.roots for path in (root / group).glob("*.yaml")]
+        files = [path for root in self._roots for path in (root / group).glob("*.yaml")]
         if group == "experiment":
-            targets = {path: OmegaConf.select(OmegaConf.load(path), "_target_") for path in files}
-            files = [path for path in files if targets[path] in (None, self._target)]
+            files = [path for path in files if _content(path.read_text()).get("_target_") in (None, self._target)]
         return sorted({path.stem for path in files})
 
     def _defining(self, key: str) -> list[_Source]:
-        return [file for file in self.files if file.defines(key)]
-
-    def _file(self, key: str) -> _Source:
-        inside = [file for file in self.files if file.keys_of(key) is not None]
-        defining = self._defining(key)
-        return defining[-1] if defining else max(inside, key=lambda file: len(file.package))
+        """Those that define it, the one in force last; if none does, the one it would belong to."""
+        inside = [file for file in self._files if file.own_key(key) is not None]
+        return [file for file in inside if file.defines(key)] or [max(inside, key=lambda file: len(file.package))]

@@ -63,7 +63,7 @@ class Status:
 
 
 @contextmanager
-def alone(lock: Path, message: str) -> Iterator[None]:
+def only_process(lock: Path, message: str) -> Iterator[None]:
     """Hold `lock`, which goes with this process however it ends. A UserError says `message` if another one has it."""
     held = FileLock(lock)
     try:
@@ -82,10 +82,11 @@ def alone(lock: Path, message: str) -> Iterator[None]:
 
 def writing(run_dir: Path) -> AbstractContextManager[None]:
     """For whoever keeps a run's records: two would write over each other."""
-    return alone(run_dir / LOCK, f"{run_dir}: another run is writing there; wait for it, or choose another folder")
+    message = f"{run_dir}: another run is writing there; wait for it, or choose another folder"
+    return only_process(run_dir / LOCK, message)
 
 
-def busy(run_dir: Path) -> str:
+def locked(run_dir: Path) -> str:
     """What `writing` would say now; empty if nothing."""
     try:
         with writing(run_dir) if (run_dir / LOCK).exists() else nullcontext():
@@ -94,7 +95,7 @@ def busy(run_dir: Path) -> str:
         return str(error)
 
 
-def earlier(run_dir: Path, config: str) -> str | None:
+def earlier_outcome(run_dir: Path, config: str) -> str | None:
     """How an earlier job of the same configuration stands in this folder; None if there was none."""
     file = run_dir / "config.yaml"
     if not file.is_file():

@@ -3,7 +3,7 @@ import time
 import numpy as np
 
 from sam_distill.benchmark.timing import Contender, race
-from sam_distill.cli.allocator import keep_freed_memory
+from sam_distill.runs.allocator import keep_freed_memory
 
 
 def test_all_take_turns_and_count_their_units() -> None:

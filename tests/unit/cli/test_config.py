@@ -228,6 +228,7 @@ def test_broken_file_is_one_line(conf: Path) -> None:
 def test_nearest_prefers_a_full_last_part() -> None:
     assert nearest("lr", ["optim.lr", "l", "r"]) == "optim.lr"
     assert nearest("qqq", ["optim.lr"]) == ""
+    assert nearest("compile", ["strategy.cosine"]) == ""
 
 
 @pytest.mark.parametrize("command", sorted(path.stem for path in default_conf_dir().glob("*.yaml")))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from sam_distill.cli.resume import continued, misplaced
+from sam_distill.cli.resume import run_folder_mistakes, with_resumed_options
 from sam_distill.files import write_json
 from sam_distill.runs import status
 
@@ -16,15 +16,15 @@ def test_options_of_the_resumed_run_come_back(tmp_path: Path) -> None:
     (tmp_path / "status.json").write_text(json.dumps({"command": command}))
     there = f'hydra.run.dir="{tmp_path}"'
     for resume in (f"resume={tmp_path}", f'resume="{tmp_path}"', f"resume='{tmp_path}'"):
-        assert continued([resume]) == ["encoder=vit_b", "optim.lr=1e-3", "seed=7", resume, there]
-    assert continued([resume, "seed=1", "hydra.run.dir=new"]) == [
+        assert with_resumed_options([resume]) == ["encoder=vit_b", "optim.lr=1e-3", "seed=7", resume, there]
+    assert with_resumed_options([resume, "seed=1", "hydra.run.dir=new"]) == [
         "encoder=vit_b", "optim.lr=1e-3", resume, "seed=1", "hydra.run.dir=new",
     ]  # fmt: skip
 
 
 def test_other_command_lines_stay_as_they_are(tmp_path: Path) -> None:
     for argv in ([], ["encoder=vit_b"], ["resume=null"], [f"resume={tmp_path}"]):
-        assert continued(argv) == argv
+        assert with_resumed_options(argv) == argv
 
 
 def train(*, run_dir: Path, **_: object) -> None:
@@ -33,7 +33,7 @@ def train(*, run_dir: Path, **_: object) -> None:
 
 def complaints(run_dir: Path, resume: str | None, command: str = "train", **options: object) -> list[str]:
     cfg = {"_target_": f"{__name__}.train", "resume": resume, "hydra": {"run": {"dir": str(run_dir)}}, **options}
-    return misplaced(OmegaConf.create(cfg), command)
+    return run_folder_mistakes(OmegaConf.create(cfg), command)
 
 
 def test_where_no_run_can_begin_or_go_on(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 COUNT_PAGES = """
 import resource
 import numpy as np
-from sam_distill.cli.allocator import keep_freed_memory
+from sam_distill.runs.allocator import keep_freed_memory
 
 keep_freed_memory()
 np.ones(5_000_000, np.float32)

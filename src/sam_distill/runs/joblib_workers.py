@@ -9,17 +9,40 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 _NAME = "LokyProcess-"  # and a number from 1
-_busy = False  # with a job
+_has_job = False
 _stopped = False  # by a signal
 
 
-def workers() -> list[int]:
-    """Process ids of this process's pool."""
-    return [child.pid for child in multiprocessing.active_children() if child.name.startswith(_NAME) and child.pid]
+@contextmanager
+def signals_end_all() -> Iterator[None]:
+    """In the first process, SIGTERM, like Ctrl-C, unwinds the stack, so that whatever it ends is recorded; training
+    refines this. The workers of a pool unwind theirs, and this process waits for them; a second signal does not wait.
+    """
+    received: list[int] = []
+
+    def end(number: int, frame: FrameType | None) -> None:
+        pool = [child.pid for child in multiprocessing.active_children() if child.name.startswith(_NAME) and child.pid]
+        if received or not pool:
+            raise SystemExit(128 + number)
+        received.append(number)
+        for pid in pool:
+            os.kill(pid, number)
+
+    is_main = threading.current_thread() is threading.main_thread()  # only there Python allows it
+    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM) if is_main}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if received:
+        raise SystemExit(128 + received[0])
 
 
 def is_worker() -> bool:
@@ -35,24 +58,24 @@ def set_up_worker() -> None:
 
 def unless_stopped(job: Callable[[], bool]) -> bool:
     """The job's answer, in a worker; False if a signal has ended it, or one before it."""
-    global _busy, _stopped
+    global _has_job, _stopped
     if _stopped:
         return False
-    _busy = True
+    _has_job = True
     try:
         return job()
     except SystemExit:
         _stopped = True
         return False
     finally:
-        _busy = False
+        _has_job = False
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:
-    """Both the terminal and the first process tell of a signal: the second time it is no news."""
+    """The terminal and the first process both pass on a signal: the second time is ignored."""
     global _stopped
     before, _stopped = _stopped, True
-    if _busy and not before:
+    if _has_job and not before:
         raise SystemExit(128 + number)
 
 

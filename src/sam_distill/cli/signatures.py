@@ -1,0 +1,81 @@
+"""Signatures of this package's classes and functions, without torch and the like, which take seconds to import."""
+
+from __future__ import annotations
+
+import builtins
+import pkgutil
+import sys
+from importlib.util import find_spec
+from types import FunctionType, ModuleType
+from typing import Any
+
+PACKAGE = "sam_distill"
+_modules: dict[str, ModuleType] = {}
+
+
+def resolve(name: str) -> Any:
+    """The class or function of this dotted name. One of this package is good for its signature only."""
+    if not name.startswith(f"{PACKAGE}."):
+        return pkgutil.resolve_name(name)
+    module, _, attribute = name.rpartition(".")
+    return getattr(_load(module), attribute)
+
+
+class _StandIn:
+    """For a library that is not imported, and for whatever is taken from it: a base class, a decorator, a constant."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self
+
+    def __call__(self, *args: Any, **_: Any) -> Any:
+        return args[0] if args and isinstance(args[0], FunctionType) else self
+
+    def __getitem__(self, _: Any) -> Any:
+        return self
+
+    def __iter__(self) -> Any:
+        return iter(())
+
+    def __or__(self, _: Any) -> Any:
+        return self
+
+    __ror__ = __or__
+
+    def __mro_entries__(self, _: Any) -> tuple[()]:
+        return ()
+
+
+class _Module(ModuleType):
+    def __getattr__(self, name: str) -> Any:
+        """A submodule, as in `from sam_distill.models import weights`."""
+        return _load(f"{self.__name__}.{name}")
+
+
+def _load(name: str) -> ModuleType:
+    """Run a module of this package beside the real one, with stand-ins for what is neither loaded nor quick to load."""
+    if name not in _modules:
+        spec = find_spec(name)
+        if spec is None or spec.loader is None:
+            raise AttributeError(f"module {name.rpartition('.')[0]!r} has no attribute {name.rpartition('.')[2]!r}")
+        module = _modules[name] = _Module(name)
+        module.__dict__.update(__file__=spec.origin, __builtins__=vars(builtins) | {"__import__": _import})
+        real = sys.modules.get(name)
+        sys.modules[name] = module  # dataclasses look there for the names in annotations
+        try:
+            exec(spec.loader.get_code(name), module.__dict__)  # type: ignore[attr-defined]
+        finally:
+            del sys.modules[name]
+            if real is not None:
+                sys.modules[name] = real
+    return _modules[name]
+
+
+def _import(name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0) -> Any:
+    root = name.partition(".")[0]
+    if root == PACKAGE:
+        return _load(name)
+    if root in sys.stdlib_module_names or root in sys.modules:
+        return builtins.__import__(name, globals, locals, fromlist, level)
+    return _StandIn()
