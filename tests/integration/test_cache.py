@@ -26,7 +26,7 @@ from sam_distill.runs import status
 from sam_distill.runs.hardware import Hardware
 from sam_distill.strategies.semi_coupled import SemiCoupled
 from sam_distill.teachers import CachedTeacher, LiveTeacher
-from sam_distill.training.fit import fit, new_student
+from sam_distill.training.fit import Options, Setup, fit, new_student
 from sam_distill.training.loggers import CsvOnly
 from sam_distill.training.optimizers import AdamW
 
@@ -138,13 +138,13 @@ def test_a_cached_teacher_says_what_a_live_one_says(cached: Path, tmp_path: Path
         run_dir = tmp_path / type(teacher).__name__
         run_dir.mkdir()
         torch.manual_seed(0)
-        fit(
-            strategy=SemiCoupled(), teacher=teacher, prompts=Points(1, 0), source=data, optim=AdamW(), seed=0,
+        setup = Setup(
+            strategy=SemiCoupled(), teacher=teacher, prompts=Points(1, 0), source=data, optim=AdamW(),
             student=new_student(TinyViT(pretrained=False), teacher.sam, image_size=64, neck_from_teacher=True),
             protocol=Agreement(points=1), hardware=Hardware(accelerator="cpu", precision="fp32", workers=0),
-            logger=CsvOnly(), budget="3 steps", validate_every=None, batch_size=2, accumulate=1, ema=None,
-            progressive_resizing=None, step_times=False, init=None, resume=None, plan=False, run_dir=run_dir,
+            logger=CsvOnly(),
         )  # fmt: skip
+        fit(setup, Options("3 steps", batch_size=2), run_dir)
         rows = csv.DictReader((run_dir / "history.csv").read_text().splitlines())
         losses.append([float(row[name]) for row in rows for name in ("train/loss", "val/miou/point") if row.get(name)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)

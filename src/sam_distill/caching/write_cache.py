@@ -41,11 +41,11 @@ WAITING = 4  # batches that may wait for the writer
 
 @dataclass(frozen=True)
 class Prepared:
-    """An image as it will be read back: `sample` is decoded from `jpg`. why: set instead, where it can't be read."""
+    """An image as it will be read back: `sample` is decoded from `jpg`. error: set instead, where it can't be read."""
 
     sample: Sample | None
     jpg: bytes = b""
-    why: str = ""
+    error: str = ""
 
 
 class ToCache(IterableDataset[tuple[int, list[Prepared]]]):
@@ -68,12 +68,12 @@ class ToCache(IterableDataset[tuple[int, list[Prepared]]]):
         try:
             sample = load()
         except UserError as error:
-            return Prepared(None, why=str(error))
+            return Prepared(None, error=str(error))
         buffer = io.BytesIO()
         Image.fromarray(sample.image.permute(1, 2, 0).numpy()).save(buffer, "JPEG", quality=self.quality)
         picture, _ = decode(buffer.getvalue())
-        again = Sample(sample.key, to_frame(picture), sample.original_size, json=sample.json)
-        return Prepared(again, buffer.getvalue())
+        decoded = Sample(sample.key, to_frame(picture), sample.original_size, json=sample.json)
+        return Prepared(decoded, buffer.getvalue())
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def write_cache(job: CacheJob) -> dict[str, Any]:
     """Write what is missing of the cache, and return its manifest. Processes share the work tar by tar."""
     folder, blocks, hardware = job.folder, job.blocks, job.hardware
     facts = _facts(job)
-    _begin(folder, facts, job.teacher)
+    _open_folder(folder, facts, job.teacher)
     rank, ranks = processes.place(hardware.devices, hardware.nodes)
     message = f"path={folder}: another process is writing this cache; wait for it, or stop it"
     with only_process(folder / f".writing-{rank}.lock", message):  # two would write the same tars
@@ -138,10 +138,10 @@ def write_cache(job: CacheJob) -> dict[str, Any]:
             folder, job.images, len(blocks), len(todo), hardware.num_format, hardware.kind,
         )  # fmt: skip
         writer = _Writer(job, {n: job.source.count(blocks[n]) for n in todo}, facts)
-        with CountProgress(sum(writer.expected.values()), "Caching") as tally, writer:
+        with CountProgress(sum(writer.expected.values()), "Caching") as progress, writer:
             for number, prepared in job.loader(todo):
-                writer.take(number, prepared, job.embed(prepared))
-                tally.add(len(prepared), f"{writer.bytes / 1e6:,.0f} MB")
+                writer.add(number, prepared, job.embed(prepared))
+                progress.add(len(prepared), f"{writer.bytes / 1e6:,.0f} MB")
     while rank == 0 and not all(done(folder, number) for number in range(len(blocks))):
         time.sleep(0.5)  # the other processes are still at it
     return update_manifest(folder, facts)
@@ -156,28 +156,28 @@ class _Writer:
         self._shard: ShardWriter | None = None
         self._seen = 0
         self._pool = ThreadPoolExecutor(1)
-        self._behind: deque[Future[None]] = deque()
+        self._pending: deque[Future[None]] = deque()
 
     def __enter__(self) -> _Writer:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
         try:
-            while self._behind and kind is None:
+            while self._pending and kind is None:
                 self._wait()
         finally:
             self._pool.shutdown(cancel_futures=True)
             if self._shard is not None:
                 self._shard.abandon()
 
-    def take(self, number: int, prepared: list[Prepared], embeddings: list[Tensor]) -> None:
-        self._behind.append(self._pool.submit(self._write, number, prepared, embeddings))
-        while len(self._behind) > WAITING:
+    def add(self, number: int, prepared: list[Prepared], embeddings: list[Tensor]) -> None:
+        self._pending.append(self._pool.submit(self._write, number, prepared, embeddings))
+        while len(self._pending) > WAITING:
             self._wait()
 
     def _wait(self) -> None:
         try:
-            self._behind.popleft().result()
+            self._pending.popleft().result()
         except OSError as error:
             if not disk_is_full(error):
                 raise
@@ -192,9 +192,9 @@ class _Writer:
     def _write(self, number: int, prepared: list[Prepared], embeddings: list[Tensor]) -> None:
         if self._shard is None:
             self._shard, self._seen = ShardWriter(self.folder, number), 0
-        for why in (item.why for item in prepared if item.sample is None):
-            log.warning("skipped: %s", why)
-            self._shard.skipped.append(why)
+        for message in (item.error for item in prepared if item.sample is None):
+            log.warning("skipped: %s", message)
+            self._shard.skipped.append(message)
         for content in self.job.members(prepared, embeddings):
             self._shard.add(content)
             self.bytes += sum(map(len, content.values()))
@@ -210,14 +210,14 @@ def verify(folder: Path) -> dict[str, int]:
     """Compare every tar with its line in the manifest. A UserError names those that differ."""
     manifest = read_manifest(folder)
     wrong = []
-    with CountProgress(len(manifest["shards"]), "Verifying") as tally:
+    with CountProgress(len(manifest["shards"]), "Verifying") as progress:
         for name, line in manifest["shards"].items():
             tar = folder / name
             if not tar.is_file():
                 wrong.append(f"{name} is missing")
             elif tar.stat().st_size != line["bytes"] or digest(tar) != line["sha256"]:
                 wrong.append(f"{name} has changed")
-            tally.add(1)
+            progress.add(1)
     missing = manifest["tars"] - len(manifest["shards"])
     if wrong:
         raise UserError(f"{folder}: {'; '.join(wrong)}. Delete what has changed and run sam-distill cache again")
@@ -249,7 +249,7 @@ def _facts(job: CacheJob) -> dict[str, Any]:
     }
 
 
-def _begin(folder: Path, facts: dict[str, Any], teacher: LiveTeacher) -> None:
+def _open_folder(folder: Path, facts: dict[str, Any], teacher: LiveTeacher) -> None:
     """Refuse a folder that holds another cache, or anything else."""
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.glob("cache-*.tar")) or (folder / MANIFEST).is_file():

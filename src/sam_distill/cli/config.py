@@ -57,7 +57,8 @@ def keeps_run_folder(cfg: DictConfig) -> bool:
 def parameters(target: Any) -> dict[str, inspect.Parameter]:
     """A callable's parameters by name, annotations evaluated where they can be; none known: anything goes.
 
-    Where a class hands `**more` on to its base, the base's parameters are its own.
+    Where a class hands `**more` on to its base, the base's parameters are its own; likewise those of a callable that
+    the annotation of `**more` names, as `Hardware` does.
     """
     known = dict(_signature(target).parameters)
     for base in target.__mro__[1:-1] if inspect.isclass(target) else ():
@@ -66,6 +67,9 @@ def parameters(target: Any) -> dict[str, inspect.Parameter]:
             break
         del known[more]
         known = dict(_signature(base).parameters) | known
+    for more in [p for p in known.values() if p.kind is p.VAR_KEYWORD and get_origin(p.annotation) is Annotated]:
+        del known[more.name]
+        known = parameters(resolve(get_args(more.annotation)[1])) | known
     return known
 
 

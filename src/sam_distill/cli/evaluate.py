@@ -45,12 +45,12 @@ def evaluate(
         log.warning("split=all judges on images that %s was trained on, too; split=val does not", checkpoint)
     if split == "val" and data.shortage:
         log.warning(data.shortage)
-    asked: dict[str, Any] = {"source": data, "split": split, "hardware": trainer, "batch_size": batch_size}
+    options: dict[str, Any] = {"source": data, "split": split, "hardware": trainer, "batch_size": batch_size}
     student = fastsam(checkpoint) if is_fastsam(checkpoint) else load_sam(checkpoint)
     if isinstance(protocol, Everything):
-        judge_everything(student=student, teacher=teacher, protocol=protocol, run_dir=run_dir, **asked)
+        judge_everything(student=student, teacher=teacher, protocol=protocol, run_dir=run_dir, **options)
     else:
-        judge(student=student, teacher=teacher_for(teacher, data), protocol=protocol, run_dir=run_dir, **asked)
+        judge(student=student, teacher=teacher_for(teacher, data), protocol=protocol, run_dir=run_dir, **options)
 
 
 def _data_path(run_dir: Path) -> list[str]:

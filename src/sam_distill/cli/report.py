@@ -25,17 +25,17 @@ def report(*, runs: str, only: str, path: str) -> None:
     names = present(found)
     if only not in (ALL, *names):
         raise _mistake(f"experiment={only}: no finished run of it in {runs}; there: {', '.join(names) or 'none'}")
-    shown = sections(found, names) + others(found) if only == ALL else sections(found, [only])
+    chosen = sections(found, names) + others(found) if only == ALL else sections(found, [only])
     page = Report(
-        title="sam-distill: results" if only == ALL else f"sam-distill: {shown[0].experiment.title}",
-        sections=shown,
+        title="sam-distill: results" if only == ALL else f"sam-distill: {chosen[0].experiment.title}",
+        sections=chosen,
         waiting=not_run(names) if only == ALL else (),
         unusable=[one for one in found.unusable if only in (ALL, one.experiment)],
     )
     try:
         write(page, folder)
         if only != ALL:
-            write_experiment(shown[0], folder)
+            write_experiment(chosen[0], folder)
     except OSError as error:
         raise _mistake(f"path={path}: cannot be written ({error.strerror})") from error
     log.info("%s", ", ".join(f"{number} runs {kind}" for kind, number in page.counts.items()))

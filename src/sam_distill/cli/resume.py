@@ -20,7 +20,7 @@ from sam_distill.runs import processes, status
 LAST = Path("checkpoints", "last.ckpt")  # in a run's folder
 
 # What a resumed run may do differently, and does; training sees to it that images and batches stay what they were.
-_FREE = ("resume", "plan", "scale", "budget", "validate_every", "step_times", "logger", "trainer", "optim",
+_FREE = ("resume", "plan", "scale", "budget", "validate_every", "step_times", "compile", "logger", "trainer", "optim",
          "batch_size", "accumulate", "data.path", "data.local", "data.shuffle_buffer", "teacher.memory_gb")  # fmt: skip
 
 

@@ -53,12 +53,12 @@ def segment(
 ) -> None:
     """Cut one thing or everything out of `image`; conf/segment.yaml says what each option means."""
     jobs = _jobs(image, Path(path))
-    _spare_the_images(jobs)
+    _refuse_overwriting(jobs)
     coordinates, signs = _points(point, points, labels)
-    asked = bool(coordinates) or box is not None
-    if everything and asked:
+    prompted = bool(coordinates) or box is not None
+    if everything and prompted:
         raise UserError("everything=true takes no prompts: leave out point, points and box")
-    if not everything and not asked:
+    if not everything and not prompted:
         raise UserError(
             "nothing to segment: give point=[x,y], points=[[x,y],...], box=[x0,y0,x1,y1] or everything=true"
         )
@@ -66,16 +66,16 @@ def segment(
         raise UserError(f"box={list(box)}: expected [x0,y0,x1,y1] with x0 < x1 and y0 < y1")
     sam = optimize_for_inference(load_sam(checkpoint)).to(trainer.kind)
     make, predictor = generator(sam, output_mode="coco_rle"), SamPredictor(sam)
-    tally = CountProgress(len(jobs), "segmenting") if len(jobs) > 1 else nullcontext()
+    progress = CountProgress(len(jobs), "segmenting") if len(jobs) > 1 else nullcontext()
     skipped = 0
-    with trainer.autocast(), tally:
+    with trainer.autocast(), progress:
         for number, (file, target) in enumerate(jobs):
             try:
                 picture, _ = decode(file, full=True)
                 if everything:
-                    records, result, said = _everything(make, picture)
+                    records, result, summary = _everything(make, picture)
                 else:
-                    records, result, said = _one_thing(predictor, picture, file, coordinates, signs, box)
+                    records, result, summary = _one_thing(predictor, picture, file, coordinates, signs, box)
                 result.save(target)
                 _write_json(target.with_suffix(".json"), file, number, picture, records)
             except OSError as error:
@@ -86,9 +86,9 @@ def segment(
                 skipped += 1
                 log.warning("skipped: %s", error)
             else:
-                log.info("%s: %s", target, said)
-            if isinstance(tally, CountProgress):
-                tally.add(1)
+                log.info("%s: %s", target, summary)
+            if isinstance(progress, CountProgress):
+                progress.add(1)
     if skipped:
         raise UserError(f"{skipped} of {len(jobs)} images were skipped, see above; {path} holds the others")
 
@@ -120,7 +120,7 @@ def _jobs(image: str, path: Path) -> list[tuple[Path, Path]]:
     return jobs
 
 
-def _spare_the_images(jobs: Sequence[tuple[Path, Path]]) -> None:
+def _refuse_overwriting(jobs: Sequence[tuple[Path, Path]]) -> None:
     """Neither an image nor a JSON beside it may be written over."""
     images = {file.resolve().with_suffix("") for file, _ in jobs}
     for _, target in jobs:
@@ -155,8 +155,8 @@ def _everything(
 ) -> tuple[list[dict[str, Any]], Image.Image, str]:
     """A record for each mask, the picture with all of them drawn in, and a word on it."""
     records = generator.generate(picture)
-    said = f"{len(records)} masks" if records else f"no mask that the model trusts; {DOUBTS}"
-    return records, coloured(picture, records), said
+    summary = f"{len(records)} masks" if records else f"no mask that the model trusts; {DOUBTS}"
+    return records, coloured(picture, records), summary
 
 
 def _write_json(target: Path, file: Path, number: int, picture: Image.Image, records: Sequence[dict[str, Any]]) -> None:

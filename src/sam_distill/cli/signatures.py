@@ -1,21 +1,27 @@
-"""Signatures of this package's classes and functions, without torch and the like, which take seconds to import."""
+"""Signatures of this package's classes and functions, and of Lightning's Trainer, without torch and the like, which
+take seconds to import.
+"""
 
 from __future__ import annotations
 
 import builtins
 import pkgutil
 import sys
+from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import find_spec
 from types import FunctionType, ModuleType
 from typing import Any
 
+from pydantic_core import core_schema
+
 PACKAGE = "sam_distill"
+QUICK = (f"{PACKAGE}.", "pytorch_lightning.trainer.")  # names that are resolved here
 _modules: dict[str, ModuleType] = {}
 
 
 def resolve(name: str) -> Any:
-    """The class or function of this dotted name. One of this package is good for its signature only."""
-    if not name.startswith(f"{PACKAGE}."):
+    """The class or function of this dotted name. One of QUICK is good for its signature only."""
+    if not name.startswith(QUICK):
         return pkgutil.resolve_name(name)
     module, _, attribute = name.rpartition(".")
     return getattr(_load(module), attribute)
@@ -46,6 +52,9 @@ class _StandIn:
     def __mro_entries__(self, _: Any) -> tuple[()]:
         return ()
 
+    def __get_pydantic_core_schema__(self, *_: Any) -> Any:
+        return core_schema.any_schema()
+
 
 class _Module(ModuleType):
     def __getattr__(self, name: str) -> Any:
@@ -53,10 +62,19 @@ class _Module(ModuleType):
         return _load(f"{self.__name__}.{name}")
 
 
+def _find(name: str) -> ModuleSpec | None:
+    """importlib's find_spec imports the packages that the module lies in; this does not."""
+    package = name.rpartition(".")[0]
+    if not package:
+        return find_spec(name)
+    parent = _find(package)
+    return PathFinder.find_spec(name, parent.submodule_search_locations) if parent else None
+
+
 def _load(name: str) -> ModuleType:
-    """Run a module of this package beside the real one, with stand-ins for what is neither loaded nor quick to load."""
+    """Run a module beside the real one, with stand-ins for what is neither loaded nor quick to load."""
     if name not in _modules:
-        spec = find_spec(name)
+        spec = _find(name)
         if spec is None or spec.loader is None:
             raise AttributeError(f"module {name.rpartition('.')[0]!r} has no attribute {name.rpartition('.')[2]!r}")
         module = _modules[name] = _Module(name)

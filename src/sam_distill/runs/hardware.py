@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 import resource
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,25 +14,39 @@ from pydantic import Field
 from sam_distill.runs import processes
 from sam_distill.types import UserError
 
+LIGHTNING = "pytorch_lightning.trainer.trainer.Trainer"
+_ELSEWHERE = {  # arguments of Lightning's Trainer that are options of their own
+    "max_epochs": "budget", "max_steps": "budget", "accumulate_grad_batches": "accumulate", "logger": "logger",
+    "val_check_interval": "validate_every", "check_val_every_n_epoch": "validate_every", "num_nodes": "trainer.nodes",
+    "default_root_dir": "hydra.run.dir",
+}  # fmt: skip
 
-@dataclass(frozen=True)
+
 class Hardware:
     """accelerator: auto takes a GPU if there is one. devices, nodes: how many; more than one device means DDP.
     precision: auto is bf16 wherever the hardware computes it natively, else fp32 (of which GPUs make TF32 in products).
     workers: processes that decode images, per device; auto leaves a core to the training process. Tars are dealt out to
         them, so there the order of images depends on their number.
     sync_batchnorm: with several devices, BatchNorm's statistics are those of all their batches together.
+    lightning: further arguments of Lightning's Trainer, for training. None stands for what they are without.
     """
 
-    accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
-    devices: Annotated[int, Field(gt=0)] = 1
-    nodes: Annotated[int, Field(gt=0)] = 1
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
-    sync_batchnorm: bool = False
-
-    def __post_init__(self) -> None:
-        _ = self.kind  # what isn't there is told before anything else is built
+    def __init__(
+        self,
+        accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto",
+        devices: Annotated[int, Field(gt=0)] = 1,
+        nodes: Annotated[int, Field(gt=0)] = 1,
+        precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
+        workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto",
+        sync_batchnorm: bool = False,
+        **lightning: Annotated[Any, LIGHTNING],
+    ) -> None:
+        self.accelerator, self.devices, self.nodes, self.precision = accelerator, devices, nodes, precision
+        self.workers, self.sync_batchnorm = workers, sync_batchnorm
+        self.lightning = {name: value for name, value in lightning.items() if value is not None}
+        for name in self.lightning.keys() & _ELSEWHERE:
+            raise UserError(f"trainer.{name}: give {_ELSEWHERE[name]}=... instead")
+        _ = self.kind  # a device that isn't there is reported before anything else is built
         torch.set_float32_matmul_precision("high")  # for all commands: a student is judged as it was trained
 
     @property
@@ -80,6 +93,7 @@ class Hardware:
             "strategy": "ddp" if self.devices * self.nodes > 1 else "auto",
             "precision": {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}[self.num_format],
             "use_distributed_sampler": False,
+            **self.lightning,
         }
 
     def autocast(self) -> torch.autocast:

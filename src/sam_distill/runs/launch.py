@@ -1,6 +1,7 @@
 """Start and watch the further processes of a data-parallel run that no torchrun or srun has started.
 
-Lightning would start them, too, but when one dies it kills the first process before that can say or record why.
+Lightning (2.6) would start them, too, but within five seconds of one's failure it sends SIGKILL to all, the first
+process included, which then can't say or record why.
 """
 
 from __future__ import annotations
@@ -25,45 +26,45 @@ from sam_distill.types import UserError
 STOPPED = {128 + signal.SIGINT: "interrupted", 128 + signal.SIGTERM: "terminated"}  # exit statuses
 PATIENCE = 10.0  # seconds that processes have to end by themselves once one of them has
 
-_CUT_OFF = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+_LOST_CONNECTION = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 
 
 @contextmanager
 def all_processes(hardware: Hardware, run_dir: Path) -> Iterator[None]:
     """The body runs in every process of the run. None outlives it by long, whatever ends it."""
-    _agree(hardware)
+    _check_launcher(hardware)
     if hardware.devices * hardware.nodes == 1:
         yield
         return
-    alone = processes.launcher() is None
-    if alone and "OMP_NUM_THREADS" not in os.environ:  # torchrun and srun see to it themselves
+    own_launcher = processes.launcher() is None
+    if own_launcher and "OMP_NUM_THREADS" not in os.environ:  # torchrun and srun see to it themselves
         torch.set_num_threads(processes.cores(hardware.devices))
     before = dict(os.environ)
-    children = _start(hardware, run_dir) if alone and "LOCAL_RANK" not in os.environ else []
-    over = threading.Event()
-    if alone:
-        threading.Thread(target=_watch, args=(children, os.getppid(), run_dir, over), daemon=True).start()
+    children = _start(hardware, run_dir) if own_launcher and "LOCAL_RANK" not in os.environ else []
+    finished = threading.Event()
+    if own_launcher:
+        threading.Thread(target=_watch, args=(children, os.getppid(), run_dir, finished), daemon=True).start()
     try:
         yield
     except SystemExit:
         _wait(children, 3)  # they have been told, too
         raise
     except Exception as error:
-        if any(sign in str(error) for sign in _CUT_OFF):
+        if any(text in str(error) for text in _LOST_CONNECTION):
             raise UserError(_exit_report(children)) from error
         raise
     else:
         _wait(children, PATIENCE)
     finally:
-        over.set()
+        finished.set()
         for child in children:
             child.kill()
         os.environ.clear()
         os.environ.update(before)
 
 
-def _agree(hardware: Hardware) -> None:
-    """Those who started the processes have to mean the same run."""
+def _check_launcher(hardware: Hardware) -> None:
+    """A UserError if torchrun or srun has started other processes than `hardware` describes."""
     wanted, launcher, started = hardware.devices * hardware.nodes, processes.launcher(), processes.started()
     if launcher is not None and started != wanted:
         options = {"torchrun": "--nnodes and --nproc-per-node", "srun": "--nodes and --ntasks-per-node"}[launcher]
@@ -100,15 +101,15 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _watch(children: list[subprocess.Popen[bytes]], parent: int, run_dir: Path, over: threading.Event) -> None:
+def _watch(children: list[subprocess.Popen[bytes]], parent: int, run_dir: Path, finished: threading.Event) -> None:
     """A process that waits for a dead one in a collective may wait for ever, deaf to Python: end it from outside."""
     is_child = os.environ["LOCAL_RANK"] != "0"
-    while not over.wait(0.5):
+    while not finished.wait(0.5):
         orphaned = is_child and os.getppid() != parent
         codes = [code for child in children if (code := child.poll())]
         if not codes and not orphaned:
             continue
-        if over.wait(PATIENCE if codes and codes[0] in STOPPED else PATIENCE / 3):
+        if finished.wait(PATIENCE if codes and codes[0] in STOPPED else PATIENCE / 3):
             return
         why = "the first process has ended" if orphaned else _exit_report(children)
         if status.fail(run_dir, why):

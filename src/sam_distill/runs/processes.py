@@ -57,7 +57,7 @@ def name() -> str:
 
 
 def shared_name() -> str | None:
-    """What all processes of this run, and no others, know: part of the name of their common folder. None: nothing."""
+    """Part of the name of the common folder, known to all processes of this run and no others. None: there is none."""
     env = os.environ
     if launcher() == "srun" and "SLURM_JOB_ID" in env:
         again = f"_restart{env['SLURM_RESTART_COUNT']}" if env.get("SLURM_RESTART_COUNT", "0") != "0" else ""
@@ -75,10 +75,10 @@ def begin_worker(worker: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_exit_with, args=(os.getppid(),), daemon=True).start()
 
 
-def _end_with(parent: int) -> None:
+def _exit_with(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)

@@ -25,7 +25,7 @@ class CountProgress:
         self._bar = Progress("{task.description}", *columns, auto_refresh=False, speed_estimate_period=120)
         self._task = self._bar.add_task(what, total=total, note="")
         self._is_terminal = Console().is_terminal
-        self._started = self._told = time.perf_counter()
+        self._started = self._logged_at = time.perf_counter()
 
     def __enter__(self) -> CountProgress:
         if self._is_terminal:
@@ -40,10 +40,10 @@ class CountProgress:
         self.completed += number
         now = time.perf_counter()
         rate = self.completed / (now - self._started)
-        said = f"{rate:.1f}/s  {note}"
+        text = f"{rate:.1f}/s  {note}"
         if self._is_terminal:
-            self._bar.update(self._task, completed=self.completed, note=said, refresh=True)
-        elif now - self._told > self.every:
-            self._told = now
+            self._bar.update(self._task, completed=self.completed, note=text, refresh=True)
+        elif now - self._logged_at > self.every:
+            self._logged_at = now
             left = (self.total - self.completed) / rate / 60
-            log.info("%s %d/%d  %s  %.0f minutes left", self.what, self.completed, self.total, said, left)
+            log.info("%s %d/%d  %s  %.0f minutes left", self.what, self.completed, self.total, text, left)

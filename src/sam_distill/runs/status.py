@@ -44,19 +44,19 @@ class Status:
             self._write()
 
     def end(self, why: str | None) -> bool:
-        """Whether to tell the user, which is no use if another process has failed already, and this one for it."""
+        """Whether to print `why`: not if another process has failed before, of which this failure is a consequence."""
         if not self.recorded:
             return self.first
         if not self.first:
             return why is not None and fail(self.run_dir, why)
-        news = why is None or read(self.run_dir).get("status") != "failed"
+        is_first_failure = why is None or read(self.run_dir).get("status") != "failed"
         if why is not None and self._before and _modified(self.run_dir) == self._history:
             for file, content in self._before.items():  # resumed, but no step further: the old record is the true one
                 write_text(file, content)
-        elif news:
+        elif is_first_failure:
             self._content |= {"status": "failed" if why else "finished", "why": why, "ended": now()}
             self._write()
-        return news
+        return is_first_failure
 
     def _write(self) -> None:
         write_json(self.run_dir / "status.json", self._content)

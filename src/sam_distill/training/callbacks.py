@@ -19,7 +19,7 @@ from sam_distill.files import write_json
 from sam_distill.models.checkpoints import save_sam
 from sam_distill.training.history import History, write_curves
 from sam_distill.training.lightning_module import Distillation, ends_logged_step
-from sam_distill.training.loggers import shown
+from sam_distill.training.loggers import validation_media
 from sam_distill.training.optimizers import NOT_DECAYED
 from sam_distill.types import Batch
 
@@ -100,12 +100,12 @@ class Averaged(WeightAveraging):
     """
 
     def __init__(self, decay: float) -> None:
-        def towards(average: Tensor, current: Tensor, count: Tensor | int) -> Tensor:
+        def averaged(average: Tensor, current: Tensor, count: Tensor | int) -> Tensor:
             steps = torch.as_tensor(count)
             share = ((1 + steps) / (10 + steps)).clamp(max=decay)
             return current + share * (average - current)
 
-        super().__init__(avg_fn=towards)
+        super().__init__(avg_fn=averaged)
 
     def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
         """The module is still on the CPU; an average that stayed there would cost a copy of all weights each step."""
@@ -122,15 +122,15 @@ class Averaged(WeightAveraging):
         """Nothing is put in place of the weights: the last checkpoint, from which a run may go on, needs both."""
 
 
-def _share(skipped_samples: SkippedSamples, device: torch.device) -> None:
-    """What one rank could not read, all know of."""
-    found = skipped_samples.unreadable.to(device, torch.uint8)
-    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
-    skipped_samples.unreadable |= found.cpu().bool()
+def _merge_over_ranks(skipped_samples: SkippedSamples, device: torch.device) -> None:
+    """All ranks know the samples that any of them could not read."""
+    unreadable = skipped_samples.unreadable.to(device, torch.uint8)
+    torch.distributed.all_reduce(unreadable, torch.distributed.ReduceOp.MAX)
+    skipped_samples.unreadable |= unreadable.cpu().bool()
 
 
 class RunFolder(pl.Callback):
-    """Keeps student.pt, metrics.json and pictures/ up to date at every validation, and tells how it goes."""
+    """Keeps student.pt, metrics.json and pictures/ up to date at every validation, and logs progress."""
 
     def __init__(self, run_dir: Path, history: History, source: DataSource, facts: dict[str, Any]) -> None:
         self.run_dir = run_dir
@@ -182,7 +182,7 @@ class RunFolder(pl.Callback):
         if step == 0:
             self.before = {f"before/{n}": value for n, value in module.metrics.items() if "miou" in n} | module.blind()
         if trainer.world_size > 1:
-            _share(self.source.skipped_samples, module.device)
+            _merge_over_ranks(self.source.skipped_samples, module.device)
         if not trainer.is_global_zero:
             return
         metrics = module.metrics | module.judge.intervals() | self.before | self.facts
@@ -207,4 +207,4 @@ class RunFolder(pl.Callback):
         for logger in trainer.loggers:
             logger.log_metrics({"images_skipped": self.source.skipped}, step)
             if isinstance(logger, WandbLogger):
-                logger.log_metrics(shown(module.judge, self.source.skipped_by_tar), step)
+                logger.log_metrics(validation_media(module.judge, self.source.skipped_by_tar), step)

@@ -6,11 +6,13 @@ import copy
 import json
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytorch_lightning as pl
+from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
@@ -18,7 +20,7 @@ from sam_distill.data.base import DataSource
 from sam_distill.evaluate.agreement import Agreement
 from sam_distill.evaluate.judge import BLIND
 from sam_distill.evaluate.protocol import write_prompts
-from sam_distill.models.checkpoints import load_weights
+from sam_distill.models.checkpoints import Checkpoint, load_weights
 from sam_distill.models.encoders import ImageEncoder
 from sam_distill.models.sam import Sam
 from sam_distill.prompts.samplers import PromptSampler
@@ -29,7 +31,7 @@ from sam_distill.teachers import Teacher
 from sam_distill.training.callbacks import Averaged, ProgressiveResizing, RunFolder, Throughput
 from sam_distill.training.checkpoint_io import AtomicCheckpointIO
 from sam_distill.training.datamodule import DistillationData
-from sam_distill.training.durations import in_steps
+from sam_distill.training.durations import Duration, in_steps
 from sam_distill.training.history import History
 from sam_distill.training.lightning_module import Distillation, requirements, silence_lightning
 from sam_distill.training.loggers import CsvOnly, WandB, close
@@ -37,13 +39,16 @@ from sam_distill.training.optimizers import AdamW
 from sam_distill.training.plan import plan_training
 from sam_distill.training.progress import TrainingBar
 from sam_distill.training.step_times import StepTimes
-from sam_distill.training.stopping import Checkpoint, Stopping
+from sam_distill.training.stopping import Checkpoint as CheckpointCallback
+from sam_distill.training.stopping import Stopping
 from sam_distill.types import UserError
 
 log = logging.getLogger(__name__)
 
 VALIDATIONS = 10  # per run, where nothing else is asked for
 LOG_LINES = 50  # per run, but at least one every 50 steps
+
+ImageSize = Annotated[int, Field(ge=64, le=1024, multiple_of=64)]
 
 
 def new_student(encoder: ImageEncoder, teacher: Sam, image_size: int, neck_from_teacher: bool) -> Sam:
@@ -59,53 +64,72 @@ def new_student(encoder: ImageEncoder, teacher: Sam, image_size: int, neck_from_
     return Sam(encoder, copy.deepcopy(teacher.prompt_encoder), copy.deepcopy(teacher.mask_decoder), image_size)
 
 
-def fit(
-    *,
-    strategy: Strategy,
-    student: Sam,
-    teacher: Teacher,
-    prompts: PromptSampler,
-    source: DataSource,
-    optim: AdamW,
-    protocol: Agreement,
-    hardware: Hardware,
-    logger: WandB | CsvOnly,
-    budget: str,
-    validate_every: str | None,
-    batch_size: int,
-    accumulate: int,
-    ema: float | None,
-    progressive_resizing: Mapping[int, float] | None,
-    step_times: bool,
-    seed: int,
-    init: str | None,
-    resume: str | None,
-    plan: bool,
-    run_dir: Path,
-) -> dict[str, Any]:
-    """Train `student` for `budget` and return the metrics of the last validation, which metrics.json holds too.
+@dataclass(frozen=True)
+class Setup:
+    """What learns from whom, on what, and how it is judged."""
 
-    plan: only measure a few steps and say what the training will take.
+    strategy: Strategy
+    student: Sam
+    teacher: Teacher
+    prompts: PromptSampler
+    source: DataSource
+    optim: AdamW
+    protocol: Agreement
+    hardware: Hardware
+    logger: WandB | CsvOnly
+
+
+@dataclass(frozen=True)
+class Options:
+    """How long, how many images at a time, from where; conf/train.yaml says what each means."""
+
+    budget: Duration
+    validate_every: Duration | None = None
+    batch_size: Annotated[int, Field(gt=0)] = 8
+    accumulate: Annotated[int, Field(gt=0)] = 1
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    progressive_resizing: dict[ImageSize, Annotated[float, Field(gt=0, lt=1)]] | None = None
+    step_times: bool = False
+    compile: bool = False
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    init: Checkpoint | None = None
+    resume: str | None = None
+    plan: bool = False
+
+
+def fit(setup: Setup, options: Options, run_dir: Path) -> dict[str, Any]:
+    """Train the student and return the metrics of the last validation, which metrics.json in `run_dir` holds too.
+
+    With `plan` a few steps are measured, and nothing is written.
     """
-    checkpoint = None if resume is None else _last_checkpoint(Path(resume))
+    strategy, student, teacher, source = setup.strategy, setup.student, setup.teacher, setup.source
+    hardware, resume = setup.hardware, None if options.resume is None else Path(options.resume)
+    checkpoint = None if resume is None else _last_checkpoint(resume)
     processes = hardware.devices * hardware.nodes
-    if strategy.finetunes and init is None and resume is None:
+    sync_batchnorm = hardware.sync_batchnorm and processes > 1
+    if strategy.finetunes and options.init is None and resume is None:
         raise UserError(f"strategy={strategy.name} starts from a distilled student: give init=RUN_DIR or a checkpoint")
-    if "annotations" in requirements(strategy, prompts):
-        source.annotate(prompts.count, seed)
+    if options.compile and sync_batchnorm:
+        raise UserError("compile=true does not go with synchronised BatchNorm: give trainer.sync_batchnorm=false")
+    if "annotations" in requirements(strategy, setup.prompts):
+        source.annotate(setup.prompts.count, options.seed)
     strategy.prepare(student)
-    if init is not None and not plan:  # whose run may still have to come
-        load_weights(student, init)
-    images_per_step = batch_size * accumulate * processes
-    steps = in_steps(budget, images_per_step, source.num_train_images)
-    interval = in_steps(validate_every, images_per_step, source.num_train_images) if validate_every else 0
-    interval = min(steps, interval or -(-steps // VALIDATIONS))
+    if options.init is not None and not options.plan:  # whose run may still have to come
+        load_weights(student, options.init)
+    if options.compile:
+        student.image_encoder.compile()  # in place: parameters keep their names
 
-    together = hardware.sync_batchnorm and processes > 1
-    module = Distillation(student, strategy, teacher, prompts, optim, protocol, together, seed)
-    loaders = DistillationData(source, batch_size, seed, hardware)
-    if plan:
-        plan_training(module, loaders, hardware, steps, accumulate)
+    images_per_step = options.batch_size * options.accumulate * processes
+    steps = in_steps(options.budget, images_per_step, source.num_train_images)
+    interval = -(-steps // VALIDATIONS)
+    if options.validate_every:
+        interval = min(steps, in_steps(options.validate_every, images_per_step, source.num_train_images))
+    module = Distillation(
+        student, strategy, teacher, setup.prompts, setup.optim, setup.protocol, sync_batchnorm, options.seed
+    )
+    loaders = DistillationData(source, options.batch_size, options.seed, hardware)
+    if options.plan:
+        plan_training(module, loaders, hardware, steps, options.accumulate)
         return {}
     facts: dict[str, Any] = {
         "images_per_step": images_per_step,
@@ -115,41 +139,22 @@ def fit(
         "device": hardware.device_name,
         "teacher_sha256": teacher.sha256,
         "data_keys": source.fingerprint,
-        **protocol.description,
+        **setup.protocol.description,
     }
     if resume is not None:
-        _goes_on(Path(resume), facts)
+        _check_same_run(resume, facts)
     history = History(run_dir / "history.csv", resume=checkpoint is not None)
     folder = RunFolder(run_dir, history, source, facts)
-    callbacks: list[pl.Callback] = [Throughput(), folder]  # the run folder first: it saves the average
-    callbacks += [ProgressiveResizing(progressive_resizing)] if progressive_resizing else []
-    callbacks += [Averaged(decay=ema)] if ema else []
-    callbacks += [StepTimes()] if step_times else []
-    log.info(
-        "%s, %s, %.1fM parameters at %d px: %d steps of %d images (%.1f epochs of %d), %s on %s", strategy.name,
-        type(student.image_encoder).__name__, facts["parameters"] / 1e6, student.image_size, steps, images_per_step,
-        steps * images_per_step / source.num_train_images, source.num_train_images, hardware.num_format, hardware.kind,
-    )  # fmt: skip
-    if module.requires & teacher.provides and teacher.capacity >= source.num_train_images:
-        message = (
-            "The first %d images wait for the teacher, whose answers are then remembered: it gets faster after them"
-        )
-        if processes > 1:
-            message += (
-                ", little by little: each process remembers only what it has asked itself, and images are dealt anew"
-            )
-        log.info(message, source.num_train_images)
-    if source.shortage:
-        log.warning(source.shortage)
+    _log_start(module, source, hardware, steps, images_per_step)
     with all_processes(hardware, run_dir):
         if source.val_images < processes:
             raise UserError(
                 f"data.val_images: {source.val_images} images are held out to judge the student on, but every device"
                 f" needs one: {processes}"
             )
-        trainer = _trainer(hardware, optim, run_dir, steps, interval, accumulate, callbacks)
+        trainer = _trainer(setup, options, run_dir, steps, interval, folder)
         first = trainer.is_global_zero
-        trainer.loggers = [history, *(logger.build(run_dir, facts) if first else [])]
+        trainer.loggers = [history, *(setup.logger.build(run_dir, facts) if first else [])]
         try:
             if checkpoint is None:
                 log.info("Validating before the first step (the teacher answers %d images)", source.val_images)
@@ -161,48 +166,67 @@ def fit(
             close(trainer.loggers)
         if first:
             write_prompts(run_dir / "prompts.csv", module.judge.comparisons)
-            _tell(folder, module, run_dir)
+            _print_summary(folder, module, run_dir)
         return module.metrics
 
 
-def _trainer(
-    hardware: Hardware,
-    optim: AdamW,
-    run_dir: Path,
-    steps: int,
-    interval: int,
-    accumulate: int,
-    callbacks: list[pl.Callback],
-) -> pl.Trainer:
+def _trainer(setup: Setup, options: Options, run_dir: Path, steps: int, interval: int, folder: RunFolder) -> pl.Trainer:
+    """Arguments that the user gives to Lightning's Trainer by `trainer=` take precedence."""
     silence_lightning()
+    given = setup.hardware.trainer_arguments()
+    callbacks: list[pl.Callback] = [Throughput(), folder]  # the run folder first: it saves the average
+    if options.progressive_resizing:
+        callbacks.append(ProgressiveResizing(options.progressive_resizing))
+    if options.ema:
+        callbacks.append(Averaged(decay=options.ema))
+    if options.step_times:
+        callbacks.append(StepTimes())
     last: dict[str, Any] = {"dirpath": run_dir / "checkpoints", "filename": "last", "enable_version_counter": False}
-    callbacks = [
-        *callbacks,
+    callbacks += [
         Stopping(run_dir / "checkpoints" / "last.ckpt"),
-        Checkpoint(**last, every_n_train_steps=interval, save_on_train_epoch_end=False),
-        Checkpoint(**last, train_time_interval=timedelta(minutes=10), save_on_train_epoch_end=False),
+        CheckpointCallback(**last, every_n_train_steps=interval, save_on_train_epoch_end=False),
+        CheckpointCallback(**last, train_time_interval=timedelta(minutes=10), save_on_train_epoch_end=False),
     ]
     if Console().is_terminal:
         callbacks.append(TrainingBar())
-    return pl.Trainer(
-        **hardware.trainer_arguments(),
-        max_steps=steps,
-        max_epochs=-1,
-        val_check_interval=interval * accumulate,  # counted in batches
-        accumulate_grad_batches=accumulate,
-        check_val_every_n_epoch=None,
-        num_sanity_val_steps=0,
-        log_every_n_steps=max(1, min(50, steps // LOG_LINES)),
-        gradient_clip_val=optim.clip or None,
-        callbacks=callbacks,
-        plugins=[AtomicCheckpointIO()],
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=run_dir,
-    )
+    arguments: dict[str, Any] = {
+        "max_steps": steps,
+        "max_epochs": -1,
+        "val_check_interval": interval * options.accumulate,  # counted in batches
+        "accumulate_grad_batches": options.accumulate,
+        "check_val_every_n_epoch": None,
+        "num_sanity_val_steps": 0,
+        "log_every_n_steps": max(1, min(50, steps // LOG_LINES)),
+        "gradient_clip_val": setup.optim.clip or None,
+        "plugins": [AtomicCheckpointIO()],
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "default_root_dir": run_dir,
+    }
+    return pl.Trainer(**arguments | given | {"callbacks": [*callbacks, *given.get("callbacks", [])]})
 
 
-def _tell(folder: RunFolder, module: Distillation, run_dir: Path) -> None:
+def _log_start(module: Distillation, source: DataSource, hardware: Hardware, steps: int, images_per_step: int) -> None:
+    student, teacher, images = module.student, module.teacher, source.num_train_images
+    log.info(
+        "%s, %s, %.1fM parameters at %d px: %d steps of %d images (%.1f epochs of %d), %s on %s", module.strategy.name,
+        type(student.image_encoder).__name__, student.parameter_counts["parameters"] / 1e6, student.image_size, steps,
+        images_per_step, steps * images_per_step / images, images, hardware.num_format, hardware.kind,
+    )  # fmt: skip
+    if module.requires & teacher.provides and teacher.capacity >= images:
+        message = (
+            "The first %d images wait for the teacher, whose answers are then remembered: it gets faster after them"
+        )
+        if hardware.devices * hardware.nodes > 1:
+            message += (
+                ", little by little: each process remembers only what it has asked itself, and images are dealt anew"
+            )
+        log.info(message, images)
+    if source.shortage:
+        log.warning(source.shortage)
+
+
+def _print_summary(folder: RunFolder, module: Distillation, run_dir: Path) -> None:
     """The table a run ends with."""
     skipped = folder.source.skipped
     table = Table("", "before", "blind", "after", title="Agreement with the teacher on images the student never saw")
@@ -234,14 +258,14 @@ def _last_checkpoint(run_dir: Path) -> Path:
     return path
 
 
-def _goes_on(run_dir: Path, facts: Mapping[str, Any]) -> None:
-    """Refuse to go on with what would not be the same run, though its options may read alike."""
+def _check_same_run(run_dir: Path, facts: Mapping[str, Any]) -> None:
+    """A UserError if what goes on is not the run of `run_dir`, though its options may be the same."""
     metrics = run_dir / "metrics.json"
     before = json.loads(metrics.read_text()) if metrics.is_file() else {}
-    anew = f"init={run_dir} starts a new run from its weights"
+    new_run = f"init={run_dir} starts a new run from its weights"
     for name, message in {
-        "data_keys": f"the images to train on are not those that the run began with; {anew}",
-        "teacher_sha256": f"the teacher's weights are not those that the run began with; {anew}",
+        "data_keys": f"the images to train on are not those that the run began with; {new_run}",
+        "teacher_sha256": f"the teacher's weights are not those that the run began with; {new_run}",
         "images_per_step": f"{before.get('images_per_step')} images per step then, {facts['images_per_step']} now:"
         " batch_size x accumulate x trainer.devices has to stay the same",
     }.items():

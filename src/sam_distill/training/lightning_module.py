@@ -45,7 +45,7 @@ def ends_step(trainer: pl.Trainer, index: int) -> bool:
 
 
 def ends_logged_step(trainer: pl.Trainer, index: int) -> bool:
-    """Asked when that batch is done: whether a line is due."""
+    """When that batch is done: whether its step is logged."""
     every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
     return ends_step(trainer, index) and trainer.global_step % every == 0
 
@@ -79,9 +79,9 @@ class Distillation(pl.LightningModule):
         self.metrics: dict[str, float] = {}  # of the latest validation, ...
         self.validated_at: int | None = None  # ... and its step
         self._teacher = (teacher,)  # in a tuple, where nn.Module does not find it
-        self._parts: list[Mapping[str, Any]] = []  # logs of the batches of the step in hand
+        self._step_logs: list[Mapping[str, Any]] = []  # of the batches of the step in hand
         self._answers: dict[tuple[str, ...], tuple[Batch, Tensor, list[Target]]] = {}
-        self._losses: list[tuple[int, list[str], Tensor]] = []  # of steps and their images, not looked at yet
+        self._unchecked: list[tuple[int, list[str], Tensor]] = []  # losses, with their steps and image keys
         self.trainable = strategy.trainable(student)
         optim.check(self.trainable)
         student.requires_grad_(False)
@@ -112,30 +112,30 @@ class Distillation(pl.LightningModule):
             batch = replace(batch, prompts=self.prompts.draw(batch))
         with SyncBatchNorm() if self.sync_batchnorm else nullcontext():
             out = self.strategy.step(self.student, batch)
-        self._losses.append((self.global_step, batch.keys, out.loss.detach()))
-        self._parts.append({"loss": out.loss.detach()} | out.logs)
+        self._unchecked.append((self.global_step, batch.keys, out.loss.detach()))
+        self._step_logs.append({"loss": out.loss.detach()} | out.logs)
         if ends_step(self.trainer, index):
-            parts, self._parts = self._parts, []
+            batches, self._step_logs = self._step_logs, []
             if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-                self._look_at_losses()
-                mean = {name: sum(part[name] for part in parts) / len(parts) for name in parts[0]}
+                self._check_losses()
+                mean = {name: sum(logs[name] for logs in batches) / len(batches) for name in batches[0]}
                 # Lightning would count this step from 0, and validations from -1.
                 logs = {f"train/{name}": value for name, value in self._over_ranks(mean).items()}
                 self.log_dict(logs | {"step": self.global_step + 1.0}, batch_size=len(batch))
         return out.loss
 
-    def _look_at_losses(self) -> None:
-        """A loss that is no number ends the run. Not looked for at every step: a GPU would have to be waited for."""
-        steps, self._losses = self._losses, []
-        values = torch.stack([loss for *_, loss in steps]).tolist() if steps else []
-        for (step, keys, _), value in zip(steps, values, strict=True):
+    def _check_losses(self) -> None:
+        """A loss that is not finite ends the run. Not at every step: reading it would make a GPU wait."""
+        unchecked, self._unchecked = self._unchecked, []
+        values = torch.stack([loss for *_, loss in unchecked]).tolist() if unchecked else []
+        for (step, keys, _), value in zip(unchecked, values, strict=True):
             if not math.isfinite(value):
                 message = f"the loss is {value} at step {step} (images {', '.join(keys)})"
                 raise UserError(f"{message}: try a smaller optim.lr, or trainer.precision=fp32")
 
-    def _check(self) -> None:
-        """What is judged or kept consists of numbers. Finite losses don't say so: a gradient may not have been one."""
-        self._look_at_losses()
+    def _check_finite(self) -> None:
+        """Before weights are judged or saved. Finite losses are not enough: a gradient may not have been finite."""
+        self._check_losses()
         weights = [value for value in self.student.state_dict().values() if value.is_floating_point()]
         if not torch.stack([value.isfinite().all() for value in weights]).all():
             message = f"weights are no numbers any more after step {self.global_step}, though all losses were"
@@ -150,7 +150,7 @@ class Distillation(pl.LightningModule):
         return dict(zip(logs, values / self.trainer.world_size, strict=True))
 
     def on_validation_epoch_start(self) -> None:
-        self._check()
+        self._check_finite()
         self.judge.reset()
 
     def validation_step(self, batch: Batch, _: int) -> None:
@@ -193,7 +193,7 @@ class Distillation(pl.LightningModule):
         self.optim.renew(optimizer, schedule.scheduler, self.trainable, self.trainer.max_steps)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._check()
+        self._check_finite()
         checkpoint[DESCRIPTION] = describe(self.student)
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:

@@ -36,8 +36,8 @@ SUMMARIES = {  # of a run's history, beside the last value
 SIDE = 512  # of a picture, pixels
 
 _TAGS = ("experiment", "strategy", "encoder", "teacher", "data")  # groups whose choices are tags
-_SAID = (*_TAGS, "scale", "image_size", "seed")  # what a run's name need not spell out
-_MACHINERY = ("hydra", "logger", "trainer", "protocol", "resume", "validate_every", "step_times")
+_NAMED = (*_TAGS, "scale", "image_size", "seed")  # what a run's name begins with, or leaves out
+_UNNAMED = ("hydra", "logger", "trainer", "protocol", "resume", "validate_every", "step_times")
 _DATA_DIR = os.environ.get("WANDB_DATA_DIR")  # as the user has it
 
 
@@ -104,7 +104,7 @@ class WandB:
         return [logger]
 
 
-def shown(judge: Judge, skipped_by_tar: Mapping[str, int]) -> dict[str, Any]:
+def validation_media(judge: Judge, skipped_by_tar: Mapping[str, int]) -> dict[str, Any]:
     """A validation as W&B shows it: images whose masks can be switched on and off, and tables."""
     images = [_image(picture, judge.protocol.right) for picture in judge.pictures]
     rows = prompt_rows([picture.comparison for picture in judge.pictures])
@@ -156,7 +156,7 @@ def _name(config: Mapping[str, Any], choices: Mapping[str, str], command: Sequen
     if not choices:
         return None
     words = [(word.lstrip("+").partition("=")[0], word) for word in command[1:] if "=" in word and "/" not in word]
-    rest = [word for key, word in words if key not in _SAID and key.partition(".")[0] not in _MACHINERY]
+    rest = [word for key, word in words if key not in _NAMED and key.partition(".")[0] not in _UNNAMED]
     rest = [word.replace("\\", "") for word in rest]  # Hydra escapes spaces
     start = [choices["strategy"], choices["encoder"], f"{config['image_size']}px"]
     return "-".join([*start, *rest, f"seed{config['seed']}"])

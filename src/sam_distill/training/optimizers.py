@@ -22,7 +22,9 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class AdamW:
-    """lr: peak learning rate. weight_decay: on matrices and filters only.
+    """Makes a torch.optim.AdamW and its schedule for the parts that train; not an optimizer itself, nor is `Muon`.
+
+    lr: peak learning rate. weight_decay: on matrices and filters only.
     warmup: share of the steps over which the rate climbs linearly. final: rate at the end, as a share of lr.
     clip: largest norm of the gradient; 0 for none.
     eps: added to the root of the mean squared gradient. The embeddings' mean squared error has gradients around 1e-7.
@@ -50,10 +52,10 @@ class AdamW:
         self.scale = dict(scale or {})
 
     def check(self, parts: Collection[str]) -> None:
-        """Complain of a scale for what does not train."""
-        idle = {name for name, factor in self.scale.items() if factor != 1} - set(parts)
-        if idle:
-            raise UserError(f"optim.scale names {', '.join(sorted(idle))}; what trains is {', '.join(parts)}")
+        """A UserError for a scale of a part that does not train."""
+        frozen = {name for name, factor in self.scale.items() if factor != 1} - set(parts)
+        if frozen:
+            raise UserError(f"optim.scale names {', '.join(sorted(frozen))}; what trains is {', '.join(parts)}")
 
     def build(self, parts: Mapping[str, nn.Module], total_steps: int) -> tuple[Optimizer, LambdaLR]:
         """Optimizer over the trainable parts, and its per-step schedule."""
@@ -61,11 +63,11 @@ class AdamW:
         return optimizer, LambdaLR(optimizer, lambda step: self._factor(step, total_steps))
 
     def renew(self, optimizer: Optimizer, schedule: LambdaLR, parts: Mapping[str, nn.Module], total_steps: int) -> None:
-        """Give what `build` made for these parts, perhaps with other options, the options of this one."""
+        """Put the options of this one into what `build` has made for the same parts with other options."""
         fresh, _ = self.build(parts, total_steps)
-        for group, asked in zip(optimizer.param_groups, fresh.param_groups, strict=True):
-            group.update({name: value for name, value in asked.items() if name != "params"})
-            group["lr"] = asked["initial_lr"] * self._factor(schedule.last_epoch, total_steps)
+        for group, new in zip(optimizer.param_groups, fresh.param_groups, strict=True):
+            group.update({name: value for name, value in new.items() if name != "params"})
+            group["lr"] = new["initial_lr"] * self._factor(schedule.last_epoch, total_steps)
         schedule.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
 
     def _optimizer(self, groups: list[dict[str, Any]]) -> Optimizer:
@@ -73,13 +75,13 @@ class AdamW:
 
     def _groups(self, name: str, part: nn.Module) -> Iterator[dict[str, Any]]:
         decayed: list[nn.Parameter] = []
-        free: list[nn.Parameter] = []
+        not_decayed: list[nn.Parameter] = []
         for key, parameter in part.named_parameters():
-            is_free = parameter.ndim <= 1 or key.split(".")[-1] in _NO_DECAY
-            (free if is_free else decayed).append(parameter)
+            exempt = parameter.ndim <= 1 or key.split(".")[-1] in _NO_DECAY
+            (not_decayed if exempt else decayed).append(parameter)
         lr = self.lr * self.scale.get(name, 1.0)
         yield {"name": name, "params": decayed, "weight_decay": self.weight_decay, "lr": lr}
-        yield {"name": name + NOT_DECAYED, "params": free, "weight_decay": 0.0, "lr": lr}
+        yield {"name": name + NOT_DECAYED, "params": not_decayed, "weight_decay": 0.0, "lr": lr}
 
     def _factor(self, step: int, total_steps: int) -> float:
         warmup_steps = round(self.warmup * total_steps)

@@ -1,4 +1,7 @@
-"""The bar of a training, on a terminal. Elsewhere there are log lines."""
+"""The bar of a training, on a terminal. Elsewhere there are log lines.
+
+Lightning's bars count the batches of an epoch, which has no end here, and its rich one draws in a thread, see below.
+"""
 
 from __future__ import annotations
 

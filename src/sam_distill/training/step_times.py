@@ -20,8 +20,8 @@ _WARM_UP = 2  # steps that don't count: kernels are chosen, memory is allocated
 class StepTimes(pl.Callback):
     """Logs `time/PART`, milliseconds per step, averaged between two log lines.
 
-    Forward and backward of a part count together. The clock goes from mark to mark: each mark books the time since
-    the last one to a part. On a GPU every mark waits for its queue, so the step as a whole takes longer than without.
+    Forward and backward of a part count together. Each mark adds the time since the last one to a part. On a GPU every
+    mark waits for its queue, so the step as a whole takes longer than without.
     """
 
     def __init__(self) -> None:
@@ -44,30 +44,30 @@ class StepTimes(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         assert isinstance(module, Distillation)
 
-        def books(part: str) -> Callable[..., None]:
+        def mark(part: str) -> Callable[..., None]:
             return lambda *_: self._mark(part)
 
-        def books_backward(part: str) -> Callable[..., None]:
+        def mark_backward(part: str) -> Callable[..., None]:
             """When the gradient of a module's output is there, what comes before it in the backward pass is done."""
 
             def hook(_: Any, __: Any, output: Any) -> None:
                 tensor = output.low_res if isinstance(output, Masks) else output
                 if tensor.requires_grad:
-                    tensor.register_hook(books(part))
+                    tensor.register_hook(mark(part))
 
             return hook
 
         encoder, decoder = module.student.image_encoder, module.student.mask_decoder
         teacher = module.teacher.sam
         self._handles = [
-            encoder.register_forward_pre_hook(books("teacher")),
-            encoder.register_forward_hook(books("encoder")),
-            encoder.register_forward_hook(books_backward("decoder" if "prompts" in module.requires else "loss")),
-            decoder.register_forward_pre_hook(books("loss")),
-            decoder.register_forward_hook(books("decoder")),
-            decoder.register_forward_hook(books_backward("loss")),
-            teacher.mask_decoder.register_forward_pre_hook(books("loss")),
-            teacher.mask_decoder.register_forward_hook(books("teacher")),
+            encoder.register_forward_pre_hook(mark("teacher")),
+            encoder.register_forward_hook(mark("encoder")),
+            encoder.register_forward_hook(mark_backward("decoder" if "prompts" in module.requires else "loss")),
+            decoder.register_forward_pre_hook(mark("loss")),
+            decoder.register_forward_hook(mark("decoder")),
+            decoder.register_forward_hook(mark_backward("loss")),
+            teacher.mask_decoder.register_forward_pre_hook(mark("loss")),
+            teacher.mask_decoder.register_forward_hook(mark("teacher")),
         ]
         self._training = True
         self._mark(None)
@@ -90,10 +90,10 @@ class StepTimes(pl.Callback):
             return
         self._steps += 1
         if trainer.global_step == _WARM_UP:
-            self._forget()
+            self._reset()
         elif ends_logged_step(trainer, index):
             module.log_dict({f"time/{part}": 1000 * s / self._steps for part, s in self._spent.items()})
-            self._forget()
+            self._reset()
 
     def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self._training = False
@@ -106,6 +106,6 @@ class StepTimes(pl.Callback):
         for handle in self._handles:
             handle.remove()
 
-    def _forget(self) -> None:
+    def _reset(self) -> None:
         self._spent.clear()
         self._steps = 0

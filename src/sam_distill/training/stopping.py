@@ -1,4 +1,8 @@
-"""Checkpoints, and a clean stop: on Ctrl-C or SIGTERM all ranks finish the step in hand, and a checkpoint is saved."""
+"""Checkpoints, and a clean stop: on Ctrl-C or SIGTERM all ranks finish the step in hand, and a checkpoint is saved.
+
+Lightning (2.6) stops after a batch, be it in the midst of a step that accumulates gradients, on SIGTERM only, and for
+that makes a GPU wait at every step; it saves nothing then.
+"""
 
 from __future__ import annotations
 
@@ -41,16 +45,16 @@ class Stopping(pl.Callback):
 
     def __init__(self, checkpoint: Path) -> None:
         self.checkpoint = checkpoint
-        self._signal, self._agreed, self._heard = 0, 0, 0.0
-        self._asked: tuple[Tensor, torch.Event | None] | None = None
+        self._signal, self._agreed, self._received_at = 0, 0, 0.0
+        self._pending: tuple[Tensor, torch.Event | None] | None = None
         self._stepping = False
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self._listen()
+        self._install_handlers()
         self._stepping = True
 
     def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self._listen()
+        self._install_handlers()
         self._stepping = False
         if self._agreed or self._signal:
             raise SystemExit(128 + (self._agreed or self._signal))
@@ -63,20 +67,20 @@ class Stopping(pl.Callback):
         trainer.save_checkpoint(self.checkpoint)  # the budget need not be a multiple of the interval
 
     def on_before_backward(self, trainer: pl.Trainer, module: pl.LightningModule, loss: Tensor) -> None:
-        """Ranks ask each other at every step and hear the answer at the next one, so that no GPU runs out of work."""
+        """Signals are exchanged at every step and read at the next one, so that no GPU runs out of work."""
         if not torch.distributed.is_initialized():
             self._agreed = self._signal
             return
-        if self._asked is not None:
-            answer, arrived = self._asked
-            if arrived is not None:
-                arrived.synchronize()
-            self._agreed = int(answer)
-        heard = upload([self._signal], module.device)
-        torch.distributed.all_reduce(heard, torch.distributed.ReduceOp.MAX)
-        self._asked = heard.to("cpu", non_blocking=True), torch.Event("cuda") if heard.is_cuda else None
-        if self._asked[1] is not None:
-            self._asked[1].record()
+        if self._pending is not None:
+            highest, copied = self._pending
+            if copied is not None:
+                copied.synchronize()
+            self._agreed = int(highest)
+        received = upload([self._signal], module.device)
+        torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
+        self._pending = received.to("cpu", non_blocking=True), torch.Event("cuda") if received.is_cuda else None
+        if self._pending[1] is not None:
+            self._pending[1].record()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, index: int
@@ -89,15 +93,15 @@ class Stopping(pl.Callback):
         if self._agreed and index % trainer.accumulate_grad_batches == 0:
             raise SystemExit(128 + self._agreed)
 
-    def _listen(self) -> None:
+    def _install_handlers(self) -> None:
         """In place of Lightning's handlers, which it puts back to what they were when it ends."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if not self._stepping or (self._signal and now - self._heard > REPEATS):
+        if not self._stepping or (self._signal and now - self._received_at > REPEATS):
             raise SystemExit(128 + number)
         if not self._signal:
-            self._signal, self._heard = number, now
+            self._signal, self._received_at = number, now
             log.info("Stopping after this step (once more: at once)")

@@ -1,4 +1,8 @@
-"""BatchNorm over the batches of all devices, so that N devices with batch B train like one with batch N x B."""
+"""BatchNorm over the batches of all devices, so that N devices with batch B train like one with batch N x B.
+
+torch.nn.SyncBatchNorm, which Lightning's `sync_batchnorm` puts in, neither runs on CPUs nor replaces timm's BatchNorms
+that have an activation inside.
+"""
 
 from __future__ import annotations
 

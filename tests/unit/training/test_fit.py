@@ -28,7 +28,7 @@ from sam_distill.evaluate.protocol import Outcome, Target
 from sam_distill.evaluate.views import View
 from sam_distill.images import to_frame
 from sam_distill.models.checkpoints import load_sam
-from sam_distill.models.encoders import TinyViT
+from sam_distill.models.encoders import SamViT, TinyViT
 from sam_distill.models.sam import Sam
 from sam_distill.prompts.samplers import Boxes, Points
 from sam_distill.runs.hardware import Hardware
@@ -38,7 +38,7 @@ from sam_distill.strategies.finetune_decoder import FinetuneDecoder
 from sam_distill.strategies.finetune_joint import FinetuneJoint
 from sam_distill.strategies.semi_coupled import SemiCoupled
 from sam_distill.teachers import LiveTeacher
-from sam_distill.training.fit import fit, new_student
+from sam_distill.training.fit import Options, Setup, fit, new_student
 from sam_distill.training.lightning_module import Distillation
 from sam_distill.training.loggers import CsvOnly
 from sam_distill.training.optimizers import AdamW, Muon
@@ -74,14 +74,14 @@ def student(live: LiveTeacher) -> Sam:
 
 
 def run(run_dir: Path, live: LiveTeacher, sam: Sam, **changes: Any) -> dict[str, Any]:
-    options: dict[str, Any] = {
+    setup: dict[str, Any] = {
         "strategy": Decoupled(), "optim": AdamW(lr=1e-3), "protocol": Agreement(points=1), "hardware": HARDWARE,
-        "logger": CsvOnly(), "budget": "6 steps", "validate_every": "3 steps", "batch_size": 2, "seed": 0,
-        "prompts": Points(1, 0), "accumulate": 1, "ema": None, "progressive_resizing": None,
-        "step_times": False, "init": None, "resume": None, "plan": False,
-        "source": Drawings(),
+        "logger": CsvOnly(), "prompts": Points(1, 0), "source": Drawings(),
     }  # fmt: skip
-    return fit(student=sam, teacher=live, run_dir=run_dir, **options | changes)
+    options: dict[str, Any] = {"budget": "6 steps", "validate_every": "3 steps", "batch_size": 2}
+    for name, value in changes.items():
+        (setup if name in setup else options)[name] = value
+    return fit(Setup(student=sam, teacher=live, **setup), Options(**options), run_dir)
 
 
 def history(run_dir: Path, column: str) -> dict[int, float]:
@@ -112,6 +112,37 @@ def test_smaller_inputs_first(tmp_path: Path, live: LiveTeacher) -> None:
     assert seen[True] == [64, 64, 192, 192, 128, 128]
     assert set(seen[False]) == {128}
     assert {load_sam(tmp_path / name).image_size for name in ("student.pt", "checkpoints/last.ckpt")} == {128}
+
+
+def test_gradients_are_clipped(tmp_path: Path, live: LiveTeacher) -> None:
+    """By optim.clip, or by the argument of Lightning's Trainer: gradients far below eps make no step."""
+    tiny: dict[str, Any] = {"budget": "1 step", "validate_every": "1 step"}
+    key, changes = "image_encoder.neck.conv.weight", []
+    limited = Hardware("cpu", precision="fp32", workers=0, gradient_clip_val=1e-14, deterministic=None)
+    for clip, hardware in ((1.0, HARDWARE), (1e-14, HARDWARE), (1.0, limited)):
+        sam = student(live)
+        first = sam.state_dict()[key].clone()
+        optim = AdamW(lr=1e-3, clip=clip, weight_decay=0, warmup=0)
+        (tmp_path / f"{len(changes)}").mkdir()
+        run(tmp_path / f"{len(changes)}", live, sam, optim=optim, hardware=hardware, **tiny)
+        changes.append((sam.state_dict()[key] - first).abs().max().item())
+    assert changes[0] > 1e-4
+    assert max(changes[1:]) < 1e-8
+
+
+def test_what_has_an_option_of_its_own_is_no_argument_of_the_trainer() -> None:
+    with pytest.raises(UserError, match=r"trainer.max_steps: give budget=\.\.\. instead"):
+        Hardware("cpu", max_steps=3)
+
+
+def test_a_compiled_student_is_saved_under_official_names(tmp_path: Path, live: LiveTeacher) -> None:
+    torch.manual_seed(0)
+    tiny = SamViT(width=16, depth=1, heads=1, global_blocks=[0])
+    sam = new_student(tiny, live.sam, image_size=64, neck_from_teacher=False)
+    keys = list(sam.state_dict())
+    run(tmp_path, live, sam, compile=True, budget="2 steps", validate_every="2 steps", ema=0.9)
+    assert list(load_sam(tmp_path).state_dict()) == keys
+    assert sorted(history(tmp_path, "val/embedding_mse")) == [0, 2]
 
 
 def test_run_folder(finished: tuple[Path, Sam]) -> None:
