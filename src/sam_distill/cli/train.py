@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from sam_distill.cli.models import teacher_for
+from sam_distill.cli.teacher import teacher_for
 from sam_distill.data.base import DataSource
 from sam_distill.evaluate.agreement import Agreement
 from sam_distill.models.encoders import ImageEncoder

@@ -17,13 +17,14 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import Field
+from pydantic import Field, ValidatorFunctionWrapHandler, WrapValidator
 from torch import Tensor
 from torch.nn import functional as F
 
 from sam_distill.evaluate.mappings import RULES, Mapping, best_for_box
 from sam_distill.evaluate.views import MaskOf, View
 from sam_distill.models import weights
+from sam_distill.models.checkpoints import Checkpoint
 from sam_distill.types import BACKGROUND, BOX_BOTTOM_RIGHT, BOX_TOP_LEFT, FOREGROUND, FRAME, Batch, Prompts, UserError
 
 _MANNERS = {  # of ultralytics, which reads them when it is imported
@@ -36,6 +37,13 @@ _MANNERS = {  # of ultralytics, which reads them when it is imported
 def is_fastsam(checkpoint: str) -> bool:
     """Whether it is one of our names, FastSAM's own (`FastSAM-s.pt`), or a file that ultralytics has written."""
     return _name(checkpoint) is not None or _is_pickled_by_ultralytics(Path(checkpoint).expanduser())
+
+
+def _or_fastsam(checkpoint: Any, as_sam: ValidatorFunctionWrapHandler) -> Any:
+    return checkpoint if isinstance(checkpoint, str) and is_fastsam(checkpoint) else as_sam(checkpoint)
+
+
+Judged = Annotated[Checkpoint, WrapValidator(_or_fastsam)]  # a SAM, or a FastSAM
 
 
 class FastSam:

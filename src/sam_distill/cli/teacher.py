@@ -1,24 +1,11 @@
-"""Whose answers a student learns, or is judged by; and who can be judged."""
+"""Whose answers a student learns, or is judged by."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
-
-from pydantic import ValidatorFunctionWrapHandler, WrapValidator
-
 from sam_distill.data.base import DataSource
 from sam_distill.data.cache import Cache
-from sam_distill.evaluate.fastsam import is_fastsam
-from sam_distill.models.checkpoints import Checkpoint
 from sam_distill.teachers import CachedTeacher, LiveTeacher, Teacher
 from sam_distill.types import UserError
-
-
-def _or_fastsam(checkpoint: Any, as_sam: ValidatorFunctionWrapHandler) -> Any:
-    return checkpoint if isinstance(checkpoint, str) and is_fastsam(checkpoint) else as_sam(checkpoint)
-
-
-Judged = Annotated[Checkpoint, WrapValidator(_or_fastsam)]  # a SAM, or a FastSAM
 
 
 def teacher_for(teacher: LiveTeacher, data: DataSource) -> Teacher:
