@@ -42,11 +42,11 @@ def measure_steps(
     """(seconds of each of so many steps, the share of them spent waiting for data). The weights change."""
     silence_lightning()
     clock = _Clock()
-    trainer = pl.Trainer(
-        **hardware.trainer_arguments(), max_steps=WARM_UP + steps, max_epochs=-1, limit_val_batches=0,
-        callbacks=[clock], logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False,
-    )  # fmt: skip
+    arguments: dict[str, Any] = {
+        "max_steps": WARM_UP + steps, "max_epochs": -1, "limit_val_batches": 0, "callbacks": [clock], "logger": False,
+        "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False,
+    }  # fmt: skip
+    trainer = pl.Trainer(**hardware.trainer_arguments() | arguments)
     trainer.fit(module, loaders)
     starts, ends = clock.starts[WARM_UP:], clock.ends[WARM_UP - 1 :]
     waits = [start - before for start, before in zip(starts, ends, strict=False)]

@@ -11,6 +11,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partialmethod
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from torch import nn
 
 from sam_distill.data.base import collate
 from sam_distill.data.indexed import IndexedSource
@@ -116,7 +118,6 @@ def test_smaller_inputs_first(tmp_path: Path, live: LiveTeacher) -> None:
 
 def test_gradients_are_clipped(tmp_path: Path, live: LiveTeacher) -> None:
     """By optim.clip, or by the argument of Lightning's Trainer: gradients far below eps make no step."""
-    tiny: dict[str, Any] = {"budget": "1 step", "validate_every": "1 step"}
     key, changes = "image_encoder.neck.conv.weight", []
     limited = Hardware("cpu", precision="fp32", workers=0, gradient_clip_val=1e-14, deterministic=None)
     for clip, hardware in ((1.0, HARDWARE), (1e-14, HARDWARE), (1.0, limited)):
@@ -124,7 +125,7 @@ def test_gradients_are_clipped(tmp_path: Path, live: LiveTeacher) -> None:
         first = sam.state_dict()[key].clone()
         optim = AdamW(lr=1e-3, clip=clip, weight_decay=0, warmup=0)
         (tmp_path / f"{len(changes)}").mkdir()
-        run(tmp_path / f"{len(changes)}", live, sam, optim=optim, hardware=hardware, **tiny)
+        run(tmp_path / f"{len(changes)}", live, sam, optim=optim, hardware=hardware, budget="1 step")
         changes.append((sam.state_dict()[key] - first).abs().max().item())
     assert changes[0] > 1e-4
     assert max(changes[1:]) < 1e-8
@@ -135,14 +136,17 @@ def test_what_has_an_option_of_its_own_is_no_argument_of_the_trainer() -> None:
         Hardware("cpu", max_steps=3)
 
 
-def test_a_compiled_student_is_saved_under_official_names(tmp_path: Path, live: LiveTeacher) -> None:
-    torch.manual_seed(0)
+def test_a_compiled_student_is_saved_under_official_names(
+    tmp_path: Path, live: LiveTeacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Traced as ever, but run without the C++ compiler, which takes minutes."""
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="eager"))
     tiny = SamViT(width=16, depth=1, heads=1, global_blocks=[0])
     sam = new_student(tiny, live.sam, image_size=64, neck_from_teacher=False)
     keys = list(sam.state_dict())
-    run(tmp_path, live, sam, compile=True, budget="2 steps", validate_every="2 steps", ema=0.9)
+    run(tmp_path, live, sam, compile=True, budget="1 step", validate_every="1 step", ema=0.9)
+    assert sam.image_encoder._compiled_call_impl is not None
     assert list(load_sam(tmp_path).state_dict()) == keys
-    assert sorted(history(tmp_path, "val/embedding_mse")) == [0, 2]
 
 
 def test_run_folder(finished: tuple[Path, Sam]) -> None:
