@@ -67,9 +67,10 @@ def parameters(target: Any) -> dict[str, inspect.Parameter]:
             break
         del known[more]
         known = dict(_signature(base).parameters) | known
-    for more in [p for p in known.values() if p.kind is p.VAR_KEYWORD and get_origin(p.annotation) is Annotated]:
-        del known[more.name]
-        known = parameters(resolve(get_args(more.annotation)[1])) | known
+    for name, annotation in [(n, p.annotation) for n, p in known.items() if p.kind is p.VAR_KEYWORD]:
+        if get_origin(annotation) is Annotated:
+            del known[name]
+            known = parameters(resolve(get_args(annotation)[1])) | known
     return known
 
 
