@@ -41,7 +41,7 @@ from sam_distill.strategies.finetune_joint import FinetuneJoint
 from sam_distill.strategies.semi_coupled import SemiCoupled
 from sam_distill.teachers import LiveTeacher
 from sam_distill.training.fit import Options, Setup, fit, new_student
-from sam_distill.training.lightning_module import Distillation
+from sam_distill.training.lightning_module import Distillation, silence_lightning
 from sam_distill.training.loggers import CsvOnly
 from sam_distill.training.optimizers import AdamW, Muon
 from sam_distill.types import Batch, Sample, StepOutput, UserError
@@ -128,6 +128,13 @@ def test_gradients_are_clipped(tmp_path: Path, live: LiveTeacher) -> None:
         run(tmp_path / f"{len(changes)}", live, sam, optim=optim, hardware=hardware, budget="1 step")
         changes.append((sam.state_dict()[key] - first).abs().max().item())
     assert max(changes) < 1e-8
+
+
+def test_a_profiler_is_heard() -> None:
+    """Lightning's other messages are not."""
+    silence_lightning()
+    assert logging.getLogger("pytorch_lightning.profilers.profiler").isEnabledFor(logging.INFO)
+    assert not logging.getLogger("pytorch_lightning.trainer").isEnabledFor(logging.INFO)
 
 
 def test_what_has_an_option_of_its_own_is_no_argument_of_the_trainer() -> None:
