@@ -237,6 +237,15 @@ def test_what_runs_on_one_device_refuses_more(
     assert f"torchrun has started 2 processes, but {command} runs in one" in capsys.readouterr().err
 
 
+def test_options_of_lightnings_trainer_are_for_training(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["checkpoint=mobile_sam", "+trainer.profiler=simple", "+trainer.wrkers=1"]
+    assert app.run("evaluate", options) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "error: trainer.wrkers=1 (command line): Hardware has no parameter wrkers; did you mean trainer.workers?",
+        "error: trainer.profiler: an option of sam-distill train alone",
+    ]
+
+
 def trainer(devices: int = 1) -> int:
     return devices
 

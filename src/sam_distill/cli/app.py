@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sam_distill.cli.compose import compose_jobs
-from sam_distill.cli.config import check
+from sam_distill.cli.config import check, handed_on
 from sam_distill.cli.jobs import Task, describe, name_folders, print_errors
 from sam_distill.cli.resume import run_folder_mistakes, with_resumed_options
 from sam_distill.cli.sources import task_overrides
@@ -191,6 +191,9 @@ def _conflicts(jobs: list[DictConfig], command: str, swept: bool, argv: list[str
                     f"trainer.devices={number} in a multirun (-m): use trainer.devices=1, or run the jobs one by one"
                     f" without -m: {PROGRAM} {command} {own}"
                 )
+        trainer = job.get("trainer") or {}
+        if command != "train" and "_target_" in trainer:
+            yield from (f"trainer.{name}: an option of {PROGRAM} train alone" for name in handed_on(trainer))
     if swept and any(job.get("resume") is not None for job in jobs):
         yield (
             "resume goes on with one run, without -m; a sweep goes on by its own command with hydra.sweep.dir=DIR, the"

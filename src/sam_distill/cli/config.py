@@ -74,6 +74,13 @@ def parameters(target: Any) -> dict[str, inspect.Parameter]:
     return known
 
 
+def handed_on(node: DictConfig) -> list[str]:
+    """The keys of a node that are arguments of the callable which its target names in the annotation of `**more`."""
+    target = resolve(node._target_)
+    own = _signature(target).parameters
+    return [str(key) for key in node if key in parameters(target) and key not in own]
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """The most likely meant of dotted `names`, or "". A full last part (`lr` for `optim.lr`) beats likeness."""
     known = sorted(names, key=lambda n: (n.count("."), n))
