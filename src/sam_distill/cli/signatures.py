@@ -49,6 +49,9 @@ class _StandIn:
 
     __ror__ = __or__
 
+    def __repr__(self) -> str:
+        return "Any"
+
     def __mro_entries__(self, _: Any) -> tuple[()]:
         return ()
 
