@@ -191,8 +191,8 @@ def _conflicts(jobs: list[DictConfig], command: str, swept: bool, argv: list[str
                     f"trainer.devices={number} in a multirun (-m): use trainer.devices=1, or run the jobs one by one"
                     f" without -m: {PROGRAM} {command} {own}"
                 )
-        trainer = job.get("trainer") or {}
-        if command != "train" and "_target_" in trainer:
+        trainer = job.get("trainer")
+        if command != "train" and isinstance(trainer, DictConfig) and "_target_" in trainer:
             yield from (f"trainer.{name}: an option of {PROGRAM} train alone" for name in handed_on(trainer))
     if swept and any(job.get("resume") is not None for job in jobs):
         yield (
