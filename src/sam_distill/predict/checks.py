@@ -10,11 +10,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sam_distill.images import Size
-from sam_distill.types import BACKGROUND, FOREGROUND, LOW_RES, NOT_A_POINT
+from sam_distill.images import Size, frame_size
+from sam_distill.types import BACKGROUND, FOREGROUND, FRAME, LOW_RES, NOT_A_POINT
 
 _SEVERAL = "several prompts on one image are for predict_torch, one on each of several images for predict_batch"
 _LOGITS = "the low-res logits that an earlier predict returned third"
+
+
+def check_transformed(image: Tensor, original_size: Size) -> None:
+    """The arguments of `set_torch_image`: the frame's own size and colours of 0 to 255. Raises ValueError."""
+    shape = list(image.shape)
+    if len(shape) != 4 or shape[:2] != [1, 3] or max(shape[2:]) != FRAME:
+        raise ValueError(f"a transformed image is [1, 3, h, w] with a long side of {FRAME}, not {shape}")
+    if tuple(shape[2:]) != frame_size(original_size):
+        expected = [1, 3, *frame_size(original_size)]
+        raise ValueError(
+            f"an image of (H, W) = {original_size} is {expected} when transformed, not {shape}: original_image_size is"
+            " (height, width)"
+        )
+    least, most = torch.stack(image.aminmax()).tolist()
+    if not (least > -1 and most < 256) or (image.is_floating_point() and 0 < most <= 1):  # resizing may overshoot
+        raise ValueError(
+            f"a transformed image has colours of 0 to 255, not {least:g} to {most:g}: they are normalised here"
+        )
 
 
 def check_one(point_coords: Any, point_labels: Any, box: Any, mask_input: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import product
 from math import ceil
 
@@ -27,6 +28,19 @@ def coarse_to_fine(grid: np.ndarray) -> np.ndarray:
     return np.argsort(level, kind="stable")
 
 
+def checked_grids(grids: Sequence[np.ndarray], layers: int) -> list[np.ndarray]:
+    """A user's own points for each layer of crops, [n, 2] each. Raises ValueError."""
+    points = [np.asarray(grid, np.float64) for grid in grids]
+    if any(grid.ndim != 2 or grid.shape[1] != 2 for grid in points):
+        shapes = ", ".join(str(list(grid.shape)) for grid in points)
+        raise ValueError(f"point_grids is a list of [n, 2], one for each layer of crops, not of {shapes}")
+    if len(points) <= layers:
+        raise ValueError(f"{len(points)} point_grids for {layers + 1} layers: the image itself, and crop_n_layers")
+    if not all(((grid >= 0) & (grid <= 1)).all() for grid in points):
+        raise ValueError("point_grids are (x, y) in 0..1, shares of the image's width and height, not pixels")
+    return points
+
+
 def crop_boxes(size: Size, layers: int, overlap_ratio: float) -> list[tuple[int, Box]]:
     """(layer, box) of the whole image, layer 0, and of the 2^i x 2^i overlapping crops of layers i = 1, 2, ...
 
@@ -40,7 +54,8 @@ def crop_boxes(size: Size, layers: int, overlap_ratio: float) -> list[tuple[int,
         wide, tall = (ceil((overlap * (crops - 1) + side) / crops) for side in (width, height))
         for column, row in product(range(crops), range(crops)):
             x, y = column * (wide - overlap), row * (tall - overlap)
-            boxes.append((layer, (x, y, min(x + wide, width), min(y + tall, height))))
+            if x < width and y < height:  # an image of a pixel or two has fewer crops
+                boxes.append((layer, (x, y, min(x + wide, width), min(y + tall, height))))
     return boxes
 
 

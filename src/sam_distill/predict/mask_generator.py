@@ -18,7 +18,7 @@ from pydantic import Field
 from torchvision.ops import nms
 
 from sam_distill.models.sam import Sam
-from sam_distill.predict.crops import Box, coarse_to_fine, crop_boxes, is_cut_off, point_grid
+from sam_distill.predict.crops import Box, checked_grids, coarse_to_fine, crop_boxes, is_cut_off, point_grid
 from sam_distill.predict.full_size import FullSize, Patch, box_of
 from sam_distill.predict.predictor import Picture, SamPredictor, picture
 from sam_distill.predict.regions import without_small_regions
@@ -54,7 +54,8 @@ class SamAutomaticMaskGenerator:
     box_nms_thresh, crop_nms_thresh: of two masks whose boxes have a higher IoU the worse one is dropped, within a crop
         and between crops, where the smaller crop is the better one.
     crop_n_layers: also look at 2^i x 2^i crops for i = 1 .. crop_n_layers, which finds small things. They overlap by
-        crop_overlap_ratio; each layer has crop_n_points_downscale_factor times fewer points per side.
+        crop_overlap_ratio; each layer has crop_n_points_downscale_factor times fewer points per side,
+        but one at least.
     min_mask_region_area: fill holes and remove islands of fewer pixels.
     output_mode: of a record's `segmentation`: binary_mask ([H, W] bool), uncompressed_rle or coco_rle, which is small.
     fast: ask every fourth row and column first, then between them, and leave out points that lie in the smallest good
@@ -74,8 +75,8 @@ class SamAutomaticMaskGenerator:
         box_nms_thresh: float = 0.7,
         crop_n_layers: Annotated[int, Field(ge=0)] = 0,
         crop_nms_thresh: float = 0.7,
-        crop_overlap_ratio: float = 512 / 1500,
-        crop_n_points_downscale_factor: int = 1,
+        crop_overlap_ratio: Annotated[float, Field(ge=0, lt=1)] = 512 / 1500,
+        crop_n_points_downscale_factor: Annotated[int, Field(ge=1)] = 1,
         point_grids: list[np.ndarray] | None = None,
         min_mask_region_area: int = 0,
         output_mode: Literal["binary_mask", "uncompressed_rle", "coco_rle"] = "binary_mask",
@@ -83,11 +84,21 @@ class SamAutomaticMaskGenerator:
     ) -> None:
         if output_mode not in ("binary_mask", "uncompressed_rle", "coco_rle"):
             raise ValueError(f"output_mode must be binary_mask, uncompressed_rle or coco_rle, not {output_mode}")
+        for name, value, least in (
+            ("points_per_side", points_per_side, 1),
+            ("points_per_batch", points_per_batch, 1),
+            ("crop_n_layers", crop_n_layers, 0),
+            ("crop_n_points_downscale_factor", crop_n_points_downscale_factor, 1),
+        ):
+            if value is not None and value < least:
+                raise ValueError(f"{name} is {least} at least, not {value}")
+        if not 0 <= crop_overlap_ratio < 1:
+            raise ValueError(f"crop_overlap_ratio is a share, from 0 to below 1, not {crop_overlap_ratio}")
         if points_per_side is not None and point_grids is None:
-            sides = [int(points_per_side / crop_n_points_downscale_factor**i) for i in range(crop_n_layers + 1)]
+            sides = [max(1, int(points_per_side / crop_n_points_downscale_factor**i)) for i in range(crop_n_layers + 1)]
             self.point_grids = [point_grid(side) for side in sides]
         elif points_per_side is None and point_grids is not None:
-            self.point_grids = point_grids
+            self.point_grids = checked_grids(point_grids, crop_n_layers)
         else:
             raise ValueError("give points_per_side or point_grids, and None for the other")
         self.predictor = SamPredictor(model)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from sam_distill.images import Size, decode, to_frame, to_rgb, upscale_masks
 from sam_distill.models.sam import Sam
-from sam_distill.predict.checks import check_one, check_several, check_values
+from sam_distill.predict.checks import check_one, check_several, check_transformed, check_values
 from sam_distill.predict.transforms import ResizeLongestSide
 from sam_distill.prompts.forms import box_prompts, point_prompts
 from sam_distill.types import FRAME, LOW_RES, MULTI, SINGLE, Prompts
@@ -66,6 +66,9 @@ class SamPredictor:
 
     def set_images(self, images: Sequence[Picture], image_format: str = "RGB") -> None:
         """Encode several images, whatever their sizes, together; `predict_batch` answers for them."""
+        self.reset_image()  # should this one fail, no earlier one is to answer in its place
+        if isinstance(images, str | Path | Image.Image) or getattr(images, "ndim", 4) < 4:
+            raise TypeError("set_images takes several images, such as [image, other]; set_image takes one")
         pictures = [picture(image, image_format) for image in images]
         if not pictures:
             raise ValueError("no image: give one at least")
@@ -73,10 +76,9 @@ class SamPredictor:
 
     def set_torch_image(self, transformed_image: Tensor, original_image_size: Size) -> None:
         """transformed_image: [1, 3, h, w], RGB in 0..255, resized by `transform` so that its long side is 1024."""
-        shape = transformed_image.shape
-        if len(shape) != 4 or shape[:2] != (1, 3) or max(shape[2:]) != FRAME:
-            raise ValueError(f"a transformed image is [1, 3, h, w] with a long side of {FRAME}, not {list(shape)}")
+        self.reset_image()
         height, width = original_image_size
+        check_transformed(transformed_image, (height, width))
         self._encode([transformed_image[0].to(self.device)], [(height, width)])
 
     def predict(

@@ -128,6 +128,41 @@ def test_wrong_use_is_told(teacher: Sam) -> None:
         SamAutomaticMaskGenerator(teacher, point_grids=[np.zeros((1, 2))])
     with pytest.raises(ValueError, match="output_mode"):
         SamAutomaticMaskGenerator(teacher, output_mode="png")  # type: ignore[arg-type]
+    for option, value in {
+        "points_per_side": 0, "points_per_batch": 0, "crop_n_layers": -1, "crop_n_points_downscale_factor": 0,
+        "crop_overlap_ratio": 2.0,
+    }.items():  # fmt: skip
+        with pytest.raises(ValueError, match=option):
+            SamAutomaticMaskGenerator(teacher, **{option: value})
+
+
+@pytest.mark.parametrize(
+    ("grids", "layers", "message"),
+    [
+        ([[[60, 45]]], 0, "in 0..1, shares of the image's width and height, not pixels"),
+        ([[[np.nan, 0.5]]], 0, "in 0..1"),
+        ([[0.5, 0.5]], 0, r"a list of \[n, 2\], one for each layer of crops, not of \[2\]"),
+        ([[[0.5, 0.5]]], 1, "1 point_grids for 2 layers"),
+    ],
+)
+def test_points_of_ones_own_are_checked(teacher: Sam, grids: Any, layers: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SamAutomaticMaskGenerator(teacher, points_per_side=None, point_grids=grids, crop_n_layers=layers)
+
+
+def test_points_of_ones_own_may_be_a_list(teacher: Sam, photograph: np.ndarray) -> None:
+    options: dict[str, Any] = {"pred_iou_thresh": -9.0, "stability_score_thresh": 0.0, "output_mode": "coco_rle"}
+    listed = SamAutomaticMaskGenerator(teacher, None, point_grids=[[[0.5, 0.5]]], **options)  # type: ignore[list-item]
+    assert listed.generate(photograph) == SamAutomaticMaskGenerator(teacher, 1, **options).generate(photograph)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 40), (2, 3)])
+def test_the_smallest_images_have_crops(teacher: Sam, size: tuple[int, int]) -> None:
+    options = {"crop_n_layers": 1, "crop_n_points_downscale_factor": 2, "pred_iou_thresh": -9.0}
+    generator = SamAutomaticMaskGenerator(teacher, points_per_side=1, stability_score_thresh=0.0, **options)  # type: ignore[arg-type]
+    found = generator.generate(np.full((*size, 3), 200, np.uint8))
+    assert found
+    assert all(record["segmentation"].shape == size for record in found)
 
 
 SCRIPT = """

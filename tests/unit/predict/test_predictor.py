@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sam_distill.models.sam import Sam
 from sam_distill.predict.predictor import SamPredictor
+from sam_distill.types import UserError
 
 
 @pytest.fixture(scope="module")
@@ -239,6 +240,36 @@ def test_wrong_use_is_told(teacher: Sam, photograph: np.ndarray) -> None:
         predictor.set_image(photograph, "HSV")
     with pytest.raises(ValueError, match="long side of 1024"):
         predictor.set_torch_image(torch.zeros(1, 3, 100, 200), (100, 200))
+    with pytest.raises(TypeError, match="set_image takes one"):
+        predictor.set_images(photograph)  # type: ignore[arg-type]  # its rows would pass for gray images
+
+
+def test_after_an_image_that_fails_no_earlier_one_answers(teacher: Sam, photograph: np.ndarray, tmp_path: Path) -> None:
+    predictor, broken = SamPredictor(teacher), tmp_path / "broken.png"
+    broken.write_text("no picture")
+    for fails in (
+        lambda: predictor.set_image(broken),
+        lambda: predictor.set_image(photograph.astype(np.float32)),
+        lambda: predictor.set_torch_image(torch.zeros(1, 3, 100, 200), (100, 200)),
+    ):
+        predictor.set_image(photograph)
+        with pytest.raises((UserError, ValueError)):
+            fails()
+        with pytest.raises(RuntimeError, match="set_image"):
+            predictor.predict(**POINT)
+
+
+def test_a_transformed_image_has_the_frames_size_and_colours(teacher: Sam, photograph: np.ndarray) -> None:
+    predictor = SamPredictor(teacher)
+    framed = torch.from_numpy(predictor.transform.apply_image(photograph)).permute(2, 0, 1)[None]
+    size = photograph.shape[:2]
+    with pytest.raises(ValueError, match=r"original_image_size is \(height, width\)"):
+        predictor.set_torch_image(framed, size[::-1])
+    for wrong in (framed / 255, (framed - 120.0) / 58, framed * NAN):
+        with pytest.raises(ValueError, match="colours of 0 to 255"):
+            predictor.set_torch_image(wrong, size)
+    predictor.set_torch_image(framed.float(), size)
+    assert predictor.is_image_set
 
 
 NAN = float("nan")
