@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ from PIL import Image
 from pycocotools import mask as coco
 from torch import Tensor
 
-from sam_distill.images import frame_size
+from sam_distill.images import Size, frame_size
 from sam_distill.prompts.sampling import generator
 from sam_distill.types import FRAME, LOW_RES, RunLengths, Sample, UserError
 
@@ -49,26 +51,67 @@ def run_lengths(sample: Sample) -> list[RunLengths]:
     return kept
 
 
-def coco_json(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """A dataset's file of annotations, COCO's or LVIS's: those of each image, by the image's file name."""
+@dataclass(frozen=True)
+class AnnotatedImage:
+    """An image of a dataset's file of annotations. name: with what folders the file gives. size: (H, W), if it says."""
+
+    name: PurePosixPath
+    size: Size | None
+    annotations: list[dict[str, Any]]
+
+
+def coco_json(path: Path) -> list[AnnotatedImage]:
+    """A dataset's file of annotations, COCO's or LVIS's: each of its images that has any."""
     try:
         content = json.loads(path.read_bytes())
-        names = {image["id"]: _file_name(image) for image in content["images"]}
-        found: dict[str, list[dict[str, Any]]] = {}
-        for one in content["annotations"]:
+        images = {one["id"]: AnnotatedImage(_file_name(one), _size(one), []) for one in content["images"]}
+        for number, one in enumerate(content["annotations"]):
+            if one["image_id"] not in images:
+                raise ValueError(f"annotation {number} is of an image {one['image_id']}, which is not among its images")
             kept = {key: one[key] for key in ("segmentation", "iscrowd") if key in one}
-            found.setdefault(names[one["image_id"]], []).append(kept)
+            images[one["image_id"]].annotations.append(kept)
     except OSError as error:
         raise UserError(f"data.annotations={path}: cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         why = f"{type(error).__name__}: {error}"
         raise UserError(f"data.annotations={path}: not a JSON of COCO or LVIS ({why})") from None
-    return found
+    return [image for image in images.values() if image.annotations]
 
 
-def _file_name(image: dict[str, Any]) -> str:
+def whose(files: Sequence[Path], annotated: Sequence[AnnotatedImage]) -> dict[Path, AnnotatedImage]:
+    """The annotations of each file, by its name; by the folders around it where several have the same name.
+
+    Raises ValueError where these don't tell, either.
+    """
+    deepest = max((len(image.name.parts) for image in annotated), default=0)
+    ends: dict[tuple[str, ...], list[Path]] = {}  # of paths: the last part, the last two, ...
+    for file in files:
+        for depth in range(1, min(deepest, len(file.parts)) + 1):
+            ends.setdefault(file.parts[-depth:], []).append(file)
+    found: dict[Path, tuple[int, AnnotatedImage]] = {}
+    for image in annotated:
+        parts = image.name.parts
+        depth = next((depth for depth in range(len(parts), 0, -1) if parts[-depth:] in ends), 0)
+        if not depth:
+            continue
+        file, *others = ends[parts[-depth:]]
+        if others:
+            raise ValueError(f"{image.name} may be {file} or {others[0]}")
+        known, other = found.get(file, (0, image))
+        if known == depth:
+            raise ValueError(f"{file} may be its {other.name} or its {image.name}")
+        if known < depth:
+            found[file] = depth, image
+    return {file: image for file, (_, image) in found.items()}
+
+
+def _file_name(image: dict[str, Any]) -> PurePosixPath:
     """LVIS has COCO's address instead."""
-    return str(image.get("file_name") or image["coco_url"]).rpartition("/")[2]
+    return PurePosixPath(image.get("file_name") or image["coco_url"])
+
+
+def _size(image: dict[str, Any]) -> Size | None:
+    return (image["height"], image["width"]) if image.get("height") and image.get("width") else None
 
 
 def _compressed(segmentation: Any, size: tuple[int, int]) -> RunLengths:

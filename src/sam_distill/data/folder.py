@@ -7,9 +7,8 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from sam_distill.data.annotations import coco_json
+from sam_distill.data.annotations import AnnotatedImage, coco_json, whose
 from sam_distill.data.base import Split
 from sam_distill.data.indexed import IndexedSource
 from sam_distill.data.selection import (
@@ -49,8 +48,8 @@ class Folder(IndexedSource[ImageFile]):
         fraction: Fraction = None,
         annotations: str | None = None,
     ) -> None:
-        self.annotations = annotations
-        self._truth: dict[str, list[dict[str, Any]]] = {}  # by file name
+        self.path, self.annotations = path, annotations
+        self._truth: dict[Path, AnnotatedImage] = {}
         files = _find(Path(path).expanduser())
         order = digests(file.key for file in files).argsort(kind="stable").tolist()
         held_out, self.shortage = limit_val_images(len(files), val_images, path)
@@ -69,15 +68,25 @@ class Folder(IndexedSource[ImageFile]):
 
     def load(self, item: ImageFile) -> Sample:
         image, original_size = decode(item.path)
-        truth = self._truth.get(item.path.name)
-        content = json.dumps({"annotations": truth}).encode() if truth else b""
+        truth = self._truth.get(item.path.absolute())
+        if truth and truth.size not in (None, original_size):
+            raise UserError(
+                f"{item.path} has {original_size} pixels (H, W), but the annotations are of an image of {truth.size}"
+            )
+        content = json.dumps({"annotations": truth.annotations}).encode() if truth else b""
         return Sample(item.key, to_frame(image, original_size), original_size, json=content)
 
     def load_json(self) -> None:
         if self.annotations is None:
             super().load_json()
-        else:
-            self._truth = coco_json(Path(self.annotations).expanduser())
+            return
+        annotated, files = coco_json(Path(self.annotations).expanduser()), [file.path.absolute() for file in self.files]
+        try:
+            self._truth = whose(files, annotated)
+        except ValueError as error:
+            raise UserError(f"data.annotations={self.annotations}: {error}") from None
+        if not self._truth:
+            raise UserError(f"data.annotations={self.annotations}: it names not one of the images in {self.path}")
 
 
 def image_files(folder: Path) -> list[Path]:

@@ -34,7 +34,7 @@ class Agreement(Protocol):
         seed: int = 0,
     ) -> None:
         super().__init__(token, seed)
-        self.points, self.kinds = points, tuple(kinds)
+        self.points, self.kinds = points, tuple(dict.fromkeys(kinds))
 
     @property
     def description(self) -> dict[str, str | int]:

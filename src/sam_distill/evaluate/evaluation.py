@@ -45,13 +45,13 @@ def judge(
     total = source.num_eval_images(split)
     if not total:
         raise UserError(f"split={split}: there is no such image; are any held out, by data.val_images?")
+    annotated, images = protocol.right != "teacher", 0
+    if annotated:
+        source.load_json()
     for model in (student, teacher.sam):
         if isinstance(model, Sam):
             model.to(hardware.kind).to(memory_format=torch.channels_last)
     result, of_teacher = Judge(protocol).to(hardware.kind), Judge(protocol).to(hardware.kind)
-    annotated, images = protocol.right != "teacher", 0
-    if annotated:
-        source.load_json()
     answers: list[Answer] = []
     with Progress(auto_refresh=False) as bar:  # without a thread, whose locks the loader's workers would inherit
         task = bar.add_task("Evaluating", total=total)
@@ -70,10 +70,16 @@ def judge(
         bar.update(task, total=images)  # the rest is damaged
         if not images:
             raise UserError("not one image could be read: there is nothing to evaluate")
+        metrics: dict[str, Any] = result.compute()
+        if not metrics["prompts"]:
+            raise UserError(
+                f"not one prompt counts: {images} images are too small for them, or the {protocol.right}'s masks are"
+                " all empty"
+            )
         seconds = time.perf_counter() - started
         with hardware.autocast():
             baseline = _never_looking(Judge(protocol).to(hardware.kind), teacher.sam, answers, bar)
-    metrics: dict[str, Any] = result.compute() | result.intervals() | baseline
+    metrics |= result.intervals() | baseline
     if annotated:
         metrics |= {f"teacher/{n}": value for n, value in of_teacher.compute().items() if n.startswith("miou/")}
     metrics |= facts(student, hardware, images, total, seconds)
@@ -129,10 +135,11 @@ def _tell(metrics: Mapping[str, Any], protocol: Protocol, run_dir: Path) -> None
     for kind in protocol.kinds:
         name = f"miou/{kind}"
         if name not in metrics:
-            table.add_row(name, "images too small")
+            table.add_row(name, "no prompt counts: images are too small, or right masks empty")
             continue
         ours, low, high = (f"{metrics[name + end]:.4f}" for end in ("", "/low", "/high"))
-        beside = [f"{metrics[f'{other}/{name}']:.4f}" for other in others]
+        scores = [metrics.get(f"{other}/{name}") for other in others]
+        beside = ["" if score is None else f"{score:.4f}" for score in scores]
         empty = f"{metrics[f'empty/{kind}']:.1%}"
         table.add_row(name, ours, f"{low} to {high}", *beside, empty, str(metrics[f"prompts/{kind}"]))
     if "embedding_mse" in metrics:

@@ -64,8 +64,9 @@ class Everything:
             records: Records = json.loads(file.read_text())
             return records
         records = self.masks(sam, frame)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_text(file, json.dumps(records))
+        with contextlib.suppress(OSError):  # what can't be kept is asked anew
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_text(file, json.dumps(records))
         return records
 
 

@@ -37,7 +37,7 @@ class GroundTruth(Protocol):
     def __init__(
         self,
         annotations: Annotated[int, Field(gt=0)] | None = 8,
-        clicks: Sequence[Annotated[int, Field(gt=0)]] = (1, 3),
+        clicks: Annotated[Sequence[Annotated[int, Field(gt=0)]], Field(min_length=1)] = (1, 3),
         token: Token = "single",
         seed: int = 0,
     ) -> None:

@@ -85,13 +85,13 @@ class Judge(nn.Module):
     def compute(self) -> dict[str, float]:
         """Flat metrics by their names in metrics.json, over all ranks; `comparisons` then has all ranks' rows, too.
 
-        empty/KIND: the share of the prompts/KIND to which the student's mask is empty.
+        empty/KIND: the share of the prompts/KIND to which the student's mask is empty. A kind without a prompt that
+        counts has no scores.
         """
         scores = {kind: metric.compute() for kind, metric in self.miou.items()}  # type: ignore[operator]
-        asked = {kind: score for kind, score in scores.items() if score["prompts"] + score["skipped"] > 0}
-        result = {f"miou/{kind}": float(score["miou"]) for kind, score in asked.items()}
-        result |= {f"prompts/{kind}": int(score["prompts"]) for kind, score in asked.items()}
-        counted = [kind for kind, score in asked.items() if score["prompts"]]
+        counted = {kind: score for kind, score in scores.items() if score["prompts"] > 0}
+        result = {f"miou/{kind}": float(score["miou"]) for kind, score in counted.items()}
+        result |= {f"prompts/{kind}": int(score["prompts"]) for kind, score in counted.items()}
         result |= {f"empty/{kind}": float(self.empty[kind].compute()) for kind in counted}  # type: ignore[operator]
         seen = {name: metric for name, metric in self.errors.items() if metric.update_called}
         result |= {name: float(metric.compute()) for name, metric in seen.items()}  # type: ignore[operator]

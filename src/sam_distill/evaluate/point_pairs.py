@@ -31,7 +31,7 @@ class PointPairs(Protocol):
 
     def __init__(
         self,
-        distances: Sequence[Annotated[int, Field(gt=0)]] = (100, 200, 300, 400, 500),
+        distances: Annotated[Sequence[Annotated[int, Field(gt=0)]], Field(min_length=1)] = (100, 200, 300, 400, 500),
         pairs: Annotated[int, Field(gt=0)] = 1,
         pixels: Literal["original", "frame"] = "original",
         outside: bool = False,
@@ -39,8 +39,9 @@ class PointPairs(Protocol):
         seed: int = 0,
     ) -> None:
         super().__init__(token, seed)
-        self.distances, self.pairs, self.pixels, self.outside = tuple(distances), pairs, pixels, outside
-        self.kinds = tuple(f"pair_{distance}" for distance in distances)
+        self.distances, self.pairs = tuple(dict.fromkeys(distances)), pairs
+        self.pixels, self.outside = pixels, outside
+        self.kinds = tuple(f"pair_{distance}" for distance in self.distances)
 
     @property
     def description(self) -> dict[str, str | int]:

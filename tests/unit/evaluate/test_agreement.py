@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import ModuleType
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from sam_distill.evaluate.agreement import Agreement
+from sam_distill.evaluate.judge import Judge
 from sam_distill.models.sam import Sam
 from sam_distill.types import Batch
 
@@ -94,3 +96,20 @@ def test_boxes_enclose_the_teachers_masks(teacher: Sam, batch: Batch, embedding:
                 pytest.approx(columns.max().item(), abs=1),
                 pytest.approx(rows.max().item(), abs=1),
             )
+
+
+def test_what_nobody_sees_has_no_score(teacher: Sam, batch: Batch, embedding: torch.Tensor) -> None:
+    """Prompts to which the right masks are all empty count for nothing: no NaN stands among the scores."""
+    judge, empty = Judge(Agreement(points=2)), torch.zeros(200, 300, dtype=torch.bool)
+    view = judge.protocol.see(teacher, embedding, batch)
+    targets = [replace(target, masks=lambda image, prompt: empty) for target in judge.protocol.ask(view)]
+    with torch.no_grad():
+        judge.update(view, embedding, [targets[0]])
+    metrics = judge.compute()
+    assert (metrics["prompts"], metrics["prompts_skipped"]) == (0, 4)
+    assert not [name for name in metrics if name.startswith(("miou", "empty"))]
+    assert all(np.isfinite(value) for value in metrics.values())
+
+
+def test_a_kind_named_twice_counts_once() -> None:
+    assert Agreement(kinds=("point", "point")).kinds == ("point",)

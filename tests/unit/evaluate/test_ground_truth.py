@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -165,3 +166,61 @@ def test_a_bad_file_of_annotations(tmp_path: Path, content: str | None, message:
         (tmp_path / "a.json").write_text(content)
     with pytest.raises(UserError, match=f"data.annotations=.*{message}"):
         Folder(str(tmp_path), val_images=0, annotations=str(tmp_path / "a.json")).load_json()
+
+
+def a_square(number: int) -> dict[str, Any]:
+    """An annotation of image `number`, whose sides are as long as its number says."""
+    side = 10 * number
+    return {"image_id": number, "segmentation": [[5, 5, 5 + side, 5, 5 + side, 5 + side, 5, 5 + side]]}
+
+
+def areas(folder: Path, names: list[str], files: list[str]) -> dict[str, int]:
+    """Of the annotations that each file gets when images of these names have squares."""
+    for file in files:
+        (folder / file).parent.mkdir(exist_ok=True, parents=True)
+        Image.new("RGB", (80, 60)).save(folder / file)
+    images = [{"id": number, "file_name": name} for number, name in enumerate(names, 1)]
+    annotations = [a_square(number) for number in range(1, len(names) + 1)]
+    (folder / "coco.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    source = Folder(str(folder), val_images=0, annotations=str(folder / "coco.json"))
+    source.load_json()
+    found = {sample.key: sample for sample in EvalStream(source, "all", truth=True)}
+    return {key: int(sum(coco.area(mask) for mask in sample.truth)) for key, sample in found.items()}
+
+
+@pytest.mark.parametrize(
+    ("names", "files", "expected"),
+    [
+        (["a/1.png", "b/1.png"], ["a/1.png", "b/1.png"], {"a/1": 100, "b/1": 400}),
+        (["val/a/1.png", "val/b/1.png"], ["b/1.png"], {"b/1": 400}),
+        (["train/1.png", "1.png"], ["train/1.png"], {"train/1": 100}),
+        (["1.png", "2.png"], ["deep/down/2.png"], {"deep/down/2": 400}),
+    ],
+)
+def test_files_of_the_same_name(tmp_path: Path, names: list[str], files: list[str], expected: dict[str, int]) -> None:
+    """Each has its own annotations, by its folder; it had all of them."""
+    assert areas(tmp_path, names, files) == expected
+
+
+@pytest.mark.parametrize(
+    ("names", "files", "message"),
+    [
+        (["1.png"], ["a/1.png", "b/1.png"], "1.png may be .*/a/1.png or .*/b/1.png"),
+        (["a/1.png", "b/1.png"], ["1.png"], ".*/1.png may be its a/1.png or its b/1.png"),
+        (["1.png"], ["2.png"], "it names not one of the images in"),
+    ],
+)
+def test_whose_annotations_can_not_be_told(tmp_path: Path, names: list[str], files: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=rf"data.annotations=.*coco.json: {message}"):
+        areas(tmp_path, names, files)
+
+
+def test_annotations_of_another_image_are_refused(folder: Path) -> None:
+    content = json.loads((folder / "coco.json").read_text())
+    content["images"][0] |= {"height": WIDTH, "width": HEIGHT}
+    (folder / "turned.json").write_text(json.dumps(content))
+    assert batch_of(folder, "turned.json").keys == ["000000000002"], "polygons would lie anywhere"
+    content["annotations"][1]["image_id"] = 77
+    (folder / "wrong.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="annotation 1 is of an image 77, which is not among its images"):
+        batch_of(folder, "wrong.json")

@@ -1,9 +1,16 @@
+from pathlib import Path
+
 import pytest
 import torch
+from PIL import Image
 
+from sam_distill.data.folder import Folder
+from sam_distill.evaluate.evaluation import judge
 from sam_distill.evaluate.point_pairs import PointPairs
 from sam_distill.models.sam import Sam
-from sam_distill.types import Batch
+from sam_distill.runs.hardware import Hardware
+from sam_distill.teachers import LiveTeacher
+from sam_distill.types import Batch, UserError
 
 
 @pytest.fixture(scope="module")
@@ -45,3 +52,14 @@ def test_the_second_point_beside_the_thing(teacher: Sam, batch: Batch, embedding
     assert torch.equal(all_pairs.prompts.points, fewer.prompts.points)
     dropped = all_pairs.prompts.valid & ~fewer.prompts.valid
     assert 0 < dropped.sum() < all_pairs.prompts.valid.sum()
+
+
+def test_where_no_prompt_counts_nothing_is_written(teacher: Sam, tmp_path: Path) -> None:
+    Image.new("RGB", (40, 30)).save(tmp_path / "small.png")
+    with pytest.raises(UserError, match="not one prompt counts: 1 images are too small"):
+        judge(
+            student=teacher, teacher=LiveTeacher("mobile_sam"), source=Folder(str(tmp_path), val_images=0), split="all",
+            protocol=PointPairs(), hardware=Hardware("cpu", precision="fp32", workers=0), batch_size=1,
+            run_dir=tmp_path / "run",
+        )  # fmt: skip
+    assert not (tmp_path / "run").exists()
