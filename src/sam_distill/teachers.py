@@ -134,7 +134,13 @@ class CachedTeacher(Teacher):
     @cached_property
     def sam(self) -> Sam:
         sam = Sam(_NoEncoder())
-        sam.load_state_dict(torch.load(self.checkpoint, map_location="cpu", weights_only=True))
+        try:
+            sam.load_state_dict(torch.load(self.checkpoint, map_location="cpu", weights_only=True))
+        except Exception as error:  # torch.load raises whatever a broken file makes it raise
+            reason = " ".join(str(error).split())[:120]
+            raise UserError(
+                f"{self.checkpoint} can't be read ({reason}): the sam-distill cache that wrote it, run again, mends it"
+            ) from error
         return sam.requires_grad_(False).eval()
 
     @property

@@ -1,8 +1,9 @@
+import os
 from pathlib import Path
 
 import pytest
 
-from sam_distill.files import atomic_write
+from sam_distill.files import atomic_write, write_csv
 
 
 def test_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -16,3 +17,9 @@ def test_whole_or_not_at_all(tmp_path: Path) -> None:
         draft.write_text("after")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
     assert path.read_text() == "after"
+
+
+def test_names_need_not_be_text(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9.jpg")  # as Latin-1 has it
+    write_csv(tmp_path / "prompts.csv", ["image"], [{"image": name}])
+    assert (tmp_path / "prompts.csv").read_bytes() == b"image\r\ncaf\xe9.jpg\r\n"

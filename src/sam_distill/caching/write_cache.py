@@ -251,7 +251,10 @@ def _facts(job: CacheJob) -> dict[str, Any]:
 
 def _open_folder(folder: Path, facts: dict[str, Any], teacher: LiveTeacher) -> None:
     """Refuse a folder that holds another cache, or anything else."""
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"path={folder}: cannot be written ({error.strerror})") from error
     if any(folder.glob("cache-*.tar")) or (folder / MANIFEST).is_file():
         before = read_manifest(folder)
         other = [name for name, value in facts.items() if name != "teacher" and before.get(name) != value]

@@ -12,3 +12,8 @@ class ToStdout(logging.StreamHandler):
     def emit(self, record: logging.LogRecord) -> None:
         self.stream = sys.stdout
         super().emit(record)
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Names of files may hold what the terminal can't show, even bytes that are no text."""
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+        return super().format(record).encode(encoding, "backslashreplace").decode(encoding)

@@ -55,6 +55,8 @@ def evaluate(
 
 def _data_path(run_dir: Path) -> list[str]:
     """What data.path named in a run folder's config.yaml; empty if there is no such thing."""
-    file = run_dir / "config.yaml"
-    path = yaml.safe_load(file.read_text())["data"].get("path") if file.is_file() else None
+    try:
+        path = yaml.safe_load((run_dir / "config.yaml").read_text())["data"].get("path")
+    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError):  # it need not be a run's
+        return []
     return [os.path.abspath(p) for p in ([path] if isinstance(path, str) else path or [])]

@@ -44,7 +44,7 @@ def export(
         floor = check.LEAST_IOU[quantize] if least_iou is None else least_iou
         with atomic_target(target, folder=True) as draft:
             export_graphs(sam, draft, settings, floor, data.val_samples()[:CHECKED])
-        files = sorted(file for file in target.rglob("*") if file.is_file())
+            files = sorted(target / file.relative_to(draft) for file in draft.rglob("*") if file.is_file())
     else:
         if quantize and (format, quantize) != ("safetensors", "fp16"):
             raise UserError(f"quantize={quantize} goes with format={', '.join(FORMATS)}, not with format={format}")

@@ -135,7 +135,7 @@ def _has_finished(cfg: DictConfig, run_dir: Path) -> bool:
 
 def _log_to_file_only(log: Path) -> None:
     """For all processes but the first, which writes to the console for all."""
-    handler = logging.FileHandler(log, delay=True)
+    handler = logging.FileHandler(log, delay=True, errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     for logger in (logging.getLogger(), tracebacks):
         logger.handlers[:] = [handler]
@@ -161,7 +161,9 @@ def _unwrap(error: BaseException) -> BaseException:
 
 
 def describe(error: BaseException) -> str:
-    """Type and message on one line."""
+    """Type and message on one line; of a file that can't be had, which and why."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
     return f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
 
 

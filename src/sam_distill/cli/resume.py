@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -30,11 +29,10 @@ def with_resumed_options(argv: list[str]) -> list[str]:
     run_dir = next((_value(word) for word in reversed(argv) if _key(word) == "resume"), None)
     if not run_dir:
         return argv
-    try:
-        before = json.loads((Path(run_dir) / "status.json").read_text())["command"][1:]
-    except (OSError, ValueError, KeyError):
+    before = status.read(Path(run_dir)).get("command")
+    if not before:
         return argv  # `run_folder_mistakes` says so
-    inherited = [word for word in before if _key(word) not in {*given, "resume", "hydra.run.dir"}]
+    inherited = [word for word in before[1:] if _key(word) not in {*given, "resume", "hydra.run.dir"}]
     quoted = run_dir.replace('"', '\\"')
     folder = [] if "hydra.run.dir" in given else [f'hydra.run.dir="{quoted}"']
     return [*inherited, *argv, *folder]
@@ -72,24 +70,32 @@ def occupied(run_dir: Path, command: str) -> str:
 
 def _changed(cfg: DictConfig, run_dir: Path) -> Iterator[str]:
     """What is not as its config.yaml has it, and can't change in a run's midst. Options that are new don't count."""
-    with suppress(OSError):
-        then = dict(_leaves(yaml.safe_load((run_dir / "config.yaml").read_text())))
-        for key, _ in _leaves(OmegaConf.to_container(cfg, resolve=False)):  # type: ignore[arg-type]
-            free = key != "optim._target_" and any(f"{key}.".startswith(f"{name}.") for name in (*_FREE, "hydra"))
-            if free or key not in then:
-                continue
-            with suppress(OmegaConfBaseException):  # known only when the job runs
-                value = OmegaConf.select(cfg, key)
-                now = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
-                old, new = then[key], now
-                if key.endswith("_target_"):  # a class may have moved since
-                    old, new = (str(name).rpartition(".")[2] for name in (old, new))
-                if new != old:
-                    name, old, new = key.removesuffix("._target_"), show(old), show(new)
-                    yield (
-                        f"{name}={new}: the run in {run_dir} began with {old}, and goes on with it;"
-                        f" init={run_dir} starts a new run from its weights"
-                    )
+    then, choices = _recorded(run_dir), status.read(run_dir).get("choices", {})
+    for key, _ in _leaves(OmegaConf.to_container(cfg, resolve=False)):  # type: ignore[arg-type]
+        free = key != "optim._target_" and any(f"{key}.".startswith(f"{name}.") for name in (*_FREE, "hydra"))
+        if free or key not in then:
+            continue
+        with suppress(OmegaConfBaseException):  # known only when the job runs
+            value = OmegaConf.select(cfg, key)
+            now = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+            old, new = then[key], now
+            if key.endswith("_target_"):  # a class may have moved since
+                old, new = (str(name).rpartition(".")[2] for name in (old, new))
+            if new != old:
+                name, old, new = key.removesuffix("._target_"), show(old), show(new)
+                same = f"{name}={choices[name] if key.endswith('_target_') and name in choices else old}"
+                yield (
+                    f"{name}={new}: the run in {run_dir} began with {old}; {same} goes on with it, init={run_dir}"
+                    " starts a new run from its weights"
+                )
+
+
+def _recorded(run_dir: Path) -> dict[str, Any]:
+    """config.yaml by dotted keys; what is no configuration says nothing."""
+    try:
+        return dict(_leaves(yaml.safe_load((run_dir / "config.yaml").read_text())))
+    except (OSError, yaml.YAMLError, AttributeError):
+        return {}
 
 
 def _leaves(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

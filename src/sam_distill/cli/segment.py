@@ -18,8 +18,8 @@ from pycocotools import mask as coco
 from pydantic import Field
 
 from sam_distill.data.folder import image_files
-from sam_distill.data.selection import is_image, unique_keys
-from sam_distill.files import write_text
+from sam_distill.data.selection import IMAGE_SUFFIXES, is_image, unique_keys
+from sam_distill.files import atomic_write, write_text
 from sam_distill.images import decode
 from sam_distill.models.checkpoints import Checkpoint, load_sam
 from sam_distill.models.inference import optimize_for_inference
@@ -76,7 +76,7 @@ def segment(
                     records, result, summary = _everything(make, picture)
                 else:
                     records, result, summary = _one_thing(predictor, picture, file, coordinates, signs, box)
-                result.save(target)
+                _save(result, target)
                 _write_json(target.with_suffix(".json"), file, number, picture, records)
             except OSError as error:
                 raise UserError(f"path={path}: cannot be written ({error.strerror or error})") from error
@@ -98,11 +98,11 @@ def _jobs(image: str, path: Path) -> list[tuple[Path, Path]]:
     source = Path(image).expanduser()
     several = source.is_dir() or (glob.has_magic(image) and not source.exists())
     if not several:
-        if path.suffix.lower() not in Image.registered_extensions():
+        if path.suffix.lower() not in IMAGE_SUFFIXES:
             raise UserError(f"path={path}: pictures end in .png or .jpg")
         jobs = [(source, path)]
     else:
-        if path.suffix.lower() in Image.registered_extensions() or path.is_file():
+        if path.suffix.lower() in IMAGE_SUFFIXES or path.is_file():
             raise UserError(f"path={path}: image={image} is more than one, so path= is the folder for the results")
         named = () if source.is_dir() else map(Path, sorted(glob.glob(str(source), recursive=True)))
         files = image_files(source) if source.is_dir() else [file for file in named if is_image(file.name)]
@@ -157,6 +157,11 @@ def _everything(
     records = generator.generate(picture)
     summary = f"{len(records)} masks" if records else f"no mask that the model trusts; {DOUBTS}"
     return records, coloured(picture, records), summary
+
+
+def _save(picture: Image.Image, target: Path) -> None:
+    with atomic_write(target) as draft:
+        picture.save(draft, Image.registered_extensions()[target.suffix.lower()])
 
 
 def _write_json(target: Path, file: Path, number: int, picture: Image.Image, records: Sequence[dict[str, Any]]) -> None:

@@ -153,9 +153,11 @@ def update_manifest(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     try:
-        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+        manifest = json.loads((folder / MANIFEST).read_text())
     except FileNotFoundError:
         raise UserError(f"{folder} holds no cache: there is no {MANIFEST} in it") from None
     except ValueError as error:
         raise UserError(f"{folder / MANIFEST} can't be read ({error})") from None
+    if not isinstance(manifest, dict) or not {"tars", "shards", "held_out", "annotations"} <= manifest.keys():
+        raise UserError(f"{folder} holds no cache: its {MANIFEST} is that of something else")
     return manifest

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import count
+from itertools import chain, count
 
 import numpy as np
 from torch.utils.data import IterableDataset
@@ -44,8 +44,8 @@ class IndexedStream(IterableDataset[Sample]):
     """The training stream of an `IndexedSource`.
 
     Epochs, each a permutation, follow one another in one endless sequence; ranks take its images in turn. Batch b
-    of a rank is therefore the same set of images whatever the number of workers, before and after a resume. A
-    damaged image is left out, and the batches after it move up by one.
+    of a rank is therefore the same images whatever the number of workers, before and after a resume. In place of a
+    damaged image comes the next one of the epoch that can be read.
     """
 
     def __init__(
@@ -57,14 +57,7 @@ class IndexedStream(IterableDataset[Sample]):
         self.rank, self.world_size = rank, world_size
 
     def __iter__(self) -> Iterator[Sample]:
-        for epoch, index in self._indices():
-            try:
-                yield replace(self.source.load(self.source.train[index]), epoch=epoch)
-            except UserError as error:
-                self.skipped_samples.report(str(error), index)
-
-    def _indices(self) -> Iterator[tuple[int, int]]:
-        """Epochs and indices into `source.train`, for the batches that fall to this worker."""
+        """The batches that fall to this worker."""
         worker, workers = loader_worker()
         images, order, order_epoch = len(self.source.train), np.empty(0, np.int64), -1
         for batch in count(worker, workers):
@@ -73,4 +66,13 @@ class IndexedStream(IterableDataset[Sample]):
                 epoch, place = divmod(position * self.world_size + self.rank, images)
                 if epoch != order_epoch:
                     order, order_epoch = np.random.default_rng((self.seed, epoch)).permutation(images), epoch
-                yield epoch, int(order[place])
+                yield replace(self._load(chain(order[place:], order[:place])), epoch=epoch)
+
+    def _load(self, indices: Iterable[np.int64]) -> Sample:
+        """The first of these images that can be read."""
+        for index in indices:
+            try:
+                return self.source.load(self.source.train[int(index)])
+            except UserError as error:
+                self.skipped_samples.report(str(error), int(index))  # raises when there is none left
+        raise AssertionError

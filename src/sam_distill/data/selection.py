@@ -42,9 +42,12 @@ def is_image_member(name: str) -> bool:
 
 
 def unique_keys(short: Sequence[str], long: Sequence[str]) -> list[str]:
-    """The short key of each image, or the long one where several images share the short one."""
-    uses = Counter(short)
-    return [brief if uses[brief] == 1 else full for brief, full in zip(short, long, strict=True)]
+    """The short key of each image, or the long one where several images share the short one.
+
+    Also where it is another's long one: of a.jpg.png, beside a.jpg.
+    """
+    uses, taken = Counter(short), set(long)
+    return [brief if uses[brief] == 1 and brief not in taken else full for brief, full in zip(short, long, strict=True)]
 
 
 def limit_val_images(images: int, val_images: int, where: str) -> tuple[int, str]:
@@ -72,6 +75,11 @@ def lowest(digests: NDArray[np.uint64], number: int) -> NDArray[np.bool_]:
 def fingerprint(digests: NDArray[np.uint64]) -> str:
     """The same for the same keys, whatever their order."""
     return hashlib.sha256(f"{len(digests)} {digests.sum(dtype=np.uint64)}".encode()).hexdigest()
+
+
+def first_fingerprint(keys: Iterable[str]) -> str:
+    """What runs of the first days have in place of `fingerprint`."""
+    return hashlib.sha256("\n".join(sorted(keys)).encode(errors="surrogateescape")).hexdigest()
 
 
 def how_many(available: int, images: int | None, fraction: float | None) -> int:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from sam_distill.export.contract import CONTRACT
 from sam_distill.types import UserError
 
 
@@ -17,6 +18,8 @@ def atomic_target(target: Path, folder: bool) -> Iterator[Path]:
     if target.exists() and target.is_dir() != folder:
         is_one, expected = ("a file", "a folder") if folder else ("a folder", "a file")
         raise UserError(f"path={target} is {is_one}: expected {expected}")
+    if folder and target.is_dir() and not (target / CONTRACT).is_file() and any(target.iterdir()):
+        raise UserError(f"path={target} holds other files than an export: give it a folder of its own")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as place:

@@ -100,7 +100,10 @@ def earlier_outcome(run_dir: Path, config: str) -> str | None:
     file = run_dir / "config.yaml"
     if not file.is_file():
         return None
-    now, then = (yaml.safe_load(text) | {"resume": None} for text in (config, file.read_text()))
+    try:
+        now, then = (dict(yaml.safe_load(text)) | {"resume": None} for text in (config, file.read_text()))
+    except (yaml.YAMLError, TypeError, ValueError):  # not what a job has written
+        return None
     return read(run_dir).get("status") if now == then else None
 
 
@@ -132,12 +135,12 @@ def now() -> str:
 
 
 def read(run_dir: Path) -> dict[str, Any]:
-    """status.json, empty if there is none."""
+    """status.json, empty if there is none that can be read."""
     try:
-        content: dict[str, Any] = json.loads((run_dir / "status.json").read_text())
+        content = json.loads((run_dir / "status.json").read_text())
     except (OSError, ValueError):
         return {}
-    return content
+    return content if isinstance(content, dict) else {}
 
 
 def _modified(run_dir: Path) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +22,7 @@ from sam_distill.training.history import History, write_curves
 from sam_distill.training.lightning_module import Distillation, ends_logged_step
 from sam_distill.training.loggers import validation_media
 from sam_distill.training.optimizers import NOT_DECAYED
-from sam_distill.types import Batch
+from sam_distill.types import Batch, UserError
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +74,8 @@ class ProgressiveResizing(pl.Callback):
     """
 
     def __init__(self, shares: Mapping[int, float]) -> None:
+        if (total := sum(shares.values())) > 1:
+            raise UserError(f"progressive_resizing: the shares of the steps add up to {total:g}, which is more than 1")
         self.shares = shares
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Batch, index: int) -> None:
@@ -193,10 +196,11 @@ class RunFolder(pl.Callback):
         if step:  # what has not trained is no student
             save_sam(module.student, self.run_dir / "student.pt")
         self._draw(trainer, module, step)
-        scores = "  ".join(f"{kind} {module.metrics[f'miou/{kind}']:.3f}" for kind in module.judge.protocol.kinds)
+        scores = {kind: module.metrics.get(f"miou/{kind}", math.nan) for kind in module.judge.protocol.kinds}
+        told = "  ".join(f"{kind} {score:.3f}" for kind, score in scores.items())
         log.info(
             "step %d/%d  val mIoU %s  embedding MSE %.5f  cosine %.3f",
-            step, trainer.max_steps, scores, module.metrics["embedding_mse"], module.metrics["embedding_cosine"],
+            step, trainer.max_steps, told, module.metrics["embedding_mse"], module.metrics["embedding_cosine"],
         )  # fmt: skip
 
     def _draw(self, trainer: pl.Trainer, module: Distillation, step: int) -> None:

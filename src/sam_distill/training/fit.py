@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sam_distill.data.base import DataSource
+from sam_distill.data.selection import first_fingerprint
 from sam_distill.evaluate.agreement import Agreement
 from sam_distill.evaluate.judge import BLIND
 from sam_distill.evaluate.protocol import write_prompts
@@ -142,15 +143,15 @@ def fit(setup: Setup, options: Options, run_dir: Path) -> dict[str, Any]:
         **setup.protocol.description,
     }
     if resume is not None:
-        _check_same_run(resume, facts)
+        _check_same_run(resume, facts, source)
     history = History(run_dir / "history.csv", resume=checkpoint is not None)
     folder = RunFolder(run_dir, history, source, facts)
     _log_start(module, source, hardware, steps, images_per_step)
     with all_processes(hardware, run_dir):
         if source.val_images < processes:
             raise UserError(
-                f"data.val_images: {source.val_images} images are held out to judge the student on, but every device"
-                f" needs one: {processes}"
+                f"data.val_images: {source.val_images} images are held out to judge the student on (of a cache, when it"
+                f" was written), but every device needs one: {processes}"
             )
         trainer = _trainer(setup, options, run_dir, steps, interval, folder)
         first = trainer.is_global_zero
@@ -231,9 +232,9 @@ def _print_summary(folder: RunFolder, module: Distillation, run_dir: Path) -> No
     skipped = folder.source.skipped
     table = Table("", "before", "blind", "after", title="Agreement with the teacher on images the student never saw")
     for kind in module.judge.protocol.kinds:
-        scores = [folder.before.get(f"{when}/miou/{kind}", float("nan")) for when in ("before", "blind")]
-        scores.append(module.metrics[f"miou/{kind}"])
-        table.add_row(f"mIoU, one {kind}", *(f"{score:.3f}".replace("nan", "") for score in scores))
+        name = f"miou/{kind}"
+        scores = folder.before.get(f"before/{name}"), folder.before.get(f"blind/{name}"), module.metrics.get(name)
+        table.add_row(f"mIoU, one {kind}", *("" if score is None else f"{score:.3f}" for score in scores))
     console = Console()
     console.print(table)
     console.print(f"blind: {BLIND}")
@@ -258,10 +259,13 @@ def _last_checkpoint(run_dir: Path) -> Path:
     return path
 
 
-def _check_same_run(run_dir: Path, facts: Mapping[str, Any]) -> None:
+def _check_same_run(run_dir: Path, facts: Mapping[str, Any], source: DataSource) -> None:
     """A UserError if what goes on is not the run of `run_dir`, though its options may be the same."""
     metrics = run_dir / "metrics.json"
     before = json.loads(metrics.read_text()) if metrics.is_file() else {}
+    keys = before.get("data_keys")
+    if keys != facts["data_keys"] and keys == first_fingerprint(source.train_keys):
+        before["data_keys"] = facts["data_keys"]
     new_run = f"init={run_dir} starts a new run from its weights"
     for name, message in {
         "data_keys": f"the images to train on are not those that the run began with; {new_run}",

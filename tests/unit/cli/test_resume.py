@@ -27,6 +27,16 @@ def test_other_command_lines_stay_as_they_are(tmp_path: Path) -> None:
         assert with_resumed_options(argv) == argv
 
 
+@pytest.mark.parametrize("content", ["[1]", "{", '{"status": "running"}', "7"])
+def test_folders_without_a_record_of_a_run(tmp_path: Path, content: str) -> None:
+    (tmp_path / "status.json").write_text(content)
+    (tmp_path / "config.yaml").write_text(content)
+    assert continued([f"resume={tmp_path}"]) == [f"resume={tmp_path}"]
+    assert "no status.json there can be read" in complaints(tmp_path, str(tmp_path))[0]
+    write_json(tmp_path / "status.json", {"command": ["train"]})
+    assert complaints(tmp_path, str(tmp_path)) == []
+
+
 def train(*, run_dir: Path, **_: object) -> None:
     pass
 
@@ -92,4 +102,7 @@ def test_what_cannot_change_on_the_way(tmp_path: Path) -> None:
     assert changed(strategy={"_target_": "a.Coupled"}, seed="${nowhere:}") == ["strategy=Coupled"]
     assert changed(data={"path": "a", "images": 5}, seed=1, later=3) == ["seed=1", "data.images=5"]
     (line,) = complaints(tmp_path, str(tmp_path), **before | {"seed": 1})
-    assert line.startswith(f"seed=1: the run in {tmp_path} began with 0, and goes on with it; init=")
+    assert line.startswith(f"seed=1: the run in {tmp_path} began with 0; seed=0 goes on with it, init=")
+    write_json(tmp_path / "status.json", {"command": ["train"], "choices": {"strategy": "decoupled"}})
+    (line,) = complaints(tmp_path, str(tmp_path), **before | {"strategy": {"_target_": "a.Coupled"}})
+    assert "began with Decoupled; strategy=decoupled goes on with it" in line, "a default may have changed since"

@@ -44,5 +44,10 @@ def test_names_of_images() -> None:
     assert not any(map(is_image, [".jpg", "._a.jpg", ".hidden.png", "jpg", "a.json", "a.jpg.txt"]))
 
 
+def test_a_key_is_no_other_images_name() -> None:
+    names = ["a.jpg", "a.png", "a.jpg.png", "b.jpg"]
+    assert unique_keys([name.rpartition(".")[0] for name in names], names) == ["a.jpg", "a.png", "a.jpg.png", "b"]
+
+
 def test_keys_stay_unique() -> None:
     assert unique_keys(["a", "b", "b"], ["a.jpg", "b.jpg", "b.png"]) == ["a", "b.jpg", "b.png"]

@@ -4,7 +4,9 @@ import json
 from importlib import metadata
 from pathlib import Path
 
-from sam_distill.runs.status import Status, fail
+import pytest
+
+from sam_distill.runs.status import Status, earlier, fail, read
 
 
 def said(run_dir: Path) -> tuple[str, str | None]:
@@ -65,3 +67,11 @@ def test_a_command_without_records(tmp_path: Path) -> None:
         job.begin("")
         assert job.end("mend me") == first, "only the first process speaks"
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", "{", "7"])
+def test_what_is_no_record_says_nothing(tmp_path: Path, content: str) -> None:
+    (tmp_path / "status.json").write_text(content)
+    (tmp_path / "config.yaml").write_text(content)
+    assert read(tmp_path) == {}
+    assert earlier(tmp_path, "seed: 1") is None

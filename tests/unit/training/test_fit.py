@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import logging
 import os
@@ -40,7 +41,7 @@ from sam_distill.strategies.finetune_decoder import FinetuneDecoder
 from sam_distill.strategies.finetune_joint import FinetuneJoint
 from sam_distill.strategies.semi_coupled import SemiCoupled
 from sam_distill.teachers import LiveTeacher
-from sam_distill.training.fit import Options, Setup, fit, new_student
+from sam_distill.training.fit import Options, Setup, _check_same_run, fit, new_student
 from sam_distill.training.lightning_module import Distillation, silence_lightning
 from sam_distill.training.loggers import CsvOnly
 from sam_distill.training.optimizers import AdamW, Muon
@@ -153,6 +154,12 @@ def test_a_compiled_student_is_saved_under_official_names(
     run(tmp_path, live, sam, compile=True, budget="1 step", validate_every="1 step", ema=0.9)
     assert sam.image_encoder._compiled_call_impl is not None
     assert list(load_sam(tmp_path).state_dict()) == keys
+
+
+def test_shares_of_more_than_all_steps(tmp_path: Path, live: LiveTeacher) -> None:
+    with pytest.raises(UserError, match=r"add up to 1\.3, which is more than 1"):
+        run(tmp_path, live, student(live), progressive_resizing={64: 0.9, 192: 0.4})
+    assert not list(tmp_path.iterdir())
 
 
 def test_run_folder(finished: tuple[Path, Sam]) -> None:
@@ -480,6 +487,18 @@ def test_a_resumed_run_takes_new_rates_but_no_other_images(
     other.train = range(3)
     with pytest.raises(UserError, match="the images to train on are not those that the run began with; init="):
         run(tmp_path / "run", live, student(live), source=other, **there)
+
+
+def test_runs_of_the_first_days_go_on(tmp_path: Path) -> None:
+    """They have a hash of all keys where later ones have a fingerprint."""
+    source, other = Drawings(), Drawings()
+    other.train = range(3)
+    keys = "\n".join(sorted(source.train_keys)).encode()
+    (tmp_path / "metrics.json").write_text(json.dumps({"data_keys": hashlib.sha256(keys).hexdigest()}))
+    facts = {"images_per_step": 2}
+    _check_same_run(tmp_path, facts | {"data_keys": source.fingerprint}, source)
+    with pytest.raises(UserError, match="the images to train on are not those"):
+        _check_same_run(tmp_path, facts | {"data_keys": other.fingerprint}, other)
 
 
 def test_nothing_held_out_is_told(finished: tuple[Path, Sam], tmp_path: Path, live: LiveTeacher) -> None:

@@ -1,0 +1,26 @@
+"""Folders that only look like a distillation cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sam_distill.data.cache import Cache
+from sam_distill.teachers import CachedTeacher
+from sam_distill.types import UserError
+
+
+@pytest.mark.parametrize("content", ['{"name": "My app", "icons": []}', "[]", "7"])
+def test_a_manifest_of_something_else(tmp_path: Path, content: str) -> None:
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(UserError, match=r"holds no cache: its manifest\.json is that of something else"):
+        Cache(str(tmp_path))
+
+
+def test_a_damaged_teacher(tmp_path: Path) -> None:
+    (tmp_path / "teacher.pt").write_bytes(b"no tensors")
+    with pytest.raises(
+        UserError, match=r"teacher\.pt can't be read \(.*: the sam-distill cache that wrote it, run again"
+    ):
+        _ = CachedTeacher(str(tmp_path)).sam
