@@ -85,7 +85,7 @@ def bench(
         if chosen("everything"):
             yield bench_everything(sam, photograph(), points_per_side, kind)
         if chosen("step"):
-            yield _step(load_sam(checkpoint), jpegs(), trainer, batch_size)
+            yield _step(load_sam(checkpoint) if encoder is None else sam, jpegs(), trainer, batch_size)
 
     facts, found = machine(trainer), []
     Console().print(", ".join(f"{name}: {value}" for name, value in facts.items()), highlight=False)

@@ -19,10 +19,13 @@ ENDING = "points without a box end with a point (0, 0) labelled -1"
 
 
 class AnySizeEncoder(nn.Module):
-    """The image encoder with everything before it but the resize to the frame."""
+    """The image encoder with everything before it but the resize to the frame: an image that lacks it is an error."""
+
+    nothing: Tensor
 
     def __init__(self, sam: Sam) -> None:
         super().__init__()
+        self.register_buffer("nothing", torch.zeros(1), persistent=False)
         self.encoder = Encoder(sam, "outside")
         self.image_size = sam.image_size
         self.inputs = [TensorSpec("image", ("height", "width", 3), PICTURE, "uint8", (FRAME // 2, FRAME - 1, 3))]
@@ -31,7 +34,9 @@ class AnySizeEncoder(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """image [h, w, 3] uint8 RGB, resized to the frame (long side 1024) -> image_embeddings [1, 256, 64, 64]."""
         height, width = image.shape[:2]
-        x = image.float().permute(2, 0, 1).unsqueeze(0)
+        longest = torch.maximum(torch.full((), height), torch.full((), width))
+        wrong = (longest != FRAME).long().reshape(1)  # then there is no such element, which is all a graph can say
+        x = image.float().permute(2, 0, 1).unsqueeze(0) + self.nothing.index_select(0, wrong)
         x = F.pad((x - self.encoder.mean) / self.encoder.std, (0, FRAME - width, 0, FRAME - height))
         x = x.reshape(1, 3, FRAME, FRAME)
         if self.image_size != FRAME:

@@ -51,7 +51,11 @@ def load_sam(checkpoint: str | Path) -> Sam:
     """
     path = find_checkpoint(checkpoint)
     state, description = _read(path)
-    sam = Sam(build_encoder(description["encoder"]), image_size=description["image_size"])
+    try:
+        sam = Sam(build_encoder(description["encoder"]), image_size=description["image_size"])
+    except (KeyError, TypeError, ValueError) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise UserError(f"{path} holds a model that this version of sam-distill can't build ({why})") from error
     _load(sam, state, path)
     return sam.eval()
 

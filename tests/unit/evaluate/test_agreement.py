@@ -100,11 +100,12 @@ def test_boxes_enclose_the_teachers_masks(teacher: Sam, batch: Batch, embedding:
 
 def test_what_nobody_sees_has_no_score(teacher: Sam, batch: Batch, embedding: torch.Tensor) -> None:
     """Prompts to which the right masks are all empty count for nothing: no NaN stands among the scores."""
-    judge, empty = Judge(Agreement(points=2)), torch.zeros(200, 300, dtype=torch.bool)
+    judge, sizes = Judge(Agreement(points=2)), batch.original_sizes.tolist()
     view = judge.protocol.see(teacher, embedding, batch)
-    targets = [replace(target, masks=lambda image, prompt: empty) for target in judge.protocol.ask(view)]
     with torch.no_grad():
-        judge.update(view, embedding, [targets[0]])
+        points, _ = judge.protocol.ask(view)
+        empty = replace(points, masks=lambda image, _: torch.zeros(sizes[image], dtype=torch.bool))
+        judge.update(view, embedding, [empty])
     metrics = judge.compute()
     assert (metrics["prompts"], metrics["prompts_skipped"]) == (0, 4)
     assert not [name for name in metrics if name.startswith(("miou", "empty"))]

@@ -63,6 +63,19 @@ def test_onnx_runtime_agrees_with_pytorch(name: str, teacher: Sam, decoder: Infe
     assert found.worst_mask_iou > 0.999
 
 
+def test_an_image_that_was_not_resized_is_an_error(teacher: Sam, tmp_path: Path) -> None:
+    """It would be padded, or cut off, and answered."""
+    encoder = AnySizeEncoder(prepared(student("resnet18", teacher, image_size=64)))
+    onnx.write_graph(encoder, tmp_path / "encoder.onnx")
+    session = onnx.open_session(tmp_path / "encoder.onnx")
+    for height, width in [(480, 640), (683, 1023), (1500, 1024), (1025, 1025)]:
+        image = np.zeros((height, width, 3), np.uint8)
+        with pytest.raises(IndexError):
+            encoder(torch.from_numpy(image))
+        with pytest.raises(Exception, match="out of data bounds"):
+            session.run(None, {"image": image})
+
+
 def test_a_difference_is_seen(teacher: Sam, decoder: InferenceSession, tmp_path: Path) -> None:
     sam = student("resnet18", teacher, image_size=64)
     onnx.write_graph(AnySizeEncoder(prepared(sam)), tmp_path / "encoder.onnx")

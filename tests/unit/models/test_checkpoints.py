@@ -83,6 +83,14 @@ def test_what_is_no_checkpoint(tmp_path: Path) -> None:
         checkpoints.load_sam("mobil_sam")
 
 
+@pytest.mark.parametrize("encoder", [{"class": "Later"}, {"class": "TinyViT", "later": 1}, {}])
+def test_what_a_later_version_has_written(tmp_path: Path, encoder: dict[str, object]) -> None:
+    held = {"state_dict": {}, checkpoints.DESCRIPTION: {"encoder": encoder, "image_size": 64}}
+    torch.save(held, tmp_path / "last.ckpt")
+    with pytest.raises(UserError, match="holds a model that this version of sam-distill can't build"):
+        checkpoints.load_sam(tmp_path / "last.ckpt")
+
+
 def test_a_foreign_loader_sees_a_plain_state_dict(tmp_path: Path) -> None:
     """The description must not disturb anybody's strict loading."""
     sam = Sam(TimmEncoder("resnet18", pretrained=False))
