@@ -248,9 +248,14 @@ def _before(out: Path, here: dict[str, str], again: bool) -> dict[str, Any]:
     file = out / "results.json"
     if file.is_file() and not again:
         results: dict[str, Any] = json.loads(file.read_text())
-        if results["machine"] == here:
+        if _without_dirt(results["machine"]) == _without_dirt(here):
             return results
     return {"machine": here, "parts": {}}
+
+
+def _without_dirt(machine: dict[str, str]) -> dict[str, str]:
+    """What is written here is part of the checkout, which differs from its commit from then on."""
+    return machine | {"version": machine["version"].removesuffix("-dirty")}
 
 
 if __name__ == "__main__":
