@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_training import Drawings, Stumbling, history, run
+from test_fit import Drawings, Stumbling, history, run
 from torch import Tensor, distributed, nn
 
 from sam_distill.data.base import collate

@@ -13,7 +13,7 @@ import torch
 from pretended import pretended_gpu
 from pytorch_lightning.accelerators import CPUAccelerator
 from pytorch_lightning.strategies import SingleDeviceStrategy
-from test_training import Drawings, Stumbling, run, student
+from test_fit import Drawings, Stumbling, run, student
 
 from sam_distill.evaluate.agreement import Agreement
 from sam_distill.models.encoders import TinyViT
