@@ -31,7 +31,7 @@ def test_other_command_lines_stay_as_they_are(tmp_path: Path) -> None:
 def test_folders_without_a_record_of_a_run(tmp_path: Path, content: str) -> None:
     (tmp_path / "status.json").write_text(content)
     (tmp_path / "config.yaml").write_text(content)
-    assert continued([f"resume={tmp_path}"]) == [f"resume={tmp_path}"]
+    assert with_resumed_options([f"resume={tmp_path}"]) == [f"resume={tmp_path}"]
     assert "no status.json there can be read" in complaints(tmp_path, str(tmp_path))[0]
     write_json(tmp_path / "status.json", {"command": ["train"]})
     assert complaints(tmp_path, str(tmp_path)) == []
