@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sam_distill.runs.status import Status, earlier, fail, read
+from sam_distill.runs.status import Status, earlier_outcome, fail, read
 
 
 def said(run_dir: Path) -> tuple[str, str | None]:
@@ -74,4 +74,4 @@ def test_what_is_no_record_says_nothing(tmp_path: Path, content: str) -> None:
     (tmp_path / "status.json").write_text(content)
     (tmp_path / "config.yaml").write_text(content)
     assert read(tmp_path) == {}
-    assert earlier(tmp_path, "seed: 1") is None
+    assert earlier_outcome(tmp_path, "seed: 1") is None
