@@ -48,7 +48,11 @@ def run(*overrides: str) -> int:
 
 
 def snippets(file: str) -> list[str]:
-    return [code for code in re.findall(r"```python\n(.*?)```", (ROOT / file).read_text(), re.DOTALL) if "onnx" in code]
+    return [
+        code
+        for code in re.findall(r"```python\n(.*?)```", (ROOT / file).read_text(), re.DOTALL)
+        if "onnxruntime" in code
+    ]
 
 
 def test_onnx_and_the_snippets_of_the_docs(place: Path, student: Sam, capfd: pytest.CaptureFixture[str]) -> None:
@@ -110,7 +114,11 @@ def test_mistakes_are_one_line(place: Path, capfd: pytest.CaptureFixture[str], m
     monkeypatch.setitem(formats.FORMATS, "onnx", nonesuch)
     for overrides, complaint in {
         ("format=onnx", "path=a"): "format=onnx needs nonesuch: pip install 'sam-distill[export]'",
-        ("format=sam", "quantize=int8", "path=a"): "quantize=int8 goes with format=onnx, litert, web, not with",
+        (
+            "format=sam",
+            "quantize=int8",
+            "path=a",
+        ): "quantize=int8 goes with format=onnx, litert, executorch, coreml, web, not with",
         ("format=sam", "path=a"): "this is TimmEncoder(name=resnet18, neck=fine): take format=onnx or",
         ("format=safetensors", "path=."): "path=. is a folder: expected a file",
         ("format=safetensors", "path=/proc/a/b"): "path=/proc/a/b: cannot be written (",

@@ -23,7 +23,7 @@ from sam_distill.benchmark.timing import Contender, race
 from sam_distill.data.base import collate
 from sam_distill.evaluate.fastsam import FastSam
 from sam_distill.export.contract import Settings, contracts
-from sam_distill.export.formats import load_format
+from sam_distill.export.formats import FORMATS, load_format
 from sam_distill.images import frame_size, to_frame
 from sam_distill.models.inference import optimize_for_inference
 from sam_distill.models.sam import Sam
@@ -98,9 +98,11 @@ def _onnx_encoder(sam: Sam) -> Contender:
 
 
 def exported_encoders(folder: Path) -> Iterator[tuple[Contender, str]]:
-    """Each export in its own runtime, and in a line its size and how near its masks came to PyTorch's."""
+    """Each export that has a runtime here, and in a line its size and how near its masks came to PyTorch's."""
     for file in contracts(folder):
         settings, content = Settings.read(file)
+        if FORMATS[settings.format].runtime is None:
+            continue
         runner = load_format(settings.format).open_runner(file.parent, settings)
         name = f"sam-distill, {settings.format}, {settings.quantize or 'fp32'}"
         size = sum((file.parent / content[graph]["file"]).stat().st_size for graph in ("encoder", "decoder"))

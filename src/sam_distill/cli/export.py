@@ -27,7 +27,7 @@ CHECKED = 10  # photographs at most that the runtime and PyTorch must agree on
 def export(
     *,
     checkpoint: Checkpoint,
-    format: Literal["mobile_sam", "sam", "safetensors", "onnx", "litert", "web"],
+    format: Literal["mobile_sam", "sam", "safetensors", "onnx", "litert", "executorch", "coreml", "web"],
     quantize: Quantize | None,
     points: Annotated[int, Field(ge=1)],
     normalize: Normalize,

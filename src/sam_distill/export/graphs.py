@@ -64,7 +64,7 @@ class Decoder(nn.Module):
         """
         present = point_labels - (point_labels == NOT_A_POINT).float() * (NOT_A_POINT - ABSENT)
         highest = point_labels.amax(dim=1, keepdim=True)
-        only_points = ((highest >= 0) & (highest < BOX_TOP_LEFT)).float()
+        only_points = (highest >= 0).float() * (highest < BOX_TOP_LEFT).float()  # not `&`, which Core ML lacks
         labels = torch.cat([present, ABSENT + only_points * (NOT_A_POINT - ABSENT)], dim=1)
         labels = labels.unsqueeze(0)
         tokens, _ = self.prompt_encoder(Prompts(F.pad(point_coords, (0, 0, 0, 1)).unsqueeze(0), labels))

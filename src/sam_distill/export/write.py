@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,24 +16,37 @@ from sam_distill.files import write_json
 from sam_distill.models.sam import Sam
 from sam_distill.types import Sample, UserError
 
+log = logging.getLogger(__name__)
+
 
 def export_graphs(sam: Sam, folder: Path, settings: Settings, least_iou: float, samples: list[Sample]) -> None:
     """Write the graphs and their contract to `folder`, and print how far they agree with PyTorch.
 
     samples: photographs to compare on. A UserError where masks agree to less than `least_iou`.
     """
-    module, runtime = load_format(settings.format), FORMATS[settings.format].runtime
+    module = load_format(settings.format)
     if not samples:
         raise UserError("data= has no held-out photograph to run the export on: it needs one at least")
-    graphs = module.write(sam, folder, settings)
+    content = module.write(sam, folder, settings) | {"upscaling": UPSCALING}
+    content["checked"] = _checked(sam, folder, settings, least_iou, samples)
+    write_json(folder / CONTRACT, asdict(settings) | content)
+
+
+def _checked(
+    sam: Sam, folder: Path, settings: Settings, least_iou: float, samples: list[Sample]
+) -> dict[str, float | str] | None:
+    """What came of running the graphs in the format's runtime; None if nothing here runs them."""
+    module, runtime = load_format(settings.format), FORMATS[settings.format].runtime
+    if runtime is None:
+        log.warning("format=%s was not run: nothing here can. Compare its masks on a device", settings.format)
+        return None
     found = check.compare(sam, module.open_runner(folder, settings), samples)
     _show(found, runtime, least_iou)
     if not found.good(least_iou):
         agree = f"agree to a mask IoU of {found.mask_iou:.4f} and a cosine of {found.cosine:.4f} only"
         mend = "take another quantize= or a smaller least_iou="
         raise UserError(f"{runtime} and PyTorch {agree}, less than {least_iou:g}, so nothing was written: {mend}")
-    checked = {"runtime": runtime, "least_iou": least_iou} | found.as_json()
-    write_json(folder / CONTRACT, asdict(settings) | graphs | {"upscaling": UPSCALING, "checked": checked})
+    return {"runtime": runtime, "least_iou": least_iou} | found.as_json()
 
 
 def _show(found: check.Agreement, runtime: str, least_iou: float) -> None:

@@ -1,0 +1,67 @@
+"""ExecuTorch (.pte), for Android and iOS: PyTorch's own export, computed by XNNPACK, run by ExecuTorch's runtime."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+from executorch.exir import to_edge_transform_and_lower
+from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
+from executorch.runtime import Runtime
+from torchao.quantization import Int8DynamicActivationIntxWeightConfig, PerAxis, quantize_
+
+from sam_distill.export.contract import Settings, graph_as_json
+from sam_distill.export.graphs import Decoder, Encoder, prepared
+from sam_distill.export.runner import ContractRunner, Run, Runner
+from sam_distill.models.sam import Sam
+from sam_distill.types import UserError
+
+logging.getLogger("executorch").setLevel(logging.ERROR)
+
+ENCODER, DECODER = "encoder.pte", "decoder.pte"
+INT8 = Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int8, weight_granularity=PerAxis(0))
+
+
+def write(sam: Sam, folder: Path, settings: Settings) -> dict[str, Any]:
+    """Write encoder.pte and decoder.pte. With int8 the encoder's linear layers, as each picture has their inputs."""
+    if settings.quantize == "fp16":
+        raise UserError("quantize=fp16 does not go with format=executorch, whose masks are wrong in it: take int8")
+    sam = prepared(sam)
+    if settings.quantize == "int8":
+        quantize_(sam.image_encoder, INT8)
+    return {
+        "encoder": _write_graph(Encoder(sam, settings.normalize), folder / ENCODER),
+        "decoder": _write_graph(Decoder(sam, settings.points), folder / DECODER),
+    }
+
+
+def open_runner(folder: Path, settings: Settings) -> Runner:
+    return ContractRunner(_open(folder / ENCODER), _open(folder / DECODER), settings)
+
+
+@torch.no_grad()
+def _write_graph(graph: Any, path: Path) -> dict[str, Any]:
+    inputs = tuple(tensor.zeros() for tensor in graph.inputs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's own affairs
+        program = torch.export.export(graph.eval(), inputs, strict=False)
+        lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
+        path.write_bytes(lowered.to_executorch().buffer)
+    return graph_as_json(path.name, graph.inputs, graph.outputs)
+
+
+def _open(path: Path) -> Run:
+    _unsafe_reset_threadpool(torch.get_num_threads())
+    method = Runtime.get().load_program(path).load_method("forward")
+
+    def run(values: Sequence[np.ndarray]) -> list[np.ndarray]:
+        outputs = method.execute([torch.from_numpy(value) for value in values])
+        return [output.clone().numpy() for output in outputs]  # the runtime uses its own memory again
+
+    return run

@@ -1,0 +1,29 @@
+"""ExecuTorch's files in its own runtime. docs/export.md says in which environment this runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sam_distill.cli import app
+from sam_distill.models.sam import Sam
+
+pytest.importorskip("executorch", reason="needs executorch, in an environment of its own: docs/export.md")
+
+
+def test_executorch_and_the_snippet_of_the_docs(
+    export: Callable[..., Any], iou_of_the_docs: Callable[..., float]
+) -> None:
+    exported = export("executorch", "int8", least_iou=0.9)  # at 256 px MobileSAM's masks are easily moved
+    assert exported["checked"]["runtime"] == "ExecuTorch"
+    assert exported["bytes"] < 16e6  # of 23.5 MB in 32 bits
+    assert iou_of_the_docs("executorch.runtime") > 0.9  # its resize skips the frame, too
+
+
+def test_half_precision_is_refused(student: Sam, capfd: pytest.CaptureFixture[str]) -> None:
+    assert app.main(["export", "checkpoint=student.pt", "format=executorch", "quantize=fp16", "path=a"]) == 1
+    assert "error: quantize=fp16 does not go with format=executorch" in capfd.readouterr().err
+    assert not Path("a").exists()
