@@ -94,10 +94,13 @@ def test_files_for_other_code(place: Path, teacher: Sam, capfd: pytest.CaptureFi
     save_sam(teacher_at_256, "tinyvit.pt")
     assert run("format=safetensors", "path=out/student.safetensors") == 0
     assert run("checkpoint=tinyvit.pt", "format=mobile_sam", "path=out/tinyvit.pt") == 0
+    assert app.main(["export", "format=safetensors", "path=out/pocket.safetensors"]) == 0  # what comes with the project
     said = capfd.readouterr()
     assert 'for sam_model_registry["vit_t"](checkpoint="out/tinyvit.pt")' in said.out
     assert "sees images at 256 pixels" in said.out + said.err
-    assert sorted(file.name for file in Path("out").iterdir()) == ["student.safetensors", "tinyvit.pt"]
+    assert sorted(file.name for file in Path("out").iterdir()) == [
+        "pocket.safetensors", "student.safetensors", "tinyvit.pt",
+    ]  # fmt: skip
 
 
 def test_what_differs_is_not_written(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
