@@ -34,7 +34,7 @@ def export_graphs(sam: Sam, folder: Path, settings: Settings, least_iou: float, 
 
 def _checked(
     sam: Sam, folder: Path, settings: Settings, least_iou: float, samples: list[Sample]
-) -> dict[str, float | str] | None:
+) -> dict[str, object] | None:
     """What came of running the graphs in the format's runtime; None if nothing here runs them."""
     module, runtime = load_format(settings.format), FORMATS[settings.format].runtime
     if runtime is None:
