@@ -19,15 +19,15 @@ from sam_distill.predict.mask_generator import SamAutomaticMaskGenerator
 
 def bench_everything(sam: Sam, image: np.ndarray[Any, Any], points_per_side: int, device: str) -> Finding:
     """image: [H, W, 3] uint8. One turn each: it takes seconds to minutes."""
-    sam = optimize_for_inference(sam).to(device)
+    folded = optimize_for_inference(sam).to(device)
     options: dict[str, Any] = {"points_per_side": points_per_side, "output_mode": "coco_rle"}
     found: dict[str, Records] = {}
 
     def keep(name: str, generator: Any) -> None:
         found[name] = generator.generate(image)
 
-    ours = SamAutomaticMaskGenerator(sam, **options)
-    fast = SamAutomaticMaskGenerator(sam, **options, fast=True)
+    ours = SamAutomaticMaskGenerator(folded, **options)
+    fast = SamAutomaticMaskGenerator(folded, **options, fast=True)
     contenders = [
         Contender(FP32, lambda: keep("ours", ours)),
         Contender("sam-distill, fp32, fast", lambda: keep("fast", fast)),

@@ -121,6 +121,8 @@ class _Composer:
     def compose_good(self, parsed: Sequence[Override]) -> DictConfig:
         """Compose with as many of the overrides as can be; the rest are mistakes."""
         wrong = [(override, names[0]) for override in parsed if (names := self._wrong_choices(override))]
+        if any(override.key_or_group == "hydra.searchpath" for override in parsed):
+            wrong = []  # folders that only Hydra's compose looks into, such as --config-dir
         self.mistakes += [f"{override.input_line}: {self._no_such_choice(override, name)}" for override, name in wrong]
         refused = [override for override, _ in wrong]
         rest = [override for override in parsed if not (override in refused or _is_within(override, refused))]

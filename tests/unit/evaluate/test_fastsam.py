@@ -217,7 +217,7 @@ def test_a_sam_has_its_parameters_told(photographs: Path, tmp_path: Path) -> Non
     assert app.main(["evaluate", "checkpoint=mobile_sam", *words, f"hydra.run.dir={tmp_path}"]) == 0
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["empty/point"] == 0
-    assert metrics["embedding_mse"] == 0
+    assert metrics["embedding_mse"] < 1e-9, "the teacher's layers are folded"
     # paper, Tables 3, 1 and 6
     assert metrics["parameters"] == pytest.approx(5.78e6, rel=0.01)
     assert metrics["parameters/prompt_encoder"] == pytest.approx(0.006e6, rel=0.05)

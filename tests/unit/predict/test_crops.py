@@ -18,7 +18,10 @@ def test_same_points(side: int) -> None:
 @given(st.tuples(st.integers(8, 3000), st.integers(8, 3000)), st.integers(0, 3), st.floats(0, 0.5))
 def test_same_crops(size: tuple[int, int], layers: int, overlap: float) -> None:
     boxes, numbers = generate_crop_boxes(size, layers, overlap)
-    assert crop_boxes(size, layers, overlap) == list(zip(numbers, map(tuple, boxes), strict=True))
+    there = [
+        (layer, (x0, y0, x1, y1)) for layer, (x0, y0, x1, y1) in zip(numbers, boxes, strict=True) if x0 < x1 and y0 < y1
+    ]
+    assert crop_boxes(size, layers, overlap) == there, "but for crops without a pixel"
 
 
 @given(st.tuples(*[st.integers(0, 199)] * 2), st.tuples(*[st.integers(200, 400)] * 2))

@@ -537,7 +537,7 @@ def test_the_teacher_agrees_with_itself(tmp_path: Path, live: LiveTeacher) -> No
         hardware=HARDWARE, batch_size=2, run_dir=tmp_path,
     )  # fmt: skip
     assert metrics["miou/point"] == metrics["miou/box"] == 1.0
-    assert metrics["embedding_mse"] == 0.0
+    assert metrics["embedding_mse"] < 1e-9, "the teacher's layers are folded"
 
 
 def test_validation_and_evaluate_say_the_same(finished: tuple[Path, Sam], tmp_path: Path, live: LiveTeacher) -> None:
