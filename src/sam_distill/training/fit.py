@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -241,15 +243,22 @@ def _print_summary(folder: RunFolder, module: Distillation, run_dir: Path) -> No
     console.print(f"{folder.seconds:.0f} seconds" + (f"; {skipped} damaged images or tars skipped" if skipped else ""))
     for tar, images in folder.source.skipped_by_tar.items():
         console.print(f"  {images} of {tar}", highlight=False, soft_wrap=True)
-    try_it = "sam-distill segment image=PHOTO.jpg 'point=[x,y]' path=seen.png checkpoint="
+    student = _option("checkpoint", run_dir)
+    try_it = "sam-distill segment image=PHOTO.jpg 'point=[x,y]' path=seen.png"
     for name, what in {
         "picture": run_dir / "pictures" / f"masks_{module.validated_at:07d}.png",
         "student": run_dir / "student.pt",
-        "try it": f"{try_it}{run_dir}",
-        "a better one": f"{try_it}pocket_sam, the student that comes with sam-distill",
-        "in a browser": f"sam-distill demo compare=mobile_sam checkpoint={run_dir}",
+        "try it": f"{try_it} {student}",
+        "a better one": f"{try_it} checkpoint=pocket_sam, the student that comes with sam-distill",
+        "in a browser": f"sam-distill demo compare=mobile_sam {student}",
     }.items():
         console.print(f"{name:14}{what}", highlight=False, soft_wrap=True, markup=False)
+
+
+def _option(key: str, path: Path) -> str:
+    """For a shell and for Hydra, whatever characters the path has."""
+    plain = re.fullmatch(r"[\w./-]+", str(path))
+    return f"{key}={path}" if plain else shlex.quote(f'{key}="{path}"')
 
 
 def _last_checkpoint(run_dir: Path) -> Path:

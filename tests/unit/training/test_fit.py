@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import shlex
 import shutil
 import signal
 from collections.abc import Iterator
@@ -41,7 +42,7 @@ from sam_distill.strategies.finetune_decoder import FinetuneDecoder
 from sam_distill.strategies.finetune_joint import FinetuneJoint
 from sam_distill.strategies.semi_coupled import SemiCoupled
 from sam_distill.teachers import LiveTeacher
-from sam_distill.training.fit import Options, Setup, _check_same_run, fit, new_student
+from sam_distill.training.fit import Options, Setup, _check_same_run, _option, fit, new_student
 from sam_distill.training.lightning_module import Distillation, silence_lightning
 from sam_distill.training.loggers import CsvOnly
 from sam_distill.training.optimizers import AdamW, Muon
@@ -529,6 +530,11 @@ def test_resuming_another_architecture(finished: tuple[Path, Sam], tmp_path: Pat
     other = new_student(TinyViT("11m", pretrained=False), live.sam, image_size=128, neck_from_teacher=False)
     with pytest.raises(UserError, match="resume: the checkpoint holds"):
         run(tmp_path, live, other, resume=str(finished[0]))
+
+
+def test_a_hint_can_be_pasted() -> None:
+    assert _option("checkpoint", Path("outputs/a_1-b.c")) == "checkpoint=outputs/a_1-b.c"
+    assert shlex.split(_option("checkpoint", Path("my runs/seed=0"))) == ['checkpoint="my runs/seed=0"']
 
 
 def test_the_teacher_agrees_with_itself(tmp_path: Path, live: LiveTeacher) -> None:
