@@ -24,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sam_distill.cli.config import nearest, one_line, parameters
 from sam_distill.cli.signatures import resolve
+from sam_distill.runs.overrides import quoted_override
 
 
 def _when(given: str, wanted: str | Sequence[str], value: Any, otherwise: Any = None) -> Any:
@@ -120,9 +121,9 @@ class _Composer:
 
     def compose_good(self, parsed: Sequence[Override]) -> DictConfig:
         """Compose with as many of the overrides as can be; the rest are mistakes."""
-        wrong = [(override, names[0]) for override in parsed if (names := self._wrong_choices(override))]
-        if any(override.key_or_group == "hydra.searchpath" for override in parsed):
-            wrong = []  # folders that only Hydra's compose looks into, such as --config-dir
+        # Hydra's compose alone looks into further folders, such as --config-dir.
+        known = [] if any(override.key_or_group == "hydra.searchpath" for override in parsed) else parsed
+        wrong = [(override, names[0]) for override in known if (names := self._wrong_choices(override))]
         self.mistakes += [f"{override.input_line}: {self._no_such_choice(override, name)}" for override, name in wrong]
         refused = [override for override, _ in wrong]
         rest = [override for override in parsed if not (override in refused or _is_within(override, refused))]
@@ -215,8 +216,7 @@ def _unreadable(text: str, rest: list[str], reason: str) -> str:
         return f"{together}: torn apart at its spaces; leave them out, or quote it: {shlex.quote(together)}"
     if _open_brackets(text) > 0:
         return f"{text}: a bracket is not closed"
-    quoted = value.replace('"', '\\"')
-    return f"{text}: can't be read ({reason}); quote it: " + shlex.quote(f'{key}="{quoted}"')
+    return f"{text}: can't be read ({reason}); quote it: " + shlex.quote(quoted_override(key, value))
 
 
 def _reason(error: Exception) -> str:

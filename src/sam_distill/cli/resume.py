@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sam_distill.cli.config import keeps_run_folder, show
 from sam_distill.runs import processes, status
+from sam_distill.runs.overrides import quoted_override
 
 LAST = Path("checkpoints", "last.ckpt")  # in a run's folder
 
@@ -33,8 +34,7 @@ def with_resumed_options(argv: list[str]) -> list[str]:
     if not before:
         return argv  # `run_folder_mistakes` says so
     inherited = [word for word in before[1:] if _key(word) not in {*given, "resume", "hydra.run.dir"}]
-    quoted = run_dir.replace('"', '\\"')
-    folder = [] if "hydra.run.dir" in given else [f'hydra.run.dir="{quoted}"']
+    folder = [] if "hydra.run.dir" in given else [quoted_override("hydra.run.dir", run_dir)]
     return [*inherited, *argv, *folder]
 
 

@@ -67,6 +67,8 @@ class WindowBlock(nn.Module):
 @torch.no_grad()
 def _fold_batch_norms(encoder: nn.Module) -> None:
     """Each BatchNorm that takes exactly what a convolution gives becomes a part of that convolution."""
+    if not any(isinstance(layer, nn.BatchNorm2d) for layer in encoder.modules()):
+        return  # SAM's ViTs, which are large, need not run
     made: list[tuple[Tensor, nn.Conv2d]] = []
     pairs: list[tuple[nn.Conv2d, str]] = []
     hooks = []

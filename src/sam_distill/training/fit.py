@@ -29,6 +29,7 @@ from sam_distill.models.sam import Sam
 from sam_distill.prompts.samplers import PromptSampler
 from sam_distill.runs.hardware import Hardware
 from sam_distill.runs.launch import all_processes
+from sam_distill.runs.overrides import quoted_override
 from sam_distill.strategies.base import Strategy
 from sam_distill.teachers import Teacher
 from sam_distill.training.callbacks import Averaged, ProgressiveResizing, RunFolder, Throughput
@@ -258,7 +259,7 @@ def _print_summary(folder: RunFolder, module: Distillation, run_dir: Path) -> No
 def _option(key: str, path: Path) -> str:
     """For a shell and for Hydra, whatever characters the path has."""
     plain = re.fullmatch(r"[\w./-]+", str(path))
-    return f"{key}={path}" if plain else shlex.quote(f'{key}="{path}"')
+    return f"{key}={path}" if plain else shlex.quote(quoted_override(key, str(path)))
 
 
 def _last_checkpoint(run_dir: Path) -> Path:
