@@ -19,8 +19,8 @@ from sam_distill.benchmark.steps import bench_step
 from sam_distill.benchmark.tables import Finding, machine, show, write
 from sam_distill.data.base import DataSource
 from sam_distill.evaluate.agreement import Agreement
-from sam_distill.evaluate.fastsam import FastSam, Judged, is_fastsam
 from sam_distill.export.contract import CONTRACT, contracts
+from sam_distill.fastsam.model import FastSam, Judged, is_fastsam
 from sam_distill.images import decode
 from sam_distill.models.checkpoints import load_sam
 from sam_distill.models.encoders import ImageEncoder

@@ -21,9 +21,9 @@ from sam_distill.benchmark.peers import MISSING, mobile_sam, peer_of
 from sam_distill.benchmark.tables import Finding
 from sam_distill.benchmark.timing import Contender, race
 from sam_distill.data.base import collate
-from sam_distill.evaluate.fastsam import FastSam
 from sam_distill.export.contract import Settings, contracts
 from sam_distill.export.formats import FORMATS, load_format
+from sam_distill.fastsam.model import FastSam
 from sam_distill.images import frame_size, to_frame
 from sam_distill.models.inference import optimize_for_inference
 from sam_distill.models.sam import Sam
@@ -173,7 +173,8 @@ def bench_fastsam(model: FastSam, photograph: np.ndarray, device: str, seconds: 
     finding = Finding(
         _to_a_mask(photograph, device), "image", race([Contender(name, run, ours=False)], device, seconds), PAPER_IMAGE
     )
-    return replace(finding, metrics={"image_ms": finding.milliseconds(name), "parameters/model": model.parameters})
+    parameters = model.description["parameters/model"]
+    return replace(finding, metrics={"image_ms": finding.milliseconds(name), "parameters/model": parameters})
 
 
 def counted(sam: Sam) -> Finding:

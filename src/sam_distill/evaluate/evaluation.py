@@ -14,10 +14,9 @@ from rich.table import Table
 from torch.utils.data import DataLoader
 
 from sam_distill.data.base import DataSource, EvalStream, Split, collate
-from sam_distill.evaluate.fastsam import FastSam
 from sam_distill.evaluate.judge import BLIND, Answer, Judge, blind
 from sam_distill.evaluate.protocol import Protocol, write_prompts
-from sam_distill.evaluate.views import View
+from sam_distill.evaluate.views import OtherModel, View
 from sam_distill.files import write_json
 from sam_distill.models.sam import Sam
 from sam_distill.runs.hardware import Hardware
@@ -31,7 +30,7 @@ BLIND_IMAGES = 100  # the blind baseline is computed on so many images at most, 
 @torch.inference_mode()
 def judge(
     *,
-    student: Sam | FastSam,
+    student: Sam | OtherModel,
     teacher: Teacher,
     source: DataSource,
     split: Split,
@@ -91,7 +90,7 @@ def judge(
     return metrics
 
 
-def facts(student: Sam | FastSam, hardware: Hardware, images: int, total: int, seconds: float) -> dict[str, Any]:
+def facts(student: Sam | OtherModel, hardware: Hardware, images: int, total: int, seconds: float) -> dict[str, Any]:
     """What an evaluation's metrics.json says beside the scores. total: images, damaged ones included."""
     about = student.parameter_counts if isinstance(student, Sam) else student.description
     return about | {
@@ -104,10 +103,10 @@ def facts(student: Sam | FastSam, hardware: Hardware, images: int, total: int, s
     }
 
 
-def _look(student: Sam | FastSam, batch: Batch, protocol: Protocol) -> View:
-    if isinstance(student, FastSam):
-        return student.see(batch)
-    return protocol.see(student, student.encode(batch.images, batch.sizes), batch)
+def _look(student: Sam | OtherModel, batch: Batch, protocol: Protocol) -> View:
+    if isinstance(student, Sam):
+        return protocol.see(student, student.encode(batch.images, batch.sizes), batch)
+    return student.see(batch)
 
 
 def loader(

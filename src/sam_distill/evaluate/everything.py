@@ -21,8 +21,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
-from sam_distill.evaluate.fastsam import FastSam
 from sam_distill.evaluate.protocol import Comparison
+from sam_distill.evaluate.views import OtherModel
 from sam_distill.files import write_text
 from sam_distill.metrics import bootstrap
 from sam_distill.models.sam import Sam
@@ -48,12 +48,12 @@ class Everything:
     def _settings(self) -> str:
         return ", ".join(f"{name} {value}" for name, value in getattr(self.generator, "keywords", {}).items())
 
-    def masks(self, model: Sam | FastSam, frame: np.ndarray) -> Records:
+    def masks(self, model: Sam | OtherModel, frame: np.ndarray) -> Records:
         """frame: [h, w, 3] uint8, an image at the frame's resolution, as the masks are, too."""
-        if isinstance(model, FastSam):
-            records = _records(model.everything(torch.from_numpy(frame).permute(2, 0, 1)))
-        else:
+        if isinstance(model, Sam):
             records = self.generator(model, output_mode="coco_rle").generate(frame)
+        else:
+            records = _records(model.everything(torch.from_numpy(frame).permute(2, 0, 1)))
         return [record for record in records if record["area"] > 0]
 
     def remembered(self, who: str, sam: Sam, frame: np.ndarray) -> Records:

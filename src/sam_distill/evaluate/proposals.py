@@ -16,8 +16,8 @@ from rich.table import Table
 from sam_distill.data.base import DataSource, Split
 from sam_distill.evaluate.evaluation import facts, loader
 from sam_distill.evaluate.everything import Detections, Everything, Records
-from sam_distill.evaluate.fastsam import FastSam
 from sam_distill.evaluate.protocol import write_prompts
+from sam_distill.evaluate.views import OtherModel
 from sam_distill.files import write_json
 from sam_distill.models.sam import Sam
 from sam_distill.predict.overlays import coloured, column, side_by_side
@@ -30,7 +30,7 @@ PICTURES = 8  # images drawn
 
 @torch.inference_mode()
 def judge_everything(
-    *, student: Sam | FastSam, teacher: LiveTeacher, source: DataSource, split: Split, protocol: Everything,
+    *, student: Sam | OtherModel, teacher: LiveTeacher, source: DataSource, split: Split, protocol: Everything,
     hardware: Hardware, batch_size: int, run_dir: Path,
 ) -> dict[str, Any]:  # fmt: skip
     """Writes metrics.json, prompts.csv with a row for each of the teacher's masks, and pictures/."""

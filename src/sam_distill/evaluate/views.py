@@ -1,11 +1,11 @@
-"""Who is judged: a model that has looked at a batch of images, and can now be asked for masks."""
+"""Who is judged: a model that looks at a batch of images, and can then be asked for masks."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -33,6 +33,20 @@ class View(ABC):
     @abstractmethod
     def masks(self, prompts: Prompts) -> MaskOf:
         """One mask for each prompt."""
+
+
+class OtherModel(ABC):
+    """A model that is judged, but is no SAM. description: its size and options, for metrics.json."""
+
+    description: dict[str, Any]
+
+    @abstractmethod
+    def see(self, batch: Batch) -> View:
+        """Look at these images."""
+
+    @abstractmethod
+    def everything(self, image: Tensor) -> Tensor:
+        """image: [3, h, w] uint8 RGB, its long side 1024 -> [N, h, w] bool, the surest first; N may be 0."""
 
 
 class SamView(View):

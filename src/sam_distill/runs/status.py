@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -101,7 +102,8 @@ def earlier_outcome(run_dir: Path, config: str) -> str | None:
     if not file.is_file():
         return None
     try:
-        now, then = (dict(yaml.safe_load(text)) | {"resume": None} for text in (config, file.read_text()))
+        texts = [re.sub(r"_target_: \S*\.", "_target_: ", text) for text in (config, file.read_text())]  # classes move
+        now, then = (dict(yaml.safe_load(text)) | {"resume": None} for text in texts)
     except (yaml.YAMLError, TypeError, ValueError):  # not what a job has written
         return None
     return read(run_dir).get("status") if now == then else None

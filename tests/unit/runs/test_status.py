@@ -61,6 +61,13 @@ def test_resuming_in_vain_leaves_the_record_as_it_was(tmp_path: Path) -> None:
     assert (tmp_path / "config.yaml").read_text() == "seed: 2"
 
 
+def test_a_class_that_has_moved_is_the_same(tmp_path: Path) -> None:
+    (tmp_path / "status.json").write_text('{"status": "finished"}')
+    (tmp_path / "config.yaml").write_text("fastsam:\n  _target_: sam_distill.evaluate.fastsam.FastSam\n  conf: 0.4\n")
+    assert earlier_outcome(tmp_path, "fastsam: {_target_: sam_distill.fastsam.model.FastSam, conf: 0.4}") == "finished"
+    assert earlier_outcome(tmp_path, "fastsam: {_target_: sam_distill.fastsam.model.Other, conf: 0.4}") is None
+
+
 def test_a_command_without_records(tmp_path: Path) -> None:
     for first in (True, False):
         job = Status(tmp_path, ["segment"], {}, first, recorded=False, resumed=False)

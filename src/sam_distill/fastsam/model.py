@@ -21,8 +21,8 @@ from pydantic import Field, ValidatorFunctionWrapHandler, WrapValidator
 from torch import Tensor
 from torch.nn import functional as F
 
-from sam_distill.evaluate.mappings import RULES, Mapping, best_for_box
-from sam_distill.evaluate.views import MaskOf, View
+from sam_distill.evaluate.views import MaskOf, OtherModel, View
+from sam_distill.fastsam.mappings import RULES, Mapping, best_for_box
 from sam_distill.models import weights
 from sam_distill.models.checkpoints import Checkpoint
 from sam_distill.types import BACKGROUND, BOX_BOTTOM_RIGHT, BOX_TOP_LEFT, FOREGROUND, FRAME, Batch, Prompts, UserError
@@ -46,7 +46,7 @@ def _or_fastsam(checkpoint: Any, as_sam: ValidatorFunctionWrapHandler) -> Any:
 Judged = Annotated[Checkpoint, WrapValidator(_or_fastsam)]  # a SAM, or a FastSAM
 
 
-class FastSam:
+class FastSam(OtherModel):
     """A FastSAM, or any other YOLO of ultralytics' that makes masks.
 
     checkpoint: as `is_fastsam` knows it. Such a file is a pickle, which can run code when it is loaded: in full only if
@@ -68,20 +68,14 @@ class FastSam:
         name = _name(checkpoint)
         path = weights.fetch(name) if name else Path(checkpoint).expanduser()
         self.network = _load(package, path)
-        self.parameters = sum(p.numel() for p in self.network.model.parameters())
-
-    @property
-    def description(self) -> dict[str, str | float]:
-        """Its size, and what must be known to compare two numbers."""
-        options = {"fastsam/mapping": self.mapping, "fastsam/conf": self.conf, "fastsam/iou": self.iou}
-        return {"parameters/model": self.parameters, **options}
+        self.description = {"parameters/model": sum(p.numel() for p in self.network.model.parameters())}
+        self.description |= {"fastsam/mapping": mapping, "fastsam/conf": conf, "fastsam/iou": iou}
 
     def see(self, batch: Batch) -> FastSamView:
         areas = zip(batch.images, batch.sizes.tolist(), strict=True)
         return FastSamView([self.everything(image[:, :h, :w]) for image, (h, w) in areas], batch, self.mapping)
 
     def everything(self, image: Tensor) -> Tensor:
-        """image: [3, h, w] uint8 RGB, its long side 1024 -> [N, h, w] bool, the surest first; N may be 0."""
         bgr = image.permute(1, 2, 0).flip(-1).cpu().contiguous().numpy()
         options: dict[str, Any] = {"conf": self.conf, "iou": self.iou, "device": image.device, "verbose": False}
         (found,) = self.network.predict(bgr, imgsz=FRAME, retina_masks=True, **options)

@@ -17,9 +17,9 @@ from PIL import Image
 from torch import Tensor
 
 from sam_distill.cli import app
-from sam_distill.evaluate import fastsam
-from sam_distill.evaluate.fastsam import FastSam, FastSamView, is_fastsam
-from sam_distill.evaluate.mappings import RULES, best_for_box, official
+from sam_distill.fastsam import model as fastsam
+from sam_distill.fastsam.mappings import RULES, best_for_box, official
+from sam_distill.fastsam.model import FastSam, FastSamView, is_fastsam
 from sam_distill.models import weights
 from sam_distill.types import (
     BACKGROUND,
