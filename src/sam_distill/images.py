@@ -58,6 +58,13 @@ def to_frame(image: Image.Image, original_size: Size | None = None) -> Tensor:
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()
 
 
+def to_jpeg(image: Tensor, quality: int) -> bytes:
+    """image: [3, h, w] uint8 RGB."""
+    buffer = BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
+
+
 def frame_size(original_size: Size) -> Size:
     """(h, w) that an (H, W) image takes up in the frame: long side 1024, the other rounded half up (at least 1)."""
     scale = FRAME / max(original_size)

@@ -11,11 +11,13 @@ from itertools import chain, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
+from torchvision.transforms.functional import resize, to_pil_image
 
 from sam_distill.benchmark.tables import Finding
 from sam_distill.benchmark.timing import Contender, race
@@ -25,7 +27,7 @@ from sam_distill.data.embeddings import Dtype
 from sam_distill.data.photos import Photos
 from sam_distill.data.sa1b import Sa1b
 from sam_distill.data.tar_index import TarIndex, cached_index, file_stamp
-from sam_distill.images import decode, to_frame
+from sam_distill.images import decode, to_frame, to_jpeg
 from sam_distill.types import EMBED_DIM, FRAME, GRID, Sample, UserError
 
 IMAGES = 16  # at a time
@@ -47,10 +49,8 @@ def temporary_cache(folder: Path, jpegs: list[bytes], dtype: Dtype) -> Cache:
     shard, noise = ShardWriter(folder, 0), torch.Generator().manual_seed(0)
     for number, jpeg in enumerate(jpegs):
         picture, size = decode(jpeg)
-        framed, small = to_frame(picture, size), io.BytesIO()
-        Image.fromarray(framed.permute(1, 2, 0).numpy()).save(small, "JPEG", quality=92)
-        embedding = torch.randn(EMBED_DIM, GRID, GRID, generator=noise)
-        shard.add(members(Sample(f"{number:06d}", framed, size), small.getvalue(), embedding, dtype))
+        framed, embedding = to_frame(picture, size), torch.randn(EMBED_DIM, GRID, GRID, generator=noise)
+        shard.add(members(Sample(f"{number:06d}", framed, size), to_jpeg(framed, 92), embedding, dtype))
     shard.finish()
     update_manifest(folder, {"tars": 1, "held_out": ["000000"], "annotations": False})
     return Cache(str(folder))
@@ -71,7 +71,6 @@ def _decoding(jpegs: list[bytes], seconds: float) -> Finding:
     note = ""
     try:
         import cv2
-        from torchvision.transforms.functional import resize, to_pil_image
     except ImportError:
         note = "peers: not run, they need pip install 'sam-distill[bench]'"
     else:
@@ -123,7 +122,7 @@ def _starting(folder: Path) -> Finding:
     """What each process does before its first step. The tars are empty, but remembered as if they were SA-1B's."""
     folder.mkdir()
     each, random = SA1B_IMAGES // SA1B_TARS, np.random.default_rng(0)
-    with _home(folder / "home"):
+    with patch.dict(os.environ, SAM_DISTILL_HOME=str(folder / "home")):
         for number in range(SA1B_TARS):
             tar, numbers = folder / f"sa_{number:06d}.tar", range(number * each, (number + 1) * each)
             tar.touch()
@@ -142,18 +141,6 @@ def _starting(folder: Path) -> Finding:
     return Finding(f"Start on {SA1B_TARS * each:,} images in {SA1B_TARS:,} tars that were read before", timings=timings)
 
 
-@contextmanager
-def _home(folder: Path) -> Iterator[None]:
-    before = os.environ.get("SAM_DISTILL_HOME")
-    os.environ["SAM_DISTILL_HOME"] = str(folder)
-    try:
-        yield
-    finally:
-        os.environ.pop("SAM_DISTILL_HOME")
-        if before is not None:
-            os.environ["SAM_DISTILL_HOME"] = before
-
-
 def example_jpegs(source: DataSource) -> list[bytes]:
     """SA-1B's own, where they are given; else photographs of our own in its size."""
     if isinstance(source, Sa1b) and not isinstance(source, Cache):
@@ -163,14 +150,7 @@ def example_jpegs(source: DataSource) -> list[bytes]:
             raise UserError("there are too few images that can be read: nothing to measure")
         return found
     samples = Photos(images=1, val_images=IMAGES).val_samples()
-    pictures = [Image.fromarray(sample.image.permute(1, 2, 0).numpy()).resize(SA1B) for sample in samples]
-    return [_jpeg(picture) for picture in pictures]
-
-
-def _jpeg(picture: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=95)
-    return buffer.getvalue()
+    return [to_jpeg(resize(sample.image, list(SA1B[::-1])), 95) for sample in samples]
 
 
 @contextmanager

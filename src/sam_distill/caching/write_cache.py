@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import logging
 import shutil
 import time
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -25,7 +23,7 @@ from sam_distill.data.base import DataSource, collate, loader_worker
 from sam_distill.data.cache import MANIFEST, ShardWriter, done, members, read_manifest, update_manifest
 from sam_distill.data.embeddings import Dtype
 from sam_distill.files import disk_is_full
-from sam_distill.images import decode, to_frame
+from sam_distill.images import decode, to_frame, to_jpeg
 from sam_distill.models.weights import digest
 from sam_distill.runs import processes
 from sam_distill.runs.hardware import Hardware
@@ -69,11 +67,9 @@ class ToCache(IterableDataset[tuple[int, list[Prepared]]]):
             sample = load()
         except UserError as error:
             return Prepared(None, error=str(error))
-        buffer = io.BytesIO()
-        Image.fromarray(sample.image.permute(1, 2, 0).numpy()).save(buffer, "JPEG", quality=self.quality)
-        picture, _ = decode(buffer.getvalue())
-        decoded = Sample(sample.key, to_frame(picture), sample.original_size, json=sample.json)
-        return Prepared(decoded, buffer.getvalue())
+        jpg = to_jpeg(sample.image, self.quality)
+        picture, _ = decode(jpg)
+        return Prepared(Sample(sample.key, to_frame(picture), sample.original_size, json=sample.json), jpg)
 
 
 @dataclass(frozen=True)

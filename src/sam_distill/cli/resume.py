@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sam_distill.cli.config import keeps_run_folder, show
+from sam_distill.cli.sources import leaves
 from sam_distill.runs import processes, status
 from sam_distill.runs.overrides import quoted_override
 
@@ -71,7 +72,7 @@ def occupied(run_dir: Path, command: str) -> str:
 def _changed(cfg: DictConfig, run_dir: Path) -> Iterator[str]:
     """What is not as its config.yaml has it, and can't change in a run's midst. Options that are new don't count."""
     then, choices = _recorded(run_dir), status.read(run_dir).get("choices", {})
-    for key, _ in _leaves(OmegaConf.to_container(cfg, resolve=False)):  # type: ignore[arg-type]
+    for key, _ in leaves(OmegaConf.to_container(cfg, resolve=False)):
         free = key != "optim._target_" and any(f"{key}.".startswith(f"{name}.") for name in (*_FREE, "hydra"))
         if free or key not in then:
             continue
@@ -93,17 +94,9 @@ def _changed(cfg: DictConfig, run_dir: Path) -> Iterator[str]:
 def _recorded(run_dir: Path) -> dict[str, Any]:
     """config.yaml by dotted keys; what is no configuration says nothing."""
     try:
-        return dict(_leaves(yaml.safe_load((run_dir / "config.yaml").read_text())))
+        return dict(leaves(yaml.safe_load((run_dir / "config.yaml").read_text())))
     except (OSError, yaml.YAMLError, AttributeError):
         return {}
-
-
-def _leaves(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in node.items():
-        if isinstance(value, dict) and value and all(isinstance(name, str) for name in value):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _key(word: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,15 @@ _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 def task_overrides(hydra: Any) -> list[str]:
     """A job's own overrides as typed: their interpolations belong to the job, not to Hydra's node."""
     return list(OmegaConf.to_container(hydra.overrides.task, resolve=False))  # type: ignore[arg-type]
+
+
+def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and their values; a dict that is empty, or whose keys are no names, is a value."""
+    for key, value in node.items():
+        if isinstance(value, dict) and value and all(isinstance(name, str) for name in value):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 @lru_cache

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sam_distill.cli.config import show
-from sam_distill.cli.sources import Sources
+from sam_distill.cli.sources import Sources, leaves
 
 
 def print_usage(cfg: DictConfig) -> None:
@@ -22,15 +22,14 @@ def print_usage(cfg: DictConfig) -> None:
     console.print(cfg.hydra.help.header, markup=False, soft_wrap=True)
     if choices:
         console.print("\nChoices (group=choice), and what is chosen now:")
-        console.print(_table((g, c, f"{sources.comment(g)}: {_listed(sources, g, c)}") for g, c in choices))
+        others = {g: ", ".join(option for option in sources.options(g) if option != c) for g, c in choices}
+        console.print(_table((g, c, f"{sources.comment(g)}: {others[g]}") for g, c in choices))
     console.print("\nKeys (key=value), and their values with these choices:")
-    keys = sorted(_leaves(OmegaConf.to_container(cfg, resolve=False)), key=lambda leaf: "." in leaf[0])
+    given = leaves(OmegaConf.to_container(cfg, resolve=False))
+    keys = [(key, value) for key, value in given if not key.startswith("hydra.") and "._" not in f".{key}"]
+    keys.sort(key=lambda leaf: "." in leaf[0])
     console.print(_table((key, value, sources.comment(key)) for key, value in keys))
     console.print(f"\n{cfg.hydra.help.footer}", markup=False, soft_wrap=True)
-
-
-def _listed(sources: Sources, group: str, chosen: Any) -> str:
-    return ", ".join(option for option in sources.options(group) if option != chosen)
 
 
 def _table(rows: Iterator[tuple[str, Any, str]]) -> Table:
@@ -38,14 +37,3 @@ def _table(rows: Iterator[tuple[str, Any, str]]) -> Table:
     for key, value, comment in rows:
         table.add_row(Text(f"  {key}={show(value)}", overflow="fold"), Text(comment.strip(": ")))
     return table
-
-
-def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and their values as written."""
-    for key, value in node.items():
-        if str(key).startswith("_") or prefix + str(key) == "hydra":
-            continue
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + str(key), value

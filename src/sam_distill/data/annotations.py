@@ -62,9 +62,12 @@ class AnnotatedImage:
 
 def coco_json(path: Path) -> list[AnnotatedImage]:
     """A dataset's file of annotations, COCO's or LVIS's: each of its images that has any."""
+    images: dict[Any, AnnotatedImage] = {}
     try:
         content = json.loads(path.read_bytes())
-        images = {one["id"]: AnnotatedImage(_file_name(one), _size(one), []) for one in content["images"]}
+        for one in content["images"]:
+            name = PurePosixPath(one.get("file_name") or one["coco_url"])  # LVIS has COCO's address alone
+            images[one["id"]] = AnnotatedImage(name, _size(one), [])
         for number, one in enumerate(content["annotations"]):
             if one["image_id"] not in images:
                 raise ValueError(f"annotation {number} is of an image {one['image_id']}, which is not among its images")
@@ -103,11 +106,6 @@ def whose(files: Sequence[Path], annotated: Sequence[AnnotatedImage]) -> dict[Pa
         if known < depth:
             found[file] = depth, image
     return {file: image for file, (_, image) in found.items()}
-
-
-def _file_name(image: dict[str, Any]) -> PurePosixPath:
-    """LVIS has COCO's address instead."""
-    return PurePosixPath(image.get("file_name") or image["coco_url"])
 
 
 def _size(image: dict[str, Any]) -> Size | None:

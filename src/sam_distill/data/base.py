@@ -7,7 +7,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from typing import Generic, Literal, TypeVar
 
@@ -134,13 +134,15 @@ class DataSource(ABC, Generic[T]):
 
     def val_samples(self) -> list[Sample]:
         """The validation images, the same ones in every run, decoded and held in memory (2 MB each)."""
-        samples = []
-        for load in self.loads(self.val):
+        return list(self.readable(self.loads(self.val)))
+
+    def readable(self, loads: Iterable[Callable[[], Sample]]) -> Iterator[Sample]:
+        """What these give; damaged images are told and left out."""
+        for load in loads:
             try:
-                samples.append(load())
+                yield load()
             except UserError as error:
                 self.skipped_samples.note(str(error))
-        return samples
 
     def eval_loads(self, split: Split) -> Iterator[Callable[[], Sample]]:
         """Each image to evaluate on, not yet decoded; data.images or data.fraction choose among `all`."""
@@ -166,24 +168,23 @@ class DataSource(ABC, Generic[T]):
 
 
 class EvalStream(IterableDataset[Sample]):
-    """Every image to evaluate on, once, shared out to loader workers; damaged ones are told and left out.
+    """Every readable image to evaluate on, once, shared out to loader workers.
 
     truth: those with annotations, which they bring along.
     """
 
     def __init__(self, source: DataSource, split: Split, truth: bool = False) -> None:
-        self.source = source
-        self.split = split
-        self.truth = truth
+        self.source, self.split, self.truth = source, split, truth
 
     def __iter__(self) -> Iterator[Sample]:
         worker, workers = loader_worker()
-        for load in islice(self.source.eval_loads(self.split), worker, None, workers):
-            try:
-                sample = load()
-                yield replace(sample, truth=run_lengths(sample)) if self.truth else sample
-            except UserError as error:
-                self.source.skipped_samples.note(str(error))
+        loads = islice(self.source.eval_loads(self.split), worker, None, workers)
+        yield from self.source.readable((partial(_with_truth, load) for load in loads) if self.truth else loads)
+
+
+def _with_truth(load: Callable[[], Sample]) -> Sample:
+    sample = load()
+    return replace(sample, truth=run_lengths(sample))
 
 
 def loader_worker() -> tuple[int, int]:
@@ -204,16 +205,12 @@ def collate(samples: list[Sample]) -> Batch:
         sizes=torch.tensor([sample.image.shape[-2:] for sample in samples]),
         original_sizes=torch.tensor([sample.original_size for sample in samples]),
         epochs=[sample.epoch for sample in samples],
-        checksums=[_checksum(sample.image) for sample in samples],
+        # Of every eighth row, which is enough to tell two pictures apart.
+        checksums=[zlib.crc32(sample.image[:, ::8].contiguous().numpy()) for sample in samples],
         annotations=_stacked(sample.annotations for sample in samples),
         teacher_embedding=_stacked(sample.teacher_embedding for sample in samples),
         truth=[sample.truth for sample in samples],
     )
-
-
-def _checksum(image: torch.Tensor) -> int:
-    """Of every eighth row, which is enough to tell two pictures apart."""
-    return zlib.crc32(image[:, ::8].contiguous().numpy().tobytes())
 
 
 def _stacked(values: Iterable[torch.Tensor | None]) -> torch.Tensor | None:
