@@ -6,7 +6,7 @@ import logging
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import islice
 from typing import Generic, Literal, TypeVar
@@ -167,14 +167,16 @@ class DataSource(ABC, Generic[T]):
         return {}
 
 
+@dataclass(eq=False)
 class EvalStream(IterableDataset[Sample]):
     """Every readable image to evaluate on, once, shared out to loader workers.
 
     truth: those with annotations, which they bring along.
     """
 
-    def __init__(self, source: DataSource, split: Split, truth: bool = False) -> None:
-        self.source, self.split, self.truth = source, split, truth
+    source: DataSource
+    split: Split
+    truth: bool = False
 
     def __iter__(self) -> Iterator[Sample]:
         worker, workers = loader_worker()

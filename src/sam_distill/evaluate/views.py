@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
@@ -49,16 +50,16 @@ class OtherModel(ABC):
         """image: [3, h, w] uint8 RGB, its long side 1024 -> [N, h, w] bool, the surest first; N may be 0."""
 
 
+@dataclass(eq=False)
 class SamView(View):
     """A SAM's. token: which of the decoder's masks counts: `single` = token 0; `best` = of tokens 1-3 the one with the
     highest predicted IoU.
     """
 
-    def __init__(self, sam: Sam, embedding: Tensor, batch: Batch, token: Token) -> None:
-        self.sam = sam
-        self.embedding: Tensor = embedding
-        self.batch = batch
-        self.token = token
+    sam: Sam
+    embedding: Tensor
+    batch: Batch
+    token: Token
 
     @torch.no_grad()
     def low_res(self, prompts: Prompts) -> Tensor:

@@ -10,6 +10,7 @@ import os
 import re
 import warnings
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 from unittest.mock import patch
@@ -84,15 +85,14 @@ class FastSam(OtherModel):
         return found.masks.data.bool()
 
 
+@dataclass(eq=False)
 class FastSamView(View):
     """everything: the masks [N, h, w] bool of each image in `batch`, in the frame."""
 
+    everything: list[Tensor]
+    batch: Batch
+    mapping: Mapping
     embedding = None
-
-    def __init__(self, everything: list[Tensor], batch: Batch, mapping: Mapping) -> None:
-        self.everything = everything
-        self.batch = batch
-        self.rule = RULES[mapping]
 
     def masks(self, prompts: Prompts) -> MaskOf:
         """A prompt is one box or some points."""
@@ -109,7 +109,7 @@ class FastSamView(View):
         if is_corner.any():
             return best_for_box(masks, points[is_corner].flatten())
         is_point = (labels == FOREGROUND) | (labels == BACKGROUND)
-        return self.rule(masks, points[is_point].long(), labels[is_point])
+        return RULES[self.mapping](masks, points[is_point].long(), labels[is_point])
 
 
 def _name(checkpoint: str) -> str | None:

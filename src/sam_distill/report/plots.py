@@ -85,7 +85,8 @@ def across(table: Table, experiment: Experiment) -> str | None:
     lines: list[tuple[str, str, Mapping[float, Estimate]]] = []
     for row in table.rows:
         for end in ("paper", "ours"):
-            found = {_last_number(m.name): value for m in table.measures if (value := _value(row, m, end))}
+            values = {m.name: value for m in table.measures if (value := _value(row, m, end))}
+            found = {float(name.rpartition("_")[2]): value for name, value in values.items()}
             lines += [(f"{_name(table, row)} ({end})", end, found)] if found else []
     if not any(end == "ours" for _, end, _ in lines):
         return None
@@ -100,10 +101,6 @@ def across(table: Table, experiment: Experiment) -> str | None:
         axis.set(title="mIoU", xlabel=experiment.across, ylim=(0, 1))
         figure.legend(loc="outside lower left", ncols=2)
         return _svg(figure, f"{experiment.id} across")
-
-
-def _last_number(name: str) -> float:
-    return float(name.rpartition("_")[2])
 
 
 def _scatter(axis: Any, table: Table, rows: Sequence[Row], places: Mapping[str, Any], score: Measure, x: str) -> None:
@@ -185,12 +182,8 @@ def _axis_label(rows: Sequence[Row], x: str) -> str:
 
 
 def _name(table: Table, row: Row, besides: str = "") -> str:
-    return _plain(table.name(row, besides))
-
-
-def _plain(text: str) -> str:
     """A dollar is no beginning of mathematics."""
-    return text.replace("$", r"\$")
+    return table.name(row, besides).replace("$", r"\$")
 
 
 def _with_unit(shown: Measure) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
@@ -21,6 +22,7 @@ NOT_DECAYED = ", no decay"  # ends the name of their parameter group
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
+@dataclass(frozen=True)
 class AdamW:
     """Makes a torch.optim.AdamW and its schedule for the parts that train; not an optimizer itself, nor is `Muon`.
 
@@ -31,29 +33,18 @@ class AdamW:
     scale: factors on lr for parts of the student, such as {mask_decoder: 0.1}; 1 for those not named.
     """
 
-    def __init__(
-        self,
-        lr: Annotated[float, Field(gt=0)] = 1e-3,
-        weight_decay: Annotated[float, Field(ge=0)] = 0.05,
-        betas: tuple[Fraction, Fraction] = (0.9, 0.999),
-        warmup: Fraction = 0.05,
-        final: Fraction = 0.01,
-        clip: Annotated[float, Field(ge=0)] = 1.0,
-        eps: Annotated[float, Field(gt=0)] = 1e-8,
-        scale: Mapping[str, Annotated[float, Field(gt=0)]] | None = None,
-    ) -> None:
-        self.lr = lr
-        self.weight_decay = weight_decay
-        self.betas = (betas[0], betas[1])
-        self.warmup = warmup
-        self.final = final
-        self.clip = clip
-        self.eps = eps
-        self.scale = dict(scale or {})
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    warmup: Fraction = 0.05
+    final: Fraction = 0.01
+    clip: Annotated[float, Field(ge=0)] = 1.0
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    scale: Mapping[str, Annotated[float, Field(gt=0)]] | None = None
 
     def check(self, parts: Collection[str]) -> None:
         """A UserError for a scale of a part that does not train."""
-        frozen = {name for name, factor in self.scale.items() if factor != 1} - set(parts)
+        frozen = {name for name, factor in (self.scale or {}).items() if factor != 1} - set(parts)
         if frozen:
             raise UserError(f"optim.scale names {', '.join(sorted(frozen))}; what trains is {', '.join(parts)}")
 
@@ -79,7 +70,7 @@ class AdamW:
         for key, parameter in part.named_parameters():
             exempt = parameter.ndim <= 1 or key.split(".")[-1] in _NO_DECAY
             (not_decayed if exempt else decayed).append(parameter)
-        lr = self.lr * self.scale.get(name, 1.0)
+        lr = self.lr * (self.scale or {}).get(name, 1.0)
         yield {"name": name, "params": decayed, "weight_decay": self.weight_decay, "lr": lr}
         yield {"name": name + NOT_DECAYED, "params": not_decayed, "weight_decay": 0.0, "lr": lr}
 

@@ -57,25 +57,13 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """The signature of `F.batch_norm`."""
+    """The signature of `F.batch_norm`. Torch's own over all ranks works on GPUs only."""
     if not training:
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     if input.is_cuda:
         group, ranks = distributed.group.WORLD, distributed.get_world_size()
         return OnGpu.apply(input, weight, bias, running_mean, running_var, eps, momentum, group, ranks)
-    return _on_cpu(input, running_mean, running_var, weight, bias, momentum, eps)
-
-
-def _on_cpu(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    momentum: float,
-    eps: float,
-) -> Tensor:
-    """Torch's own works on GPUs only. Mean first, then squares around it: one pass would lose digits."""
+    # Mean first, then squares around it: one pass would lose digits.
     axes = [axis for axis in range(input.ndim) if axis != 1]
     shape = [-1 if axis == 1 else 1 for axis in range(input.ndim)]
     x = input.float()
