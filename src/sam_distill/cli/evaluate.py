@@ -14,8 +14,7 @@ from pydantic import Field
 from sam_distill.cli.teacher import teacher_for
 from sam_distill.data.base import DataSource, Split
 from sam_distill.evaluate.evaluation import judge
-from sam_distill.evaluate.everything import Everything
-from sam_distill.evaluate.proposals import judge_everything
+from sam_distill.evaluate.everything import Everything, judge_everything
 from sam_distill.evaluate.protocol import Protocol
 from sam_distill.fastsam.model import FastSam, Judged, is_fastsam
 from sam_distill.models.checkpoints import load_sam
