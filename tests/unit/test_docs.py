@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 from sam_distill.cli.app import default_conf_dir
-from sam_distill.cli.compose import compose_jobs
-from sam_distill.cli.config import check
+from sam_distill.config.check import check
+from sam_distill.config.compose import compose_jobs
 
 ROOT = Path(__file__).parents[2]
 NOT_IN_DOCS = ("README.md", "CONTRIBUTING.md", "weights/README.md")

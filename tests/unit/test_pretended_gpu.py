@@ -19,7 +19,7 @@ from pycocotools import mask as coco
 from torch import Tensor, nn
 
 from sam_distill.cli.app import default_conf_dir
-from sam_distill.cli.compose import compose_jobs
+from sam_distill.config.compose import compose_jobs
 from sam_distill.evaluate.judge import Judge, blind
 from sam_distill.models.encoders import TinyViT
 from sam_distill.models.sam import Sam

@@ -27,12 +27,12 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from sam_distill.cli.compose import compose_jobs
-from sam_distill.cli.config import check, handed_on
 from sam_distill.cli.jobs import Task, describe, name_folders, print_errors
 from sam_distill.cli.resume import run_folder_mistakes, with_resumed_options
-from sam_distill.cli.sources import task_overrides
 from sam_distill.cli.usage import print_usage
+from sam_distill.config.check import check, handed_on
+from sam_distill.config.compose import compose_jobs
+from sam_distill.config.sources import task_overrides
 from sam_distill.runs import joblib_workers, processes
 from sam_distill.runs.allocator import keep_freed_memory
 

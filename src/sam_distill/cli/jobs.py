@@ -18,9 +18,9 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from sam_distill.cli.config import RUN_DIR, keeps_run_folder
 from sam_distill.cli.resume import LAST, occupied
-from sam_distill.cli.sources import task_overrides
+from sam_distill.config.check import RUN_DIR, keeps_run_folder
+from sam_distill.config.sources import task_overrides
 from sam_distill.files import disk_is_full
 from sam_distill.runs import joblib_workers, processes
 from sam_distill.runs.status import Status, earlier_outcome, writing

@@ -13,8 +13,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sam_distill.cli.config import keeps_run_folder, show
-from sam_distill.cli.sources import leaves
+from sam_distill.config.check import keeps_run_folder, show
+from sam_distill.config.sources import leaves
 from sam_distill.runs import processes, status
 from sam_distill.runs.overrides import quoted_override
 

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sam_distill.cli.config import show
-from sam_distill.cli.sources import Sources, leaves
+from sam_distill.config.check import show
+from sam_distill.config.sources import Sources, leaves
 
 
 def print_usage(cfg: DictConfig) -> None:

@@ -8,8 +8,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from sam_distill.cli.app import commands, default_conf_dir, main
-from sam_distill.cli.compose import compose_jobs
-from sam_distill.cli.config import check
+from sam_distill.config.check import check
+from sam_distill.config.compose import compose_jobs
 from sam_distill.report.experiments import known
 
 CONF = default_conf_dir()

@@ -9,14 +9,14 @@ import subprocess
 import sys
 
 from sam_distill.cli.app import default_conf_dir
-from sam_distill.cli.config import parameters, type_name
+from sam_distill.config.check import parameters, type_name
 
 TARGETS = sorted({target for path in default_conf_dir().rglob("*.yaml")
                   for target in re.findall(r"^_target_: (\S+)", path.read_text(), re.MULTILINE)})  # fmt: skip
 DESCRIBE = """
 import json, sys
-from sam_distill.cli.config import parameters, type_name
-from sam_distill.cli.signatures import resolve
+from sam_distill.config.check import parameters, type_name
+from sam_distill.config.signatures import resolve
 found = {target: {n: [type_name(p.annotation), repr(p.default)] for n, p in parameters(resolve(target)).items()}
          for target in sys.argv[1:]}
 assert not sys.modules.keys() & {"torch", "numpy", "timm"}

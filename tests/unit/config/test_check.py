@@ -11,8 +11,8 @@ import pytest
 from pydantic import Field
 
 from sam_distill.cli.app import default_conf_dir
-from sam_distill.cli.compose import compose_jobs
-from sam_distill.cli.config import check, nearest
+from sam_distill.config.check import check, nearest
+from sam_distill.config.compose import compose_jobs
 
 
 class Encoder:

@@ -22,8 +22,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sam_distill.cli.config import nearest, one_line, parameters
-from sam_distill.cli.signatures import resolve
+from sam_distill.config.check import nearest, one_line, parameters
+from sam_distill.config.signatures import resolve
 from sam_distill.runs.overrides import quoted_override
 
 

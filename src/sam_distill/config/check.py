@@ -19,8 +19,8 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 from pydantic import ConfigDict, PydanticSchemaGenerationError, PydanticUserError, TypeAdapter, ValidationError
 
-from sam_distill.cli.signatures import resolve
-from sam_distill.cli.sources import Sources
+from sam_distill.config.signatures import resolve
+from sam_distill.config.sources import Sources
 
 RESERVED = {"_target_", "_partial_", "_recursive_", "_convert_", "_args_"}
 RUN_DIR = "run_dir"  # a parameter of commands that keep a run folder: cli/jobs.py supplies it, not the configuration
