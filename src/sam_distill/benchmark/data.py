@@ -26,8 +26,8 @@ from sam_distill.data.cache import Cache, ShardWriter, members, update_manifest
 from sam_distill.data.embeddings import Dtype
 from sam_distill.data.photos import Photos
 from sam_distill.data.sa1b import Sa1b
-from sam_distill.data.tar_index import TarIndex, cached_index, file_stamp
 from sam_distill.images import decode, to_frame, to_jpeg
+from sam_distill.tars.index import TarIndex, cached_index, file_stamp
 from sam_distill.types import EMBED_DIM, FRAME, GRID, Sample, UserError
 
 IMAGES = 16  # at a time

@@ -11,7 +11,8 @@ from pathlib import Path
 from sam_distill.data.annotations import AnnotatedImage, coco_json, whose
 from sam_distill.data.base import Split
 from sam_distill.data.indexed import IndexedSource
-from sam_distill.data.selection import (
+from sam_distill.images import decode, to_frame
+from sam_distill.selection import (
     Fraction,
     Images,
     ValImages,
@@ -21,7 +22,6 @@ from sam_distill.data.selection import (
     limit_val_images,
     unique_keys,
 )
-from sam_distill.images import decode, to_frame
 from sam_distill.types import Sample, UserError
 
 

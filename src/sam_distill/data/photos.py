@@ -27,8 +27,8 @@ from PIL import Image, ImageDraw, ImageFilter
 from pydantic import Field
 
 from sam_distill.data.indexed import IndexedSource
-from sam_distill.data.selection import Fraction, ValImages
 from sam_distill.images import to_frame
+from sam_distill.selection import Fraction, ValImages
 from sam_distill.types import Sample
 
 VAL_PHOTOS = ("chelsea.png", "coffee.png", "astronaut.png", "rocket.jpg")

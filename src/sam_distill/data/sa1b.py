@@ -18,11 +18,11 @@ from torch.utils.data import IterableDataset
 
 from sam_distill.data.annotations import draw_annotations
 from sam_distill.data.base import DataSource, SkippedSamples, Split
-from sam_distill.data.selection import Fraction, Images, ValImages, fingerprint, limit_val_images
-from sam_distill.data.shards import Shard, all_digests, choose_images, filter_shards, index_tars, split_by_keys, spread
-from sam_distill.data.tar_index import companion
 from sam_distill.data.tar_stream import NOT_TRAINED_ON, EncodedSample, TarStream
 from sam_distill.images import decode, to_frame
+from sam_distill.selection import Fraction, Images, ValImages, fingerprint, limit_val_images
+from sam_distill.tars.index import companion
+from sam_distill.tars.shards import Shard, all_digests, choose_images, filter_shards, index_tars, split_by_keys, spread
 from sam_distill.types import Sample, UserError
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from webdataset import DataPipeline
 
 from sam_distill.data.base import loader_worker
-from sam_distill.data.shards import Shard
+from sam_distill.tars.shards import Shard
 from sam_distill.types import Sample, UserError
 
 if TYPE_CHECKING:

@@ -19,7 +19,6 @@ from rich.console import Console
 from rich.table import Table
 
 from sam_distill.data.base import DataSource
-from sam_distill.data.selection import first_fingerprint
 from sam_distill.evaluate.agreement import Agreement
 from sam_distill.evaluate.judge import BLIND
 from sam_distill.evaluate.protocol import write_prompts
@@ -30,6 +29,7 @@ from sam_distill.prompts.samplers import PromptSampler
 from sam_distill.runs.hardware import Hardware
 from sam_distill.runs.launch import all_processes
 from sam_distill.runs.overrides import quoted_override
+from sam_distill.selection import first_fingerprint
 from sam_distill.strategies.base import Strategy
 from sam_distill.teachers import Teacher
 from sam_distill.training.callbacks import Averaged, ProgressiveResizing, RunFolder, Throughput

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sam_distill.data import tars
 from sam_distill.data.sa1b import Sa1b
-from sam_distill.data.selection import choose
-from sam_distill.data.shards import Shard, choose_images, split_by_keys
-from sam_distill.data.tar_index import TarIndex, cached_index
-from sam_distill.data.tars import LocalTar
+from sam_distill.selection import choose
+from sam_distill.tars import tar as tars
+from sam_distill.tars.index import TarIndex, cached_index
+from sam_distill.tars.shards import Shard, choose_images, split_by_keys
+from sam_distill.tars.tar import LocalTar
 
 
 @pytest.fixture(autouse=True)

@@ -4,9 +4,9 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from sam_distill.data.local_copy import LocalCopy
 from sam_distill.data.sa1b import Sa1b
-from sam_distill.data.tars import PipedTar
+from sam_distill.tars.local_copy import LocalCopy
+from sam_distill.tars.tar import PipedTar
 
 
 @pytest.fixture

@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from sam_distill.data.selection import digests, is_image_member
 from sam_distill.files import atomic_write, compression
 from sam_distill.models.weights import home
+from sam_distill.selection import digests, is_image_member
 
 log = logging.getLogger(__name__)
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sam_distill.data.selection import choose, is_image, limit_val_images, unique_keys
+from sam_distill.selection import choose, is_image, limit_val_images, unique_keys
 from sam_distill.types import UserError
 
 KEYS = [f"key{number}" for number in range(1000)]

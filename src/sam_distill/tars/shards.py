@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from webdataset.shardlists import expand_urls
 from webdataset.tariterators import tar_file_iterator
 
-from sam_distill.data.local_copy import LocalCopy, finish_copy
-from sam_distill.data.selection import digests, how_many, lowest
-from sam_distill.data.tar_index import TarIndex, companion, one_line, short_key
-from sam_distill.data.tars import HttpTar, LocalTar, PipedTar, RemoteTar, Tar
+from sam_distill.selection import digests, how_many, lowest
+from sam_distill.tars.index import TarIndex, companion, one_line, short_key
+from sam_distill.tars.local_copy import LocalCopy, finish_copy
+from sam_distill.tars.tar import HttpTar, LocalTar, PipedTar, RemoteTar, Tar
 from sam_distill.types import UserError
 
 log = logging.getLogger(__name__)

@@ -16,8 +16,8 @@ from typing import IO, Any
 
 from filelock import FileLock, Timeout
 
-from sam_distill.data.tar_index import TarIndex
-from sam_distill.data.tars import Tar
+from sam_distill.tars.index import TarIndex
+from sam_distill.tars.tar import Tar
 
 log = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFile
 
-from sam_distill.data import tars
 from sam_distill.data.sa1b import Sa1b
+from sam_distill.tars import tar as tars
 from sam_distill.types import UserError
 
 

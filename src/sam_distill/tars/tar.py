@@ -25,7 +25,7 @@ import fsspec
 import requests
 from fsspec.spec import AbstractBufferedFile
 
-from sam_distill.data.tar_index import TarIndex, cached_index, file_stamp, one_line, read_headers
+from sam_distill.tars.index import TarIndex, cached_index, file_stamp, one_line, read_headers
 from sam_distill.types import UserError
 
 log = logging.getLogger(__name__)
