@@ -18,9 +18,9 @@ except ImportError:
     sys.exit("error: this needs the package wandb-workspaces: pip install 'sam-distill[wandb-workspaces]'")
 
 from sam_distill.cli.app import default_conf_dir
+from sam_distill.loggers.wandb import STEP, SUMMARIES, has_key
 from sam_distill.report.experiments import Experiment, known, label
 from sam_distill.report.tables import markdown_table
-from sam_distill.training.loggers import STEP, SUMMARIES, has_key
 
 TRAINS = "_target_: sam_distill.cli.train.train"  # in an experiment's file: only these runs are at W&B
 

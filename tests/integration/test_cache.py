@@ -20,6 +20,7 @@ from PIL import Image, ImageDraw
 from sam_distill.cli import app
 from sam_distill.data.cache import Cache
 from sam_distill.evaluate.agreement import Agreement
+from sam_distill.loggers.history import CsvOnly
 from sam_distill.models.encoders import TinyViT
 from sam_distill.prompts.samplers import Points
 from sam_distill.runs import status
@@ -27,7 +28,6 @@ from sam_distill.runs.hardware import Hardware
 from sam_distill.strategies.semi_coupled import SemiCoupled
 from sam_distill.teachers import CachedTeacher, LiveTeacher
 from sam_distill.training.fit import Options, Setup, fit, new_student
-from sam_distill.training.loggers import CsvOnly
 from sam_distill.training.optimizers import AdamW
 
 PROGRAM = Path(sys.executable).with_name("sam-distill")

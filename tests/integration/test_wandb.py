@@ -15,8 +15,8 @@ from PIL import Image
 from wandb.proto.wandb_internal_pb2 import Record
 
 from sam_distill.cli import app
+from sam_distill.loggers.wandb import WandB, close
 from sam_distill.models import weights
-from sam_distill.training.loggers import WandB, close
 
 TINY = ["data=photos", "data.images=4", "data.val_images=2", "image_size=64", "batch_size=2", "budget=4 steps",
         "validate_every=2 steps", "trainer=cpu", "trainer.workers=0", "protocol.points=1",

@@ -8,13 +8,14 @@ from typing import Annotated, Any, Literal
 from sam_distill.cli.teacher import teacher_for
 from sam_distill.data.base import DataSource
 from sam_distill.evaluate.agreement import Agreement
+from sam_distill.loggers.history import CsvOnly
+from sam_distill.loggers.wandb import WandB
 from sam_distill.models.encoders import ImageEncoder
 from sam_distill.prompts.samplers import PromptSampler
 from sam_distill.runs.hardware import Hardware
 from sam_distill.strategies.base import Strategy
 from sam_distill.teachers import LiveTeacher
 from sam_distill.training.fit import ImageSize, Options, Setup, fit, new_student
-from sam_distill.training.loggers import CsvOnly, WandB
 from sam_distill.training.optimizers import AdamW
 
 OPTIONS = "sam_distill.training.fit.Options"

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from sam_distill.data.base import DataSource, SkippedSamples
 from sam_distill.files import write_json
+from sam_distill.loggers.history import History, write_curves
+from sam_distill.loggers.wandb import validation_media
 from sam_distill.models.checkpoints import save_sam
-from sam_distill.training.history import History, write_curves
 from sam_distill.training.lightning_module import Distillation, ends_logged_step
-from sam_distill.training.loggers import validation_media
 from sam_distill.training.optimizers import NOT_DECAYED
 from sam_distill.types import Batch, UserError
 

@@ -22,6 +22,8 @@ from sam_distill.data.base import DataSource
 from sam_distill.evaluate.agreement import Agreement
 from sam_distill.evaluate.judge import BLIND
 from sam_distill.evaluate.protocol import write_prompts
+from sam_distill.loggers.history import CsvOnly, History
+from sam_distill.loggers.wandb import WandB, close
 from sam_distill.models.checkpoints import Checkpoint, load_weights
 from sam_distill.models.encoders import ImageEncoder
 from sam_distill.models.sam import Sam
@@ -36,9 +38,7 @@ from sam_distill.training.callbacks import Averaged, ProgressiveResizing, RunFol
 from sam_distill.training.checkpoint_io import AtomicCheckpointIO
 from sam_distill.training.datamodule import DistillationData
 from sam_distill.training.durations import Duration, in_steps
-from sam_distill.training.history import History
 from sam_distill.training.lightning_module import Distillation, requirements, silence_lightning
-from sam_distill.training.loggers import CsvOnly, WandB, close
 from sam_distill.training.optimizers import AdamW
 from sam_distill.training.plan import plan_training
 from sam_distill.training.progress import TrainingBar

@@ -31,6 +31,7 @@ from sam_distill.evaluate.judge import Judge, blind
 from sam_distill.evaluate.protocol import Outcome, Target
 from sam_distill.evaluate.views import View
 from sam_distill.images import to_frame
+from sam_distill.loggers.history import CsvOnly
 from sam_distill.models.checkpoints import load_sam
 from sam_distill.models.encoders import SamViT, TinyViT
 from sam_distill.models.sam import Sam
@@ -44,7 +45,6 @@ from sam_distill.strategies.semi_coupled import SemiCoupled
 from sam_distill.teachers import LiveTeacher
 from sam_distill.training.fit import Options, Setup, _check_same_run, _option, fit, new_student
 from sam_distill.training.lightning_module import Distillation, silence_lightning
-from sam_distill.training.loggers import CsvOnly
 from sam_distill.training.optimizers import AdamW, Muon
 from sam_distill.types import Batch, Sample, StepOutput, UserError
 

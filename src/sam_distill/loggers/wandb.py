@@ -1,4 +1,4 @@
-"""Where metrics go beside history.csv, which every run writes."""
+"""Weights & Biases, beside history.csv, which every run writes."""
 
 from __future__ import annotations
 
@@ -51,14 +51,6 @@ class ByStep(WandbLogger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         self.experiment.log({**metrics, STEP: step}, step=step)
-
-
-@dataclass(frozen=True)
-class CsvOnly:
-    """Nothing beside history.csv."""
-
-    def build(self, run_dir: Path, facts: Mapping[str, Any]) -> list[Logger]:
-        return []
 
 
 @dataclass(frozen=True)

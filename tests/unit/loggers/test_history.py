@@ -3,7 +3,7 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
-from sam_distill.training.history import History
+from sam_distill.loggers.history import History
 
 
 def rows(path: Path) -> list[dict[str, str]]:

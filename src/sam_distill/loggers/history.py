@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,14 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from sam_distill.files import write_csv
 
 Rows = Mapping[int, Mapping[str, float]]  # by step
+
+
+@dataclass(frozen=True)
+class CsvOnly:
+    """Nothing beside history.csv."""
+
+    def build(self, run_dir: Path, facts: Mapping[str, Any]) -> list[Logger]:
+        return []
 
 
 class History(Logger):
