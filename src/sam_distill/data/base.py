@@ -208,7 +208,7 @@ def collate(samples: list[Sample]) -> Batch:
         original_sizes=torch.tensor([sample.original_size for sample in samples]),
         epochs=[sample.epoch for sample in samples],
         # Of every eighth row, which is enough to tell two pictures apart.
-        checksums=[zlib.crc32(sample.image[:, ::8].contiguous().numpy()) for sample in samples],
+        checksums=[zlib.crc32(sample.image[:, ::8].contiguous().numpy().data) for sample in samples],
         annotations=_stacked(sample.annotations for sample in samples),
         teacher_embedding=_stacked(sample.teacher_embedding for sample in samples),
         truth=[sample.truth for sample in samples],

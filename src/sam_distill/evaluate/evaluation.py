@@ -22,7 +22,7 @@ from sam_distill.models.sam import Sam
 from sam_distill.runs.hardware import Hardware
 from sam_distill.runs.processes import begin_worker
 from sam_distill.teachers import Teacher
-from sam_distill.types import Batch, Sample, UserError
+from sam_distill.types import Sample, UserError
 
 BLIND_IMAGES = 100  # the blind baseline is computed on so many images at most, which it holds in memory (9 MB each)
 
@@ -57,7 +57,11 @@ def judge(
         for batch in loader(source, split, hardware, batch_size, annotated):
             batch = batch.to(hardware.kind)
             with hardware.autocast():  # decoders as well: a training judges so, too
-                theirs, ours = protocol.see(teacher.sam, teacher.embed(batch), batch), _look(student, batch, protocol)
+                theirs = protocol.see(teacher.sam, teacher.embed(batch), batch)
+                if isinstance(student, Sam):
+                    ours: View = protocol.see(student, student.encode(batch.images, batch.sizes), batch)
+                else:
+                    ours = student.see(batch)
                 targets = protocol.ask(theirs)
                 if annotated:
                     of_teacher.update(theirs, theirs.embedding, targets)
@@ -101,12 +105,6 @@ def facts(student: Sam | OtherModel, hardware: Hardware, images: int, total: int
         "precision": hardware.num_format,
         "device": hardware.device_name,
     }
-
-
-def _look(student: Sam | OtherModel, batch: Batch, protocol: Protocol) -> View:
-    if isinstance(student, Sam):
-        return protocol.see(student, student.encode(batch.images, batch.sizes), batch)
-    return student.see(batch)
 
 
 def loader(

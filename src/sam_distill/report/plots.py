@@ -85,8 +85,8 @@ def across(table: Table, experiment: Experiment) -> str | None:
     lines: list[tuple[str, str, Mapping[float, Estimate]]] = []
     for row in table.rows:
         for end in ("paper", "ours"):
-            values = {m.name: value for m in table.measures if (value := _value(row, m, end))}
-            found = {float(name.rpartition("_")[2]): value for name, value in values.items()}
+            given = {m.name: value for m in table.measures if (value := _value(row, m, end))}
+            found = {float(name.rpartition("_")[2]): value for name, value in given.items()}
             lines += [(f"{_name(table, row)} ({end})", end, found)] if found else []
     if not any(end == "ours" for _, end, _ in lines):
         return None
