@@ -71,6 +71,10 @@ def bench_encoder(sam: Sam, device: str, compiled: bool, onnx: bool, exported: P
             notes.append(about)
     elif onnx and device == "cpu" and find_spec("onnx") and find_spec("onnxruntime") and find_spec("onnxscript"):
         contenders.append(_onnx_encoder(sam))
+    if device == "cpu" and find_spec("openvino"):
+        with_openvino = optimize_for_inference(sam, "openvino")
+        contenders.append(Contender("sam-distill, OpenVINO, fp32", encode(None, with_openvino)))
+        contenders.append(Contender("sam-distill, OpenVINO, bf16", encode(torch.bfloat16, with_openvino)))
     peer = peer_of(sam)
     if peer is not None:
         name, model = peer[0], peer[1].to(device)

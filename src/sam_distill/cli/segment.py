@@ -48,6 +48,7 @@ def segment(
     box: Box | None,
     everything: bool,
     generator: partial[SamAutomaticMaskGenerator],
+    runtime: Literal["torch", "openvino"],
     trainer: Hardware,
     path: str,
 ) -> None:
@@ -64,7 +65,7 @@ def segment(
         )
     if box is not None and not (box[0] < box[2] and box[1] < box[3]):
         raise UserError(f"box={list(box)}: expected [x0,y0,x1,y1] with x0 < x1 and y0 < y1")
-    sam = optimize_for_inference(load_sam(checkpoint)).to(trainer.kind)
+    sam = optimize_for_inference(load_sam(checkpoint), runtime).to(trainer.kind)
     make, predictor = generator(sam, output_mode="coco_rle"), SamPredictor(sam)
     progress = CountProgress(len(jobs), "segmenting") if len(jobs) > 1 else nullcontext()
     skipped = 0

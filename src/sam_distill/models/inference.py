@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from timm.models.tiny_vit import TinyVitBlock
@@ -11,14 +11,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from sam_distill.models.openvino_encoder import OpenVinoEncoder
 from sam_distill.models.sam import Sam
 from sam_distill.types import GRID
 
 
-def optimize_for_inference(sam: Sam) -> Sam:
+def optimize_for_inference(sam: Sam, runtime: Literal["torch", "openvino"] = "torch") -> Sam:
     """A copy with the same embeddings, to 1e-4: BatchNorm is folded into convolutions, TinyViT attends without detours.
 
-    It can neither be trained nor saved.
+    It can neither be trained nor saved. runtime: what computes the image encoder; OpenVINO does so on a CPU, two or
+    three times as fast.
     """
     sam = copy.deepcopy(sam).requires_grad_(False).eval()
     encoder = sam.image_encoder
@@ -26,6 +28,8 @@ def optimize_for_inference(sam: Sam) -> Sam:
     for name, layer in list(encoder.named_modules()):
         if isinstance(layer, TinyVitBlock):
             _replace(encoder, name, WindowBlock(layer))
+    if runtime == "openvino":
+        sam.image_encoder = OpenVinoEncoder(encoder, sam.image_size)
     return sam
 
 
