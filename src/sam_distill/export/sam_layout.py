@@ -22,12 +22,16 @@ class AnySizeEncoder(nn.Module):
     """The image encoder with everything before it but the resize to the frame: an image that lacks it is an error."""
 
     nothing: Tensor
+    reduce: Tensor
 
     def __init__(self, sam: Sam) -> None:
         super().__init__()
         self.register_buffer("nothing", torch.zeros(1), persistent=False)
         self.encoder = Encoder(sam, "outside")
-        self.image_size = sam.image_size
+        # The reduction to S as products: runtimes read a resize with antialiasing each in its own way.
+        unit = torch.eye(FRAME).view(1, 1, FRAME, FRAME)
+        rows = F.interpolate(unit, size=(sam.image_size, FRAME), mode="bilinear", antialias=True)
+        self.register_buffer("reduce", rows[0], persistent=False)  # [1, S, 1024], which int8 leaves alone
         self.inputs = [TensorSpec("image", ("height", "width", 3), PICTURE, "uint8", (FRAME // 2, FRAME - 1, 3))]
         self.outputs = [EMBEDDING]
 
@@ -39,8 +43,8 @@ class AnySizeEncoder(nn.Module):
         x = image.float().permute(2, 0, 1).unsqueeze(0) + self.nothing.index_select(0, wrong)
         x = F.pad((x - self.encoder.mean) / self.encoder.std, (0, FRAME - width, 0, FRAME - height))
         x = x.reshape(1, 3, FRAME, FRAME)
-        if self.image_size != FRAME:
-            x = F.interpolate(x, size=(self.image_size, self.image_size), mode="bilinear", antialias=True)
+        if self.reduce.shape[1] != FRAME:
+            x = self.reduce @ x @ self.reduce.mT
         return self.encoder(x)
 
 

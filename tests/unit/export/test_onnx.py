@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import onnx as onnx_package
+import openvino
 import pytest
 import torch
 from onnxruntime import InferenceSession
@@ -61,6 +62,15 @@ def test_onnx_runtime_agrees_with_pytorch(name: str, teacher: Sam, decoder: Infe
     assert found.embedding < 2e-4
     assert found.predicted_iou < 2e-4
     assert found.worst_mask_iou > 0.999
+
+
+def test_openvino_reads_the_reduction_to_the_students_size_alike(teacher: Sam, tmp_path: Path) -> None:
+    file = tmp_path / "encoder.onnx"
+    onnx.write_graph(AnySizeEncoder(prepared(student("resnet18", teacher, image_size=128))), file)
+    given = onnx.encoder_input(sample(683, 1024, (321, 481)))
+    (expected,) = onnx.open_session(file).run(None, given)
+    compiled = openvino.Core().compile_model(file, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    np.testing.assert_allclose(compiled(given).to_tuple()[0], expected, atol=1e-4)
 
 
 def test_an_image_that_was_not_resized_is_an_error(teacher: Sam, tmp_path: Path) -> None:
