@@ -11,6 +11,7 @@ from sam_distill.types import UserError
 
 @pytest.mark.parametrize("encoder", [TinyViT(pretrained=False), TimmEncoder("efficientnet_lite0", pretrained=False)])
 def test_embeddings_stay_the_same(encoder: ImageEncoder) -> None:
+    pytest.importorskip("openvino", reason="needs openvino: docs/use.md")
     sam = Sam(encoder, image_size=128).eval()
     images = torch.randint(256, (2, 3, 1024, 1024), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
     sizes = torch.tensor([[1024, 700], [333, 1024]])
