@@ -21,7 +21,7 @@ from sam_distill.data.folder import image_files
 from sam_distill.files import atomic_write, write_text
 from sam_distill.images import decode
 from sam_distill.models.checkpoints import Checkpoint, load_sam
-from sam_distill.models.inference import optimize_for_inference
+from sam_distill.models.inference import Runtime, optimize_for_inference
 from sam_distill.predict.mask_generator import SamAutomaticMaskGenerator
 from sam_distill.predict.overlays import coloured, overlay
 from sam_distill.predict.predictor import SamPredictor
@@ -48,7 +48,7 @@ def segment(
     box: Box | None,
     everything: bool,
     generator: partial[SamAutomaticMaskGenerator],
-    runtime: Literal["torch", "openvino"],
+    runtime: Runtime,
     trainer: Hardware,
     path: str,
 ) -> None:

@@ -15,8 +15,10 @@ from sam_distill.models.openvino_encoder import OpenVinoEncoder
 from sam_distill.models.sam import Sam
 from sam_distill.types import GRID
 
+Runtime = Literal["torch", "openvino"]  # what computes the image encoder
 
-def optimize_for_inference(sam: Sam, runtime: Literal["torch", "openvino"] = "torch") -> Sam:
+
+def optimize_for_inference(sam: Sam, runtime: Runtime = "torch") -> Sam:
     """A copy with the same embeddings, to 1e-4: BatchNorm is folded into convolutions, TinyViT attends without detours.
 
     It can neither be trained nor saved. runtime: what computes the image encoder; OpenVINO does so on a CPU, 1.3 times
