@@ -13,14 +13,15 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from sam_distill.types import FRAME, LOW_RES, UserError, upload
 
 Size = tuple[int, int]  # (height, width), pixels
 
-_ORIENTATION = 0x0112  # in EXIF
+_ORIENTATION = 0x0112  # in EXIF; 1 to 8, and other values mean nothing
+_ON_ITS_SIDE = (5, 6, 7, 8)
 
 
 def decode(data: bytes | Path, name: str | None = None, full: bool = False) -> tuple[Image.Image, Size]:
@@ -37,11 +38,13 @@ def decode(data: bytes | Path, name: str | None = None, full: bool = False) -> t
             if not full:
                 height, width = frame_size(stored)
                 image.draft(None, (width, height))  # JPEG only: other formats ignore it
-            turned = image.getexif().get(_ORIENTATION, 1) >= 5  # 5 to 8 lie on their side
+            turned = image.getexif().get(_ORIENTATION) in _ON_ITS_SIDE
             rgb = to_rgb(image)
     except Image.DecompressionBombError:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 1_000_000
         raise UserError(f"{name}: larger than {limit} megapixels, which no photograph is; scale it down") from None
+    except UnidentifiedImageError:
+        raise UserError(f"{name}: cannot be decoded (neither a JPEG nor any other kind that Pillow knows)") from None
     except Exception as error:  # Pillow's decoders raise anything from OSError to struct.error on damaged data
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or repr(error)
         raise UserError(f"{name}: cannot be decoded ({' '.join(reason.split())})") from None

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -171,3 +173,28 @@ def test_train_and_evaluate_from_a_cache(strategy: str, cached: Path, tmp_path: 
     assert app.main([*judge, "protocol.points=1", f"hydra.run.dir={tmp_path / 'judged'}"]) == 0
     here, there = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("run", "judged"))
     assert there["miou/point"] == pytest.approx(here["miou/point"], abs=1e-5)
+
+
+def test_odd_names_and_annotations(images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A name that is no UTF-8 is one like any other; of damaged JSON the image is skipped, the others are cached."""
+    with tarfile.open(tmp_path / "sa.tar", "w") as tar:
+        for number, about in enumerate((b'{"annotations": []}', b"{broken", b"[1]", b"", b"{}")):
+            image = (images / f"{number}.png").read_bytes()
+            for name, content in ((f"{number}\udcff.png", image), (f"{number}\udcff.json", about)):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    options = ["data=sa1b", f"data.path={tmp_path / 'sa.tar'}", f"path={tmp_path / 'cache'}", "trainer=cpu"]
+    assert app.main(["cache", *options]) == 0
+    assert capfd.readouterr().out.count(": the annotations can't be read (") == 2
+    assert len(Cache(str(tmp_path / "cache")).manifest["shards"]) == 2
+    assert Cache(str(tmp_path / "cache")).manifest["images"] == 3
+
+
+def test_a_folder_with_other_files_is_no_place_for_a_cache(
+    images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "teacher.pt").write_text("somebody's own")
+    assert app.main(command(images, tmp_path)) == 1
+    assert f"path={tmp_path} holds other files than a cache: give it a folder of its own" in capfd.readouterr().err
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("teacher.pt", "somebody's own")]

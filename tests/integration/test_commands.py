@@ -148,6 +148,8 @@ def test_segment_says_in_one_line_what_it_cannot_do(
     command = ["segment", f"image={images / '3.png'}", "trainer=cpu"]
     for options, complaint in {
         ("box=[30,20,10,40]", "path=a.png"): "error: box=[30, 20, 10, 40]: expected [x0,y0,x1,y1] with x0 < x1",
+        ("box=[30,20,10,40]", "path=new/a.png"): "error: box=[30, 20, 10, 40]: expected [x0,y0,x1,y1] with x0 < x1",
+        ("box=[3,2,10,400]", "path=new/a.png"): "error: (10, 400) lies outside ",
         ("box=[3,2,10,40]", "path=/proc/a/b.png"): "error: path=/proc/a/b.png: cannot be written (",
         ("box=[3,2,10,40]", "path=a.psd"): "error: path=a.psd: pictures end in .png or .jpg",
     }.items():

@@ -125,6 +125,11 @@ def test_mistakes_are_one_line(place: Path, capfd: pytest.CaptureFixture[str], m
         ("format=sam", "path=a"): "this is TimmEncoder(name=resnet18, neck=fine): take format=onnx or",
         ("format=safetensors", "path=."): "path=. is a folder: expected a file",
         ("format=safetensors", "path=/proc/a/b"): "path=/proc/a/b: cannot be written (",
+        (
+            "format=safetensors",
+            "quantize=fp16",
+            "path=./student.pt",
+        ): "path=./student.pt is the checkpoint itself: give",
         ("format=web", "path=."): "path=. holds other files than an export: give it a folder of its own",
     }.items():
         assert run(*overrides) == 1

@@ -128,6 +128,7 @@ def test_damaged_files_are_one_line(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"^sa_1: cannot be decoded \(.+\)$") as caught:
             decode(broken, "sa_1")
         assert "\n" not in str(caught.value)
+        assert " at 0x" not in str(caught.value)
     with pytest.raises(UserError, match=r"gone\.jpg: cannot be decoded \(No such file"):
         decode(tmp_path / "gone.jpg")
 
@@ -143,3 +144,11 @@ def test_a_camera_s_24_megapixels_are_fine() -> None:
     image, size = decode(encoded(photo(4000, 6000), "JPEG"))
     assert size == (4000, 6000)
     assert (image.height, image.width) == (1000, 1500)
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 300])
+def test_an_orientation_that_means_nothing(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    image, original_size = decode(encoded(photo(40, 60), "JPEG", exif=exif))
+    assert (image.height, image.width) == original_size == (40, 60)

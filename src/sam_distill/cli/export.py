@@ -15,7 +15,7 @@ from sam_distill.export.formats import FORMATS, load_format
 from sam_distill.export.official import save_official, save_safetensors
 from sam_distill.export.target import atomic_target
 from sam_distill.export.write import export_graphs
-from sam_distill.models.checkpoints import Checkpoint, load_sam
+from sam_distill.models.checkpoints import Checkpoint, find_checkpoint, load_sam
 from sam_distill.models.sam import Sam
 from sam_distill.types import FRAME, UserError
 
@@ -37,6 +37,8 @@ def export(
 ) -> None:
     """Write `checkpoint` to `path`; conf/export.yaml says what each option means."""
     target = Path(path).expanduser()
+    if target.is_file() and target.samefile(find_checkpoint(checkpoint)):
+        raise UserError(f"path={path} is the checkpoint itself: give another")
     if format in FORMATS:
         load_format(format)
         sam = load_sam(checkpoint).requires_grad_(False)

@@ -113,11 +113,6 @@ def _jobs(image: str, path: Path) -> list[tuple[Path, Path]]:
         names = [file.relative_to(base).as_posix() for file in files]
         keys = unique_keys([name.rpartition(".")[0] for name in names], names)
         jobs = [(file, path / f"{key}.jpg") for file, key in zip(files, keys, strict=True)]
-    try:
-        for folder in {target.parent for _, target in jobs}:
-            folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"path={path}: cannot be written ({error.strerror or error})") from error
     return jobs
 
 
@@ -161,6 +156,7 @@ def _everything(
 
 
 def _save(picture: Image.Image, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(target) as draft:
         picture.save(draft, Image.registered_extensions()[target.suffix.lower()])
 

@@ -15,6 +15,7 @@ import types
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
+import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 from pydantic import ConfigDict, PydanticSchemaGenerationError, PydanticUserError, TypeAdapter, ValidationError
@@ -163,7 +164,7 @@ def _check_value(
         for child in value if isinstance(value, DictConfig) else range(len(value)):
             yield from _check_value(value, child, _join(key, str(child)), entry, inspect.Parameter.empty)
     elif plain is not default and (message := _leaf_mistake(plain, expected)):
-        yield Mistake(key, plain, message)
+        yield Mistake(key, plain, message + _about_quotes(key, plain, expected))
 
 
 def _leaf_mistake(value: Any, expected: Any) -> str:
@@ -188,6 +189,20 @@ def _leaf_mistake(value: Any, expected: Any) -> str:
         guess = nearest(str(value), choices)
         return f"{message}; did you mean {guess}?" if guess else message
     return ""
+
+
+def _about_quotes(key: str, value: Any, expected: Any) -> str:
+    """What to write, if a wrong value would be right with quotes or without them."""
+    if isinstance(value, str):
+        try:
+            bare = yaml.safe_load(value)
+        except yaml.YAMLError:
+            return ""
+        unquoted = not isinstance(bare, str) and not _leaf_mistake(bare, expected)
+        return f"; the quotes make it text: write {key}={value}" if unquoted else ""
+    reads = {bool: "true or false", int: "a number", float: "a number"}.get(type(value))
+    text = reads and not _leaf_mistake(str(value), expected)
+    return f"; it reads as {reads}: for text quote it twice, {key}='\"...\"'" if text else ""
 
 
 def _adapter(annotation: Any) -> TypeAdapter[Any]:

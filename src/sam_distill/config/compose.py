@@ -17,7 +17,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -66,6 +66,13 @@ def compose_jobs(
         except BAD_CONFIG as error:
             return [], [*composer.mistakes, f"{conf_dir.name}/{command}.yaml: {_reason(error)}"]
         return configs, list(dict.fromkeys(composer.mistakes))
+
+
+_OTHERWISE = {  # what may be meant by a choice that there isn't
+    "hydra/launcher": "; pip install 'sam-distill[sweeps]' brings joblib and submitit_*",
+    "teacher": "; for any other SAM give teacher.checkpoint=...",
+    "data": "; for a folder of images give data=folder data.path=...",
+}
 
 
 class _Composer:
@@ -156,12 +163,17 @@ class _Composer:
     def _no_such_choice(self, override: Override, wrong: str) -> str:
         key, choices = override.key_or_group, self._choices(override)
         guess = nearest(wrong, choices)
-        more = "; pip install 'sam-distill[sweeps]' brings joblib and submitit_*" if key == "hydra/launcher" else ""
+        more = _OTHERWISE.get(key, "")
         return f"no such choice;{guess and f' did you mean {guess}?'} choices: {', '.join(choices)}{more}"
 
     def _explain(self, override: Override, error: Exception, cfg: DictConfig) -> str:
-        key = str(override.key_or_group)
+        key, value = str(override.key_or_group), override.value()
         known = set(_dotted_names(cfg))
+        if isinstance(error, MissingConfigException) and isinstance(value, str) and self._choices(override):
+            return self._no_such_choice(override, value)
+        if isinstance(value, dict) and (wrong := [name for name in value if f"{key}.{name}" not in known]):
+            there = [name.rpartition(".")[2] for name in sorted(known) if name.rpartition(".")[0] == key]
+            return f"no such key: {wrong[0]}; there are {', '.join(there)}" if there else _reason(error)
         if self._choices(override) or key in known or key.startswith("hydra.") or override.is_add():
             return _reason(error)
         parent = key.rpartition(".")[0]

@@ -35,6 +35,17 @@ def draw_annotations(content: bytes, key: str, name: str, count: int, seed: int,
     return torch.from_numpy(np.stack([*masks, *empty]))
 
 
+def parsed(content: bytes, name: str) -> dict[str, Any]:
+    """An image's JSON. name: of the file, for the UserError that says that it is damaged."""
+    try:
+        found = json.loads(content)
+        if not isinstance(found, dict):
+            raise TypeError(f"a {type(found).__name__}")
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{name}: the annotations can't be read ({type(error).__name__}: {error})") from None
+    return found
+
+
 def run_lengths(sample: Sample) -> list[RunLengths]:
     """All masks of an image, from its JSON; COCO's crowds and empty masks are left out."""
     if not sample.json:

@@ -84,7 +84,7 @@ class Cache(Sa1b):
         picture, _ = decode(jpg, where)
         try:
             height, width = json.loads(about)["original_size"]
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{where}: its JSON can't be read ({error})") from None
         sample = Sample(key, to_frame(picture), (height, width), encoded.epoch)
         sample = replace(sample, teacher_embedding=unpack(embedding, companion(where, ".embedding")))

@@ -24,6 +24,8 @@ from sam_distill.selection import (
 )
 from sam_distill.types import Sample, UserError
 
+DRAWN = ("pictures", "wandb")  # in a run folder
+
 
 @dataclass(frozen=True)
 class ImageFile:
@@ -90,7 +92,10 @@ class Folder(IndexedSource[ImageFile]):
 
 
 def image_files(folder: Path) -> list[Path]:
-    """Images at any depth, hidden files and folders left out. Links are followed, but no folder is entered twice."""
+    """Images at any depth, hidden files and folders left out. Links are followed, but no folder is entered twice.
+
+    What a run has drawn is left out, too: outputs/ may lie in the folder that runs are trained on.
+    """
     found, entered, tops = [], set(), [str(folder)]
     for top in tops:  # links wait their turn, so that what lies below has its own name rather than a link's
         for parent, below, names in os.walk(top):
@@ -99,7 +104,8 @@ def image_files(folder: Path) -> list[Path]:
                 below.clear()
                 continue
             entered.add((about.st_dev, about.st_ino))
-            below[:] = sorted(name for name in below if not name.startswith("."))
+            drawn = DRAWN if "status.json" in names and "config.yaml" in names else ()
+            below[:] = sorted(name for name in below if not name.startswith(".") and name not in drawn)
             tops += [path for name in below if os.path.islink(path := os.path.join(parent, name))]
             found += [Path(parent, name) for name in names if is_image(name)]
     return sorted(found)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from sam_distill.export.contract import COORDINATES, EMBEDDING, HAS_MASK_INPUT, LABELS, MASK_INPUT, WHICH, TensorSpec
 from sam_distill.export.graphs import Encoder, dense_prompt
 from sam_distill.models.sam import Sam
-from sam_distill.types import ALL, FRAME, LOW_RES, Prompts
+from sam_distill.types import ALL, BOX_BOTTOM_RIGHT, FRAME, LOW_RES, NOT_A_POINT, Prompts
 
 PICTURE = "RGB, 0 to 255, resized so that the long side is 1024, not padded"
 ENDING = "points without a box end with a point (0, 0) labelled -1"
@@ -49,10 +49,16 @@ class AnySizeEncoder(nn.Module):
 
 
 class UpscalingDecoder(nn.Module):
-    """The prompt encoder, the mask decoder, and the way of its masks to the size of the original image."""
+    """The prompt encoder, the mask decoder, and the way of its masks to the size of the original image.
+
+    A label that SAM does not know is an error.
+    """
+
+    nothing: Tensor
 
     def __init__(self, sam: Sam) -> None:
         super().__init__()
+        self.register_buffer("nothing", torch.zeros(1), persistent=False)
         self.prompt_encoder = sam.prompt_encoder
         self.mask_decoder = sam.mask_decoder
         self.inputs = [
@@ -87,7 +93,11 @@ class UpscalingDecoder(nn.Module):
         Returns masks [P, 4, H, W] (logits; a mask is where they are > 0), iou_predictions [P, 4] and
         low_res_masks [P, 4, 256, 256]. Mask 0 is for prompts without doubt, 1 to 3 for ambiguous ones.
         """
-        tokens, _ = self.prompt_encoder(Prompts(point_coords.unsqueeze(0), point_labels.unsqueeze(0)))
+        unknown = (
+            (point_labels < NOT_A_POINT) | (point_labels > BOX_BOTTOM_RIGHT) | (point_labels != point_labels.round())
+        )
+        labels = point_labels + self.nothing.index_select(0, unknown.any().long().reshape(1))  # as in the encoder
+        tokens, _ = self.prompt_encoder(Prompts(point_coords.unsqueeze(0), labels.unsqueeze(0)))
         dense = dense_prompt(self.prompt_encoder, mask_input, has_mask_input)
         image_pe = self.prompt_encoder.dense_positions()
         masks = self.mask_decoder(image_embeddings, image_pe, tokens, dense, None, ALL)  # no point is absent

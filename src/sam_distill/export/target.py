@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,9 +22,10 @@ def atomic_target(target: Path, folder: bool) -> Iterator[Path]:
     if folder and target.is_dir() and not (target / CONTRACT).is_file() and any(target.iterdir()):
         raise UserError(f"path={target} holds other files than an export: give it a folder of its own")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as place:
-            draft = Path(place) / target.name
+        place = Path(os.path.abspath(target))  # which has a name, unlike "."
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=f".{place.name}.", dir=place.parent) as beside:
+            draft = Path(beside) / place.name
             if folder:
                 draft.mkdir()
             yield draft

@@ -137,6 +137,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             start = file.read(9)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from error
+    if not start:
+        raise UserError(f"{path} is empty")
     if start[8:] == b"{":  # whatever its name: the length of a header, in 8 bytes, and the header, which is JSON
         return _read_safetensors(path)
     if packed := compression(start):
@@ -146,14 +148,16 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever a broken file makes it raise
         reason = re.split(r"\.\s|\n", str(error).strip())[0]  # the first sentence; the others are torch's advice
+        reason = reason if re.search("[a-z]{3}", reason) else type(error).__name__  # of some bytes just a number
         raise UserError(f"{path} is not a PyTorch checkpoint that loads safely ({reason})") from error
-    if not isinstance(content, Mapping):
-        raise UserError(f"{path} holds a {type(content).__name__}, not a state dict")
-    if DESCRIPTION in content and "state_dict" in content:
+    if not (isinstance(content, Mapping) and all(isinstance(name, str) for name in content)):
+        raise UserError(f"{path} holds a {type(content).__name__}, not a state dict, which is tensors by their names")
+    if DESCRIPTION in content and isinstance(content.get("state_dict"), Mapping):
         tensors = content["state_dict"].items()
-        return {k.removeprefix(STUDENT): v for k, v in tensors if k.startswith(STUDENT)}, content[DESCRIPTION]
+        state = {k.removeprefix(STUDENT): v for k, v in tensors if k.startswith(STUDENT)}
+        return state, _checked(content[DESCRIPTION], path)
     description = getattr(content, "_metadata", {}).get(DESCRIPTION) or _recognise(content, path)
-    return dict(content), description
+    return dict(content), _checked(description, path)
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -161,14 +165,24 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with safe_open(path, framework="pt") as file:
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
             description = (file.metadata() or {}).get(DESCRIPTION)
-    except SafetensorError as error:
+        content = json.loads(description) if description else _recognise(state, path)
+    except (SafetensorError, ValueError) as error:
         raise UserError(f"{path} is not a safetensors file ({error})") from error
-    return state, json.loads(description) if description else _recognise(state, path)
+    return state, _checked(content, path)
+
+
+def _checked(description: Any, path: Path) -> dict[str, Any]:
+    """What a file says of itself, if it is as `describe` has it."""
+    kinds = {"encoder": dict, "image_size": int}
+    if not (isinstance(description, dict) and all(isinstance(description.get(n), k) for n, k in kinds.items())):
+        raise UserError(f"{path} describes its model as no version of sam-distill does ({str(description)[:60]})")
+    return description
 
 
 def _recognise(state: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
     """The architecture of an official file, read off its tensors."""
-    encoder = {k.removeprefix(_ENCODER): v for k, v in state.items() if k.startswith(_ENCODER)}
+    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor) and value.ndim}
+    encoder = {k.removeprefix(_ENCODER): v for k, v in tensors.items() if k.startswith(_ENCODER)}
     spec: dict[str, Any] | None = None
     if "patch_embed.seq.0.c.weight" in encoder and "neck.0.weight" in encoder:
         size = _TINY_VIT_SIZES.get(encoder["neck.0.weight"].shape[1])

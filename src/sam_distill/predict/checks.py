@@ -87,9 +87,9 @@ def check_values(
     outside = torch.zeros((), dtype=torch.bool, device=given.device)
     corner = torch.tensor([size[1], size[0]], device=given.device) + 0.5  # what scaling may have added
     if points is not None and labels is not None:
-        known = torch.tensor([FOREGROUND, BACKGROUND, NOT_A_POINT], device=given.device)
+        known = torch.tensor([FOREGROUND, BACKGROUND, NOT_A_POINT], dtype=torch.float32, device=given.device)
         wrong["point_coords holds NaN or infinity: (x, y) are expected"] = ~points.isfinite().all()
-        unknown = ~torch.isin(labels, known.to(labels.dtype)).all()
+        unknown = ~torch.isin(labels.float(), known).all()  # of bool there is no isin
         wrong["point_labels are 1 (foreground), 0 (background) or -1 (no point), nothing else"] = unknown
         inside = ((points >= 0) & (points <= corner)).all(-1)
         outside |= (~inside & (labels != NOT_A_POINT)).any()

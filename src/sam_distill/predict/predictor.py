@@ -207,9 +207,13 @@ class SamPredictor:
         check_values(points, labels, boxes, masks, self.input_sizes[index])
         prompts = _prompts(points, labels, boxes, masks)
         embedding = self._features("predict")[index : index + 1]
+        sizes = self.input_sizes[index], self.original_sizes[index]
+        if not prompts.labels.shape[1]:  # such as the boxes of a detector that has found nothing
+            low_res = embedding.new_zeros(0, 3 if multimask_output else 1, LOW_RES, LOW_RES)
+            masks_of_none = torch.zeros(*low_res.shape[:2], *sizes[1], device=self.device)
+            return masks_of_none if return_logits else masks_of_none.bool(), low_res[:, :, 0, 0], low_res
         found = self.model.decode(embedding, prompts.to(self.device), MULTI if multimask_output else SINGLE)
         low_res, iou = found.low_res[0], found.iou[0]
-        sizes = self.input_sizes[index], self.original_sizes[index]
         logits = (upscale_masks(each, *sizes) for each in low_res)  # one by one: they are large
         return torch.stack([each if return_logits else each > 0 for each in logits]), iou, low_res
 
@@ -232,6 +236,8 @@ def picture(image: Picture, image_format: str = "RGB") -> Image.Image:
     if isinstance(image, str | Path):
         return decode(Path(image).expanduser(), full=True)[0]
     if isinstance(image, Image.Image):
+        if 0 in image.size:
+            raise ValueError(f"an image has pixels, but this one is {image.width} x {image.height}")
         return to_rgb(image)
     if not isinstance(image, np.ndarray | Tensor):
         raise TypeError(f"an image is an array, a tensor, a Pillow image or a path, not a {type(image).__name__}")

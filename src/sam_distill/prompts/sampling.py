@@ -21,7 +21,8 @@ _FEWEST_WRONG = 10  # cells; below that a correction would be noise (EdgeSAM's n
 
 def generator(seed: int, key: str, epoch: int, purpose: str = "") -> np.random.Generator:
     """purpose: keeps draws apart that are made for the same image at the same time."""
-    digest = hashlib.blake2b(f"{seed}/{epoch}{purpose}/{key}".encode(), digest_size=8).digest()
+    what = f"{seed}/{epoch}{purpose}/{key}".encode(errors="surrogateescape")
+    digest = hashlib.blake2b(what, digest_size=8).digest()
     return np.random.default_rng(int.from_bytes(digest, "little"))
 
 

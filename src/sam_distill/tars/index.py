@@ -93,9 +93,13 @@ class TarIndex:
 def read_headers(file: IO[bytes], size: int | None, address: str) -> TarIndex:
     """size: of the file, which is None if it can only be read from front to back."""
     names: dict[str, None] = {}  # an ordered set
+    links = 0
     try:
         with tarfile.open(fileobj=file, mode="r|" if size is None else "r:") as tar:
-            for member in filter(tarfile.TarInfo.isreg, tar):
+            for member in tar:
+                if not member.isreg():
+                    links += (member.issym() or member.islnk()) and is_image_member(member.name)
+                    continue
                 if size is not None and member.offset_data + member.size > size:
                     raise tarfile.ReadError(f"truncated in {member.name}")
                 names[member.name] = None
@@ -109,7 +113,8 @@ def read_headers(file: IO[bytes], size: int | None, address: str) -> TarIndex:
         else:
             problem = f"the rest of {address} after {len(names)} files ({one_line(error)})"
         return TarIndex.of(list(names), problem)
-    return TarIndex.of(list(names))
+    in_vain = f"{links} images of {address}, which are links: tar --dereference --hard-dereference takes what they mean"
+    return TarIndex.of(list(names), in_vain if links else None)
 
 
 def _compression(file: IO[bytes]) -> str | None:

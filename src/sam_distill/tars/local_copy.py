@@ -35,7 +35,10 @@ class LocalCopy(Tar):
 
     @property
     def copy(self) -> Path:
-        return self.folder / f"{self.stem}-{hashlib.sha256(self.source.identity.encode()).hexdigest()[:8]}.tar"
+        return (
+            self.folder
+            / f"{self.stem}-{hashlib.sha256(self.source.identity.encode(errors='surrogateescape')).hexdigest()[:8]}.tar"
+        )
 
     def stream(self) -> IO[bytes]:
         if self.copy.is_file():

@@ -131,7 +131,7 @@ class HttpTar(RemoteTar):
 class PipedTar(Tar):
     @property
     def stem(self) -> str:
-        return hashlib.sha256(self.address.encode()).hexdigest()[:8]
+        return hashlib.sha256(self.address.encode(errors="surrogateescape")).hexdigest()[:8]
 
     def stream(self, retries: int | None = None) -> IO[bytes]:
         return io.BufferedReader(RetryingReader(self.address, self.open_at, retries))

@@ -122,6 +122,26 @@ def test_all_mistakes_are_told_at_once() -> None:
     assert any("did you mean" in line and "tinyvit" in line for line in lines)
 
 
+def test_what_may_be_meant_by_a_choice_that_there_is_not() -> None:
+    lines = mistakes("train", "teacher=outputs/first", "data=photographs", "optim.scale={foo:0.1}")
+    assert [line.partition(":")[0] for line in lines] == [
+        "data=photographs", "teacher=outputs/first", "optim.scale={foo",
+    ]  # fmt: skip
+    assert lines[1].endswith("; for any other SAM give teacher.checkpoint=...")
+    assert lines[0].endswith("; for a folder of images give data=folder data.path=...")
+    assert "no such key: foo; there are image_encoder, mask_decoder" in lines[2]
+
+
+def test_thresholds_are_shares() -> None:
+    lines = mistakes(
+        "segment", "image=a.jpg", "path=b.png", "generator.stability_score_thresh=95", "generator.box_nms_thresh=-3"
+    )
+    assert [line.partition("=")[0] for line in lines] == [
+        "generator.stability_score_thresh",
+        "generator.box_nms_thresh",
+    ]
+
+
 def test_a_key_of_another_choice() -> None:
     (lines,) = mistakes("train", "strategy.rounds=2")
     assert "no such key with the strategy chosen; there is one with strategy=coupled, " in lines

@@ -145,3 +145,15 @@ def test_mistakes_in_the_path(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no image; expected jpg"):
         Folder(str(tmp_path / "empty"))
+
+
+def test_what_runs_have_drawn_is_not_found(photos: Path) -> None:
+    """With data.path=. the second run would train on the first one's pictures."""
+    before = [file.key for file in Folder(str(photos)).files]
+    run = photos / "outputs/train/first"
+    for folder in ("pictures", "wandb/files"):
+        (run / folder).mkdir(parents=True)
+        Image.new("RGB", (9, 9)).save(run / folder / "masks.png")
+    for name in ("status.json", "config.yaml"):
+        (run / name).touch()
+    assert [file.key for file in Folder(str(photos)).files] == before

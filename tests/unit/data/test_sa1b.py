@@ -1,6 +1,7 @@
 """The SA-1B source: sharing out, resuming, and tars as people have them."""
 
 import gzip
+import tarfile
 from collections import Counter
 from itertools import chain
 from pathlib import Path
@@ -171,6 +172,19 @@ def test_a_compressed_tar_is_named_as_such(make_tar, tmp_path: Path, jpeg) -> No
     with pytest.raises(UserError, match=r"sa.tar.gz is compressed with gzip: unpack it, or read it by a command"):
         Sa1b(str(packed))
     assert Sa1b(f"pipe:gunzip -c {packed}", val_images=0).num_train_images == 2
+
+
+def test_links_are_told(make_tar, tmp_path: Path, caplog: pytest.LogCaptureFixture, jpeg) -> None:
+    """tar writes a file that it has met before, under another name, as a link."""
+    path = make_tar("a.tar", {f"{number}.jpg": jpeg(number) for number in range(3)})
+    for name, kind in {"b.jpg": tarfile.LNKTYPE, "c.jpg": tarfile.SYMTYPE, "notes": tarfile.SYMTYPE}.items():
+        with tarfile.open(path, "a") as tar:
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "0.jpg"
+            tar.addfile(member)
+    source = Sa1b(str(path), val_images=1)
+    assert (source.num_train_images, source.skipped) == (2, 1)
+    assert f"skipped: 2 images of {path}, which are links: tar --dereference" in caplog.text
 
 
 def test_every_way_to_name_tars(make_shards, tmp_path: Path) -> None:

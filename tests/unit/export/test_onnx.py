@@ -189,3 +189,17 @@ def test_weights_beyond_2_gb_lie_beside(teacher: Sam, tmp_path: Path, monkeypatc
     assert encoder.run(None, onnx.encoder_input(sample(64, 1024, (4, 64))))[0].shape == (1, 256, 64, 64)
     with pytest.raises(UserError, match="models of up to 2 GB"):
         onnx.write_graph(graph, moved / "encoder.int8.onnx", "int8")
+
+
+def test_a_label_that_sam_does_not_know_is_an_error(decoder: InferenceSession) -> None:
+    """It would be answered as a point that is neither on a thing nor beside it."""
+    inputs = {
+        "image_embeddings": np.zeros((1, 256, 64, 64), np.float32),
+        "point_coords": np.full((1, 2, 2), 9, np.float32),
+        "mask_input": np.zeros((1, 1, 256, 256), np.float32),
+        "has_mask_input": np.zeros(1, np.float32),
+        "orig_im_size": np.array([64, 64], np.float32),
+    }
+    for label in (4, -2, 0.5, np.nan):
+        with pytest.raises(Exception, match="out of data bounds"):
+            decoder.run(None, inputs | {"point_labels": np.array([[1, label]], np.float32)})

@@ -7,6 +7,7 @@ from typing import IO
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from sam_distill.export.official import save_safetensors
 from sam_distill.models import checkpoints
@@ -67,9 +68,21 @@ def test_what_is_no_checkpoint(tmp_path: Path) -> None:
     torch.save({f"{part}.a": torch.zeros(1) for part in ("image_encoder", "mask_decoder")}, tmp_path / "sam3.pt")
     (tmp_path / "sam.tar.gz").write_bytes(gzip.compress(b"whatever"))
     (tmp_path / "empty").mkdir()
+    (tmp_path / "nothing.pt").touch()
+    torch.save({0: torch.zeros(1)}, tmp_path / "numbers.pt")
+    torch.save({"image_encoder.patch_embed.seq.0.c.weight": 1, "image_encoder.neck.0.weight": 2}, tmp_path / "ints.pt")
+    torch.save({checkpoints.DESCRIPTION: {}, "state_dict": 3}, tmp_path / "strange.ckpt")
+    save_file({"a": torch.zeros(1)}, tmp_path / "no.safetensors", {checkpoints.DESCRIPTION: "{nope"})
+    save_file({"a": torch.zeros(1)}, tmp_path / "list.safetensors", {checkpoints.DESCRIPTION: "[1]"})
     for name, complaint in {
         "photo.jpg": r"photo.jpg is not a PyTorch checkpoint that loads safely \(Weights only load failed\)$",
-        "notes.pt": "not a PyTorch checkpoint that loads safely",
+        "notes.pt": r"not a PyTorch checkpoint that loads safely \([A-Za-z]{3}",
+        "nothing.pt": "nothing.pt is empty",
+        "numbers.pt": "holds a dict, not a state dict, which is tensors by their names",
+        "ints.pt": "holds no SAM we know: an image encoder alone, it seems",
+        "strange.ckpt": "holds no SAM we know",
+        "no.safetensors": "is not a safetensors file",
+        "list.safetensors": r"describes its model as no version of sam-distill does \(\[1\]\)",
         "encoder.pt": r"an image encoder alone, it seems \(patch_embed.weight, ...\), without prompt_encoder",
         "nested.pt": "it holds model and other things, not the tensors themselves: save model alone",
         "sam3.pt": "holds no SAM we know: its tensors match neither",
@@ -79,6 +92,8 @@ def test_what_is_no_checkpoint(tmp_path: Path) -> None:
     }.items():
         with pytest.raises(UserError, match=complaint):
             checkpoints.load_sam(tmp_path / name)
+        with pytest.raises(UserError, match=complaint):
+            checkpoints.load_weights(Sam(TimmEncoder("resnet18", pretrained=False)), tmp_path / name)
     with pytest.raises(UserError, match="did you mean mobile_sam"):
         checkpoints.load_sam("mobil_sam")
 

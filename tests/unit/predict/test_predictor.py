@@ -240,8 +240,31 @@ def test_wrong_use_is_told(teacher: Sam, photograph: np.ndarray) -> None:
         predictor.set_image(photograph, "HSV")
     with pytest.raises(ValueError, match="long side of 1024"):
         predictor.set_torch_image(torch.zeros(1, 3, 100, 200), (100, 200))
+    with pytest.raises(ValueError, match="an image has pixels"):
+        predictor.set_image(Image.new("RGB", (0, 0)))
     with pytest.raises(TypeError, match="set_image takes one"):
         predictor.set_images(photograph)  # type: ignore[arg-type]  # its rows would pass for gray images
+
+
+def test_no_prompt_has_no_answer(teacher: Sam, photograph: np.ndarray) -> None:
+    """A detector may find nothing."""
+    predictor = SamPredictor(teacher)
+    predictor.set_image(photograph)
+    shape = photograph.shape[:2]
+    masks, iou, low_res = predictor.predict_torch(None, None, torch.zeros(0, 4))
+    assert (masks.shape, masks.dtype) == ((0, 3, *shape), torch.bool)
+    assert (iou.shape, low_res.shape) == ((0, 3), (0, 3, 256, 256))
+    points = torch.zeros(0, 1, 2), torch.zeros(0, 1)
+    assert predictor.predict_torch(*points, multimask_output=False, return_logits=True)[0].dtype == torch.float32
+
+
+def test_labels_of_any_dtype(teacher: Sam, photograph: np.ndarray) -> None:
+    predictor = SamPredictor(teacher)
+    predictor.set_image(photograph)
+    points, labels = torch.tensor([[[30, 40], [50, 20]]]), torch.tensor([[1, 0]])
+    expected = predictor.predict_torch(points, labels)[1]
+    for dtype in (torch.bool, torch.uint8, torch.float64):
+        assert torch.equal(predictor.predict_torch(points, labels.to(dtype))[1], expected)
 
 
 def test_after_an_image_that_fails_no_earlier_one_answers(teacher: Sam, photograph: np.ndarray, tmp_path: Path) -> None:

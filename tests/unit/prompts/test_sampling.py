@@ -110,3 +110,8 @@ def test_corrections_click_where_it_is_wrong() -> None:
     assert 50 <= y0 < 100
     assert 10 <= x1 < 20
     assert 10 <= y1 < 20
+
+
+def test_a_key_that_is_no_text() -> None:
+    """A file's name need not be UTF-8."""
+    assert PromptRng(["a\udcff"], [0], seed=0).uniform(1).shape == (1, 1)
