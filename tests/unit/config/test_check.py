@@ -117,7 +117,7 @@ def test_valid(conf: Path, overrides: tuple[str, ...]) -> None:
         ("batch_size=true", "batch_size=true (command line): should be a valid integer"),
         ("batch_size=0", "batch_size=0 (command line): should be greater than 0"),
         ("batch_size=null", "batch_size=null (command line): should be a valid integer"),
-        ("seed='0'", "seed=0 (command line): should be a valid integer"),
+        ("seed='0'", "seed=0 (command line): should be a valid integer; the quotes make it text: write seed=0"),
         ("experiment=bad", "batch_size=many (conf/experiment/bad.yaml): should be a valid integer"),
         ("encoder.width=-1", "encoder.width=-1 (command line): should be greater than 0"),
         (
