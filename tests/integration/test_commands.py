@@ -145,7 +145,7 @@ def test_segment_says_in_one_line_what_it_cannot_do(
     images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    command = ["segment", f"image={images / '3.png'}", "trainer=cpu"]
+    command = ["segment", f"image={images / '3.png'}", "trainer=cpu", "checkpoint=pocket_sam"]
     for options, complaint in {
         ("box=[30,20,10,40]", "path=a.png"): "error: box=[30, 20, 10, 40]: expected [x0,y0,x1,y1] with x0 < x1",
         ("box=[30,20,10,40]", "path=new/a.png"): "error: box=[30, 20, 10, 40]: expected [x0,y0,x1,y1] with x0 < x1",

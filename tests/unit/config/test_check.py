@@ -154,9 +154,9 @@ def test_valid(conf: Path, overrides: tuple[str, ...]) -> None:
         ("batch_size", "batch_size: not an override; write key=value"),
         ("+optim.betas='[0.8,1]'", "optim.betas=[0.8,1] (command line): should be a valid array; the quotes make it "
                                    "text: write optim.betas=[0.8,1]"),
-        ("image=2024", "image=2024 (command line): is not a valid path; it reads as a number: for text quote it twice, "
-                       "image='\"...\"'"),
-        ("optim=mine/adam", "optim=mine/adam: no such choice; did you mean adam? choices: adam, bare"),
+        ("image=2024", "image=2024 (command line): should be a valid string; it reads as a number: for text quote it "
+                       "twice, image='\"...\"'"),
+        ("optim=mine/adam", "optim=mine/adam: no such choice; choices: adam, bare"),
         ("seed=1,2", "seed=1,2: several values need -m (a sweep); a list is seed=[1,2], one value seed='\"1,2\"'"),
     ],
 )  # fmt: skip
