@@ -6,6 +6,7 @@ import re
 import shutil
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -27,9 +28,30 @@ missing = [program for program in ("chromium", "npm") if shutil.which(program) i
 pytestmark = pytest.mark.skipif(bool(missing), reason=f"needs {' and '.join(missing)}: apt-get install chromium npm")
 
 
+STATUS = 'document.getElementById("status").textContent'
+
+
 class Quiet(SimpleHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         pass
+
+
+class Isolated(Quiet):
+    """Sends the headers for threads itself, so the page has no need to load twice."""
+
+    def end_headers(self) -> None:
+        self.send_header("Cross-Origin-Opener-Policy", "same-origin")
+        self.send_header("Cross-Origin-Embedder-Policy", "require-corp")
+        super().end_headers()
+
+
+@contextmanager
+def served(site: Path, handler: type[Quiet] = Quiet) -> Iterator[str]:
+    server = ThreadingHTTPServer(("localhost", 0), partial(handler, directory=str(site / "web")))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://localhost:{server.server_port}"
+    server.shutdown()
+    server.server_close()
 
 
 @pytest.fixture(scope="module")
@@ -40,15 +62,6 @@ def site(teacher: Sam, tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = ["export", f"checkpoint={place / 'student.pt'}", "format=web", "quantize=fp16", "data.val_images=1"]
     assert app.main([*words, f"path={place / 'web'}"]) == 0
     return place
-
-
-@pytest.fixture
-def address(site: Path) -> Iterator[str]:
-    server = ThreadingHTTPServer(("localhost", 0), partial(Quiet, directory=str(site / "web")))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://localhost:{server.server_port}"
-    server.shutdown()
-    server.server_close()
 
 
 def drawn(page: Chromium) -> np.ndarray:
@@ -85,19 +98,18 @@ def in_frame(low_res: np.ndarray, height: int, width: int) -> np.ndarray:
     return upscale_masks(torch.from_numpy(low_res), (height, width), (height, width))[0].numpy() > 0
 
 
-def test_click_and_box_by_mouse(site: Path, address: str, tmp_path: Path) -> None:
+def test_click_and_box_by_mouse(site: Path, tmp_path: Path) -> None:
     picture = Image.open(site / "photo.png")
     width, height = (int(side * 1024 / max(picture.size) + 0.5) for side in picture.size)
     predictor = SamPredictor(load_sam(site / "student.pt"))
     predictor.set_image(picture)
     scale = max(picture.size) / 1024
-    status = 'document.getElementById("status").textContent'
 
-    with Chromium(address, tmp_path / "profile") as page:
-        page.wait(f'{status}.includes("Drop a photograph")', 300)
+    with served(site) as address, Chromium(address, tmp_path / "profile") as page:
+        page.wait(f'{STATUS}.includes("Drop a photograph")', 300)
         assert page.evaluate("crossOriginIsolated"), "the service worker sends the headers for threads"
         page.choose("#file", site / "photo.png")
-        page.wait(f'{status}.includes("Looked at")', 300)
+        page.wait(f'{STATUS}.includes("Looked at")', 300)
         area = page.evaluate("(({left, top, width}) => [left, top, width])(masks.getBoundingClientRect())")
 
         def to_window(x: float, y: float) -> tuple[float, float]:
@@ -105,11 +117,11 @@ def test_click_and_box_by_mouse(site: Path, address: str, tmp_path: Path) -> Non
 
         page.mouse("Pressed", *to_window(800, 150))
         page.mouse("Released", *to_window(800, 150))
-        page.wait(f'{status}.startsWith("Mask in")', 120)
+        page.wait(f'{STATUS}.startsWith("Mask in")', 120)
         _, scores, low_res = predictor.predict(np.array([[800, 150]]) * scale, np.array([1]))
         best = scores.argmax()
         assert iou(drawn(page), in_frame(low_res[best : best + 1], height, width), marks=[(800, 150)]) > 0.99
-        assert re.search(r"expected IoU [01]\.\d\d", page.evaluate(status))
+        assert re.search(r"expected IoU [01]\.\d\d", page.evaluate(STATUS))
         page.screenshot(site / "click.png")
 
         page.evaluate('document.getElementById("clear").click()')
@@ -118,6 +130,21 @@ def test_click_and_box_by_mouse(site: Path, address: str, tmp_path: Path) -> Non
         page.mouse("Moved", *to_window(400, 300))
         page.mouse("Moved", *to_window(800, 600))
         page.mouse("Released", *to_window(800, 600))
-        page.wait(f'{status}.startsWith("Mask in")', 120)
+        page.wait(f'{STATUS}.startsWith("Mask in")', 120)
         _, _, low_res = predictor.predict(box=np.array([120, 80, 800, 600]) * scale, multimask_output=False)
         assert iou(drawn(page), in_frame(low_res, height, width)) > 0.99
+
+        page.evaluate('document.getElementById("everything").click()')
+        assert page.evaluate(STATUS).startswith("Segmenting everything"), "from the first moment"
+        assert not page.evaluate('document.getElementById("progress").hasAttribute("value")')
+
+
+@pytest.mark.parametrize("handler", [Quiet, Isolated])
+def test_offline_after_the_first_visit(site: Path, tmp_path: Path, handler: type[Quiet]) -> None:
+    with served(site, handler) as address, Chromium(address, tmp_path / "profile") as page:
+        page.wait(f'{STATUS}.includes("Drop a photograph")', 300)
+    with Chromium(address, tmp_path / "profile") as page:  # the server has gone
+        page.wait(f'{STATUS}.includes("Drop a photograph")', 300)
+        assert page.evaluate("crossOriginIsolated")
+        page.choose("#file", site / "photo.png")
+        page.wait(f'{STATUS}.includes("Looked at")', 300)

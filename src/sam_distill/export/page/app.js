@@ -39,10 +39,9 @@ function say(text, progress = 0) {
 }
 
 async function start() {
-  if ("serviceWorker" in navigator && !crossOriginIsolated) {
-    await navigator.serviceWorker.register("service-worker.js");
-    await navigator.serviceWorker.ready;
-    if (!sessionStorage.reloaded) { // the next load comes through the service worker, with more than one thread
+  if ("serviceWorker" in navigator) {
+    await serviceWorker();
+    if (!crossOriginIsolated && !sessionStorage.reloaded) { // the next load comes with more than one thread
       sessionStorage.reloaded = "yes";
       location.reload();
       return;
@@ -55,11 +54,19 @@ async function start() {
   say(`${described()}. Drop a photograph.`);
 }
 
+/** Until it is at work, so that it keeps all that is fetched from now on. */
+async function serviceWorker() {
+  await navigator.serviceWorker.register("service-worker.js");
+  const { active } = await navigator.serviceWorker.ready;
+  while (active.state === "activating") await new Promise((resolve) => active.addEventListener("statechange", resolve, { once: true }));
+}
+
 function described() {
   return `Model ${(about.bytes / 1e6).toFixed(1)} MB at ${about.side} px, ${about.threads} thread${about.threads > 1 ? "s" : ""}`;
 }
 
 async function open(file) {
+  say("Looking at the photograph …", null);
   const bitmap = await createImageBitmap(file, { imageOrientation: "from-image" });
   const whole = new OffscreenCanvas(bitmap.width, bitmap.height).getContext("2d");
   whole.fillStyle = "white"; // behind transparent parts
@@ -71,7 +78,6 @@ async function open(file) {
   $("hint").style.display = "none";
   clear();
   for (const button of buttons) button.disabled = true;
-  say("Looking at the photograph …", null);
   const photograph = whole.getImageData(0, 0, bitmap.width, bitmap.height);
   const { milliseconds } = await ask("see", { photograph });
   for (const button of buttons) button.disabled = false;
@@ -96,6 +102,7 @@ async function show() {
 async function everything() {
   const question = ++asked;
   const [height, width] = size;
+  say("Segmenting everything …", null);
   const progress = ({ done }) => question === asked && say(`Segmenting everything … ${Math.round(100 * done)}%`, done);
   const { masks, milliseconds } = await ask("everything", { height, width, perSide: PER_SIDE }, progress);
   if (question !== asked) return;

@@ -1,8 +1,12 @@
 // Keeps the page's files, so that it works offline; and sends the two headers without which browsers allow one thread only.
 
 const KEPT = "sam-distill";
+const BEFORE = ["./", "index.html", "style.css", "app.js", "pixels.js"]; // what the page fetches before this is at work
 
-self.addEventListener("install", () => self.skipWaiting());
+self.addEventListener("install", (event) => {
+  self.skipWaiting();
+  event.waitUntil(caches.open(KEPT).then((kept) => kept.addAll(BEFORE)));
+});
 self.addEventListener("activate", (event) => event.waitUntil(self.clients.claim()));
 self.addEventListener("fetch", (event) => {
   if (event.request.method === "GET" && new URL(event.request.url).origin === location.origin) {
