@@ -113,13 +113,13 @@ def test_gelu_is_one_operator(teacher: Sam, tmp_path: Path) -> None:
 
 
 def test_quantized_weights(teacher: Sam, tmp_path: Path) -> None:
-    """TinyViT's linear layers in 8 bits and all other weights in 16: files and masks."""
+    """TinyViT's linear layers in 8 bits, but for an MLP's second, and all other weights in 16."""
     sam = Sam(teacher.image_encoder, teacher.prompt_encoder, teacher.mask_decoder, image_size=256)
     graph, sizes = Encoder(prepared(sam), "outside"), {}
     x = torch.randn(1, 3, 256, 256, generator=torch.Generator().manual_seed(0))
     expected = graph(x)
     onnx.write_graph(graph, tmp_path / "encoder.onnx")
-    for quantize, least in ((None, 0.99999), ("fp16", 0.9999), ("int8", 0.99)):
+    for quantize, least in ((None, 0.99999), ("fp16", 0.9999), ("int8", 0.9999)):
         path = Path(shutil.copy(tmp_path / "encoder.onnx", tmp_path / f"{quantize}.onnx"))
         if quantize:
             onnx.quantize_file(path, quantize)
@@ -128,7 +128,7 @@ def test_quantized_weights(teacher: Sam, tmp_path: Path) -> None:
         assert cosine > least, quantize
         sizes[quantize] = path.stat().st_size
     assert sizes["fp16"] < 0.53 * sizes[None]
-    assert sizes["int8"] < 0.75 * sizes["fp16"]
+    assert sizes["int8"] < 0.85 * sizes["fp16"]
 
 
 def test_the_decoder_has_the_names_and_shapes_of_segment_anythings_export(decoder: InferenceSession) -> None:
