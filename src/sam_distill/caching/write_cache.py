@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from sam_distill.data.annotations import parsed
+from sam_distill.data.annotations import check_json
 from sam_distill.data.base import DataSource, collate, loader_worker
 from sam_distill.data.cache import MANIFEST, ShardWriter, done, members, read_manifest, update_manifest
 from sam_distill.data.embeddings import Dtype
@@ -67,7 +67,7 @@ class ToCache(IterableDataset[tuple[int, list[Prepared]]]):
         try:
             sample = load()
             if sample.json:
-                parsed(sample.json, sample.key)
+                check_json(sample.json, sample.key)
         except UserError as error:
             return Prepared(None, error=str(error))
         jpg = to_jpeg(sample.image, self.quality)
@@ -254,7 +254,6 @@ def _open_folder(folder: Path, facts: dict[str, Any], teacher: LiveTeacher) -> N
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"path={folder}: cannot be written ({error.strerror})") from error
-    others = any(not file.name.startswith(".") for file in folder.iterdir())
     if (folder / MANIFEST).is_file():
         before = read_manifest(folder)
         other = [name for name, value in facts.items() if name != "teacher" and before.get(name) != value]
@@ -263,7 +262,7 @@ def _open_folder(folder: Path, facts: dict[str, Any], teacher: LiveTeacher) -> N
                 f"{name} {_short(before.get(name))} there, {_short(facts[name])} here" for name in other
             )
             raise UserError(f"path={folder} holds another cache, and caches are not mixed: {message}")
-    elif others:
+    elif any(not file.name.startswith(".") for file in folder.iterdir()):
         raise UserError(f"path={folder} holds other files than a cache: give it a folder of its own")
     update_manifest(folder, facts)  # first: what it lies in is a cache from then on
     save_parts(teacher.sam, folder)

@@ -44,6 +44,11 @@ def _scaled(paper: Any, small: Any, *, _root_: DictConfig) -> Any:
 OmegaConf.register_new_resolver("scaled", _scaled, replace=True)
 
 BAD_CONFIG = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError)  # what composing raises
+_OTHERWISE = {  # what may be meant by a choice that there isn't
+    "hydra/launcher": "; pip install 'sam-distill[sweeps]' brings joblib and submitit_*",
+    "teacher": "; for any other SAM give teacher.checkpoint=...",
+    "data": "; for a folder of images give data=folder data.path=...",
+}
 
 
 def compose_jobs(
@@ -66,13 +71,6 @@ def compose_jobs(
         except BAD_CONFIG as error:
             return [], [*composer.mistakes, f"{conf_dir.name}/{command}.yaml: {_reason(error)}"]
         return configs, list(dict.fromkeys(composer.mistakes))
-
-
-_OTHERWISE = {  # what may be meant by a choice that there isn't
-    "hydra/launcher": "; pip install 'sam-distill[sweeps]' brings joblib and submitit_*",
-    "teacher": "; for any other SAM give teacher.checkpoint=...",
-    "data": "; for a folder of images give data=folder data.path=...",
-}
 
 
 class _Composer:

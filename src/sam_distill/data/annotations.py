@@ -35,15 +35,14 @@ def draw_annotations(content: bytes, key: str, name: str, count: int, seed: int,
     return torch.from_numpy(np.stack([*masks, *empty]))
 
 
-def parsed(content: bytes, name: str) -> dict[str, Any]:
-    """An image's JSON. name: of the file, for the UserError that says that it is damaged."""
+def check_json(content: bytes, name: str) -> None:
+    """A UserError if an image's JSON, the file `name`, is damaged: it is to be one object."""
     try:
         found = json.loads(content)
         if not isinstance(found, dict):
             raise TypeError(f"a {type(found).__name__}")
     except (ValueError, TypeError) as error:
         raise UserError(f"{name}: the annotations can't be read ({type(error).__name__}: {error})") from None
-    return found
 
 
 def run_lengths(sample: Sample) -> list[RunLengths]:

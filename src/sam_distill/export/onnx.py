@@ -131,17 +131,14 @@ def _quantize_linear_layers(path: Path) -> None:
     Not of layers with more inputs than outputs: an MLP's second makes most of the error.
     """
     model = onnx.load(path)
-    known = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
-
-    def left(weight: tuple[int, ...]) -> bool:
-        return len(weight) != 2 or weight[0] > weight[1]
-
-    kept = [n.name for n in model.graph.node if n.op_type == "MatMul" and left(known.get(n.input[1], ()))]
+    matrices = [tensor for tensor in model.graph.initializer if len(tensor.dims) == 2]
+    narrow = {matrix.name for matrix in matrices if matrix.dims[0] <= matrix.dims[1]}  # no more inputs than outputs
+    excluded = [node.name for node in model.graph.node if node.op_type == "MatMul" and node.input[1] not in narrow]
     logging.disable(logging.WARNING)  # it tells of every tensor that it leaves alone
     try:
         quantize_dynamic(
             model, path, op_types_to_quantize=["MatMul", "Gemm"], per_channel=True, weight_type=QuantType.QInt8,
-            nodes_to_exclude=kept,
+            nodes_to_exclude=excluded,
         )  # fmt: skip
     finally:
         logging.disable(logging.NOTSET)

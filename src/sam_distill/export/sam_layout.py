@@ -18,15 +18,28 @@ PICTURE = "RGB, 0 to 255, resized so that the long side is 1024, not padded"
 ENDING = "points without a box end with a point (0, 0) labelled -1"
 
 
+class Refusal(nn.Module):
+    """Ends a run of the graph if its input is wrong; else a tensor stays as it is."""
+
+    nothing: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("nothing", torch.zeros(1), persistent=False)
+
+    def forward(self, x: Tensor, wrong: Tensor) -> Tensor:
+        """wrong: a bool. Then there is no such element of `nothing`, which is all a graph can say."""
+        return x + self.nothing.index_select(0, wrong.long().reshape(1))
+
+
 class AnySizeEncoder(nn.Module):
     """The image encoder with everything before it but the resize to the frame: an image that lacks it is an error."""
 
-    nothing: Tensor
     reduce: Tensor
 
     def __init__(self, sam: Sam) -> None:
         super().__init__()
-        self.register_buffer("nothing", torch.zeros(1), persistent=False)
+        self.refuse = Refusal()
         self.encoder = Encoder(sam, "outside")
         # The reduction to S as products: runtimes read a resize with antialiasing each in its own way.
         unit = torch.eye(FRAME).view(1, 1, FRAME, FRAME)
@@ -39,8 +52,7 @@ class AnySizeEncoder(nn.Module):
         """image [h, w, 3] uint8 RGB, resized to the frame (long side 1024) -> image_embeddings [1, 256, 64, 64]."""
         height, width = image.shape[:2]
         longest = torch.maximum(torch.full((), height), torch.full((), width))
-        wrong = (longest != FRAME).long().reshape(1)  # then there is no such element, which is all a graph can say
-        x = image.float().permute(2, 0, 1).unsqueeze(0) + self.nothing.index_select(0, wrong)
+        x = self.refuse(image.float().permute(2, 0, 1).unsqueeze(0), longest != FRAME)
         x = F.pad((x - self.encoder.mean) / self.encoder.std, (0, FRAME - width, 0, FRAME - height))
         x = x.reshape(1, 3, FRAME, FRAME)
         if self.reduce.shape[1] != FRAME:
@@ -54,11 +66,9 @@ class UpscalingDecoder(nn.Module):
     A label that SAM does not know is an error.
     """
 
-    nothing: Tensor
-
     def __init__(self, sam: Sam) -> None:
         super().__init__()
-        self.register_buffer("nothing", torch.zeros(1), persistent=False)
+        self.refuse = Refusal()
         self.prompt_encoder = sam.prompt_encoder
         self.mask_decoder = sam.mask_decoder
         self.inputs = [
@@ -96,7 +106,7 @@ class UpscalingDecoder(nn.Module):
         unknown = (
             (point_labels < NOT_A_POINT) | (point_labels > BOX_BOTTOM_RIGHT) | (point_labels != point_labels.round())
         )
-        labels = point_labels + self.nothing.index_select(0, unknown.any().long().reshape(1))  # as in the encoder
+        labels = self.refuse(point_labels, unknown.any())
         tokens, _ = self.prompt_encoder(Prompts(point_coords.unsqueeze(0), labels.unsqueeze(0)))
         dense = dense_prompt(self.prompt_encoder, mask_input, has_mask_input)
         image_pe = self.prompt_encoder.dense_positions()

@@ -117,6 +117,11 @@ def read_headers(file: IO[bytes], size: int | None, address: str) -> TarIndex:
     return TarIndex.of(list(names), in_vain if links else None)
 
 
+def sha256_of(address: str) -> str:
+    """In hexadecimal digits. The address need not be UTF-8."""
+    return hashlib.sha256(address.encode(errors="surrogateescape")).hexdigest()
+
+
 def _compression(file: IO[bytes]) -> str | None:
     file.seek(0)
     return compression(file.read(8))
@@ -128,7 +133,7 @@ def cached_index(identity: str, stamp: str, read: Callable[[], TarIndex], min_im
     stamp: its size, and what else changes with it. Tars with fewer images are not worth a file; damaged ones are read
     each time.
     """
-    name = hashlib.sha256(identity.encode(errors="surrogateescape")).hexdigest()[:32]
+    name = sha256_of(identity)[:32]
     file = home() / "index" / f"{name}.safetensors"
     with suppress(OSError, SafetensorError), safe_open(file, "numpy") as held:  # there may be none
         if held.metadata()["stamp"] == stamp:

@@ -6,7 +6,6 @@ several processes, and a full disk ends the reading.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import logging
 from contextlib import suppress
@@ -16,7 +15,7 @@ from typing import IO, Any
 
 from filelock import FileLock, Timeout
 
-from sam_distill.tars.index import TarIndex
+from sam_distill.tars.index import TarIndex, sha256_of
 from sam_distill.tars.tar import Tar
 
 log = logging.getLogger(__name__)
@@ -35,10 +34,7 @@ class LocalCopy(Tar):
 
     @property
     def copy(self) -> Path:
-        return (
-            self.folder
-            / f"{self.stem}-{hashlib.sha256(self.source.identity.encode(errors='surrogateescape')).hexdigest()[:8]}.tar"
-        )
+        return self.folder / f"{self.stem}-{sha256_of(self.source.identity)[:8]}.tar"
 
     def stream(self) -> IO[bytes]:
         if self.copy.is_file():

@@ -7,7 +7,6 @@ knows no ranges, and heeds no proxy. All other addresses (s3, gs, hf, ...) are f
 
 from __future__ import annotations
 
-import hashlib
 import io
 import logging
 import os
@@ -25,7 +24,7 @@ import fsspec
 import requests
 from fsspec.spec import AbstractBufferedFile
 
-from sam_distill.tars.index import TarIndex, cached_index, file_stamp, one_line, read_headers
+from sam_distill.tars.index import TarIndex, cached_index, file_stamp, one_line, read_headers, sha256_of
 from sam_distill.types import UserError
 
 log = logging.getLogger(__name__)
@@ -131,7 +130,7 @@ class HttpTar(RemoteTar):
 class PipedTar(Tar):
     @property
     def stem(self) -> str:
-        return hashlib.sha256(self.address.encode(errors="surrogateescape")).hexdigest()[:8]
+        return sha256_of(self.address)[:8]
 
     def stream(self, retries: int | None = None) -> IO[bytes]:
         return io.BufferedReader(RetryingReader(self.address, self.open_at, retries))
