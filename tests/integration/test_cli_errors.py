@@ -163,6 +163,22 @@ def test_a_failure_is_one_line(
     assert (status()["status"], status()["why"]) == ("failed", why)
 
 
+def test_where_no_folder_can_be_made(toy: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    Path("file").touch()
+    assert toy("hydra.run.dir=file/run") == 1
+    assert capsys.readouterr().err == "error: file/run: Not a directory; hydra.run.dir=DIR puts the run elsewhere\n"
+
+
+def test_where_no_log_can_be_written(toy: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    """The traceback is not lost, nor is the reason hidden behind the log's own."""
+    Path("run/toy.log").mkdir(parents=True)
+    quiet = ["+hydra.job_logging.handlers.file.delay=true", "hydra.job_logging.root.handlers=[console]"]
+    assert toy("hydra.run.dir=run", "how=bug", *quiet) == 1
+    err = capsys.readouterr().err
+    assert "in job\n" in err
+    assert err.endswith("\nerror: ZeroDivisionError: split lines\n")
+
+
 def test_interrupted(toy: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
     assert toy("hydra.run.dir=run", "how=interrupt") == 130
     assert capsys.readouterr().err == "error: interrupted\n"

@@ -90,7 +90,9 @@ def run(command: str, argv: Sequence[str], conf_dir: Path | None = None) -> int:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except BrokenPipeError:
         raise
-    except Exception as error:  # before any job has begun, so there is no log: a folder that can't be made, for one
+    except OSError as error:  # before any job has begun: Hydra could not make its folder
+        return _fail(f"{describe(error)}; hydra.run.dir=DIR puts the run elsewhere")
+    except Exception as error:  # likewise, so there is no log
         return _fail(describe(error))
 
 

@@ -7,6 +7,7 @@ import logging
 import random
 import sys
 import time
+import traceback
 import warnings
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
@@ -104,13 +105,18 @@ def _execute(cfg: DictConfig, supplied: dict[str, Path], status: Status, log: Pa
         expected = isinstance(cause, UserError)
         # A loader's worker process sends its traceback along, the message last.
         why = str(cause).rpartition("UserError: ")[2].strip() if expected else describe(cause)
+        where = "" if expected else f" (traceback in {log})"
         if recorded or not expected:  # a command without records leaves no log behind for a user's mistake
-            tracebacks.exception(why)
+            try:
+                tracebacks.exception(why)
+            except OSError:  # no log can be written here
+                traceback.print_exc()
+                where = ""
         if not first:
             time.sleep(1)  # where all processes fail alike, the first one says so
             why = f"{processes.name()}: {why}"
         if status.end(why):
-            print_errors(prefix + why + ("" if expected else f" (traceback in {log})"))
+            print_errors(prefix + why + where)
         return False
     except BaseException as stop:  # a signal or sys.exit
         code = 130 if isinstance(stop, KeyboardInterrupt) else getattr(stop, "code", None)

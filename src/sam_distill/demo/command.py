@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 from pydantic import Field
@@ -39,11 +41,13 @@ def demo(
     loaded = [optimize_for_inference(load_sam(source)).to(trainer.kind) for source in chosen]
     models = dict(zip(names, loaded, strict=True))
     logging.getLogger("httpx").setLevel(logging.WARNING)  # Gradio asks itself whether it is there
-    page = build(models, [photo(name) for name in VAL_PHOTOS], points_per_side)
-    try:
-        page.launch(server_name=host, server_port=port, quiet=True, prevent_thread_lock=True)
-    except OSError:
-        message = f"port={port} of host={host} can't be had: another program listens there, or it is not this machine's"
-        raise UserError(message) from None
-    log.info("The demo is at http://%s:%d; Ctrl-C ends it", host, port)
-    page.block_thread()
+    with TemporaryDirectory() as folder:
+        os.environ.setdefault("GRADIO_TEMP_DIR", folder)  # its own, /tmp/gradio, is the first user's of this machine
+        page = build(models, [photo(name) for name in VAL_PHOTOS], points_per_side)
+        try:
+            page.launch(server_name=host, server_port=port, quiet=True, prevent_thread_lock=True)
+        except OSError:
+            message = f"port={port} of host={host} can't be had: another program listens there, or it is not this machine's"
+            raise UserError(message) from None
+        log.info("The demo is at http://%s:%d; Ctrl-C ends it", host, port)
+        page.block_thread()

@@ -70,17 +70,18 @@ class Throughput(pl.Callback):
 class ProgressiveResizing(pl.Callback):
     """Smaller inputs first, which are cheaper; validations and checkpoints have the student's own size.
 
-    shares: input side -> the share of all steps that see it, in this order. The rest see the student's own.
+    shares: input side -> the share of all steps that see it, in this order. The rest see `own`, the student's.
     """
 
-    def __init__(self, shares: Mapping[int, float]) -> None:
+    def __init__(self, shares: Mapping[int, float], own: int) -> None:
         if (total := sum(shares.values())) > 1:
             raise UserError(f"progressive_resizing: the shares of the steps add up to {total:g}, which is more than 1")
-        self.shares = shares
+        if (largest := max(shares)) > own:
+            raise UserError(f"progressive_resizing: {largest} px is more than the student's own: image_size={own}")
+        self.shares, self.own = shares, own
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Batch, index: int) -> None:
         assert isinstance(module, Distillation)
-        self.own = module.student.image_size
         progress, end = trainer.global_step / trainer.max_steps, 0.0
         for side, share in self.shares.items():
             end += share

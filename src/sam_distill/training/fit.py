@@ -123,6 +123,11 @@ def fit(setup: Setup, options: Options, run_dir: Path) -> dict[str, Any]:
     if options.compile:
         student.image_encoder.compile()  # in place: parameters keep their names
 
+    if source.val_images < processes:
+        raise UserError(
+            f"data.val_images: {source.val_images} images are held out to judge the student on (of a cache, when it"
+            f" was written), but every device needs one: {processes}"
+        )
     images_per_step = options.batch_size * options.accumulate * processes
     steps = in_steps(options.budget, images_per_step, source.num_train_images)
     interval = -(-steps // VALIDATIONS)
@@ -151,11 +156,6 @@ def fit(setup: Setup, options: Options, run_dir: Path) -> dict[str, Any]:
     folder = RunFolder(run_dir, history, source, facts)
     _log_start(module, source, hardware, steps, images_per_step)
     with all_processes(hardware, run_dir):
-        if source.val_images < processes:
-            raise UserError(
-                f"data.val_images: {source.val_images} images are held out to judge the student on (of a cache, when it"
-                f" was written), but every device needs one: {processes}"
-            )
         trainer = _trainer(setup, options, run_dir, steps, interval, folder)
         first = trainer.is_global_zero
         trainer.loggers = [history, *(setup.logger.build(run_dir, facts) if first else [])]
@@ -180,7 +180,7 @@ def _trainer(setup: Setup, options: Options, run_dir: Path, steps: int, interval
     given = setup.hardware.trainer_arguments()
     callbacks: list[pl.Callback] = [Throughput(), folder]  # the run folder first: it saves the average
     if options.progressive_resizing:
-        callbacks.append(ProgressiveResizing(options.progressive_resizing))
+        callbacks.append(ProgressiveResizing(options.progressive_resizing, setup.student.image_size))
     if options.ema:
         callbacks.append(Averaged(decay=options.ema))
     if options.step_times:

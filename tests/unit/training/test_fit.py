@@ -112,8 +112,8 @@ def test_smaller_inputs_first(tmp_path: Path, live: LiveTeacher) -> None:
     sam = student(live)
     seen: dict[bool, list[int]] = {True: [], False: []}
     sam.image_encoder.register_forward_pre_hook(lambda part, args: seen[part.training].append(args[0].shape[-1]))
-    run(tmp_path, live, sam, progressive_resizing={64: 0.3, 192: 0.3})
-    assert seen[True] == [64, 64, 192, 192, 128, 128]
+    run(tmp_path, live, sam, progressive_resizing={64: 0.3, 96: 0.3})
+    assert seen[True] == [64, 64, 96, 96, 128, 128]
     assert set(seen[False]) == {128}
     assert {load_sam(tmp_path / name).image_size for name in ("student.pt", "checkpoints/last.ckpt")} == {128}
 
@@ -159,7 +159,13 @@ def test_a_compiled_student_is_saved_under_official_names(
 
 def test_shares_of_more_than_all_steps(tmp_path: Path, live: LiveTeacher) -> None:
     with pytest.raises(UserError, match=r"add up to 1\.3, which is more than 1"):
-        run(tmp_path, live, student(live), progressive_resizing={64: 0.9, 192: 0.4})
+        run(tmp_path, live, student(live), progressive_resizing={64: 0.9, 96: 0.4})
+    assert not list(tmp_path.iterdir())
+
+
+def test_smaller_inputs_are_smaller(tmp_path: Path, live: LiveTeacher) -> None:
+    with pytest.raises(UserError, match=r"192 px is more than the student's own: image_size=128"):
+        run(tmp_path, live, student(live), progressive_resizing={64: 0.3, 192: 0.4})
     assert not list(tmp_path.iterdir())
 
 
@@ -506,7 +512,7 @@ def test_nothing_held_out_is_told(finished: tuple[Path, Sam], tmp_path: Path, li
     source = Drawings()
     source.val = range(0)
     with pytest.raises(UserError, match=r"data\.val_images: 0 images are held out to judge the student on"):
-        run(tmp_path, live, student(live), source=source)
+        run(tmp_path, live, student(live), source=source, plan=True)
     with pytest.raises(UserError, match=r"split=val: there is no such image; are any held out, by data\.val_images"):
         judge(
             student=live.sam, teacher=live, source=source, split="val", protocol=Agreement(points=1),
