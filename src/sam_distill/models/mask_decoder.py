@@ -62,7 +62,7 @@ class TokenToImage(Attention):
         q = q * q.shape[-1] ** -0.5
         bias = (q * self.k_proj.bias.view(HEADS, 1, -1)).sum(-1, keepdim=True)
         q = _fold(q, self.k_proj.weight)
-        scores = q.flatten(1, 2) @ keys.flatten(0, 1).transpose(-2, -1) + bias.flatten(1, 2)  # [BP, hT, L]
+        scores = _products(q.flatten(1, 2), keys.flatten(0, 1)) + bias.flatten(1, 2)  # [BP, hT, L]
         looks = (scores.softmax(-1) @ values.flatten(0, 1)).unflatten(1, (HEADS, -1))
         out = looks @ self.v_proj.weight.unflatten(0, (HEADS, -1)).transpose(-2, -1)
         return self.out_proj(_merge(out) + self.v_proj.bias).unflatten(0, batch)
@@ -84,7 +84,7 @@ class ImageToToken(Attention):
         bias = (k * self.q_proj.bias.view(HEADS, 1, -1)).sum(-1, keepdim=True)
         k = _fold(k, self.q_proj.weight)
         rows = k.reshape(batch, image.shape[1], -1, EMBED_DIM)  # prompts that see the same image in one product
-        scores = (rows @ queries.transpose(-2, -1)).view(*k.shape[:3], -1) + bias  # [BP, h, T, L]
+        scores = _products(rows, queries).reshape(*k.shape[:3], -1) + bias  # [BP, h, T, L]
         if key_mask is not None:
             scores = scores + key_mask.flatten(0, 1)[:, None, :, None]
         attention = scores.softmax(-2).flatten(1, 2)
@@ -108,6 +108,11 @@ def _merge(x: Tensor) -> Tensor:
 def _fold(x: Tensor, weight: Tensor) -> Tensor:
     """[n, h, T, d], weight [inner, C] -> [n, h, T, C]: each head's part of x through its rows of the weight."""
     return x @ weight.unflatten(0, (HEADS, -1))
+
+
+def _products(few: Tensor, cells: Tensor) -> Tensor:
+    """[..., n, C], [..., L, C] -> [..., n, L]. `few @ cells^T` would copy all cells, transposed, in bf16 on a CPU."""
+    return (cells @ few.transpose(-2, -1)).transpose(-2, -1)
 
 
 class FeedForward(nn.Module):
@@ -264,7 +269,7 @@ class MaskDecoder(nn.Module):
         image = gelu(_quarter(image, second)).flatten(1, 2)
         mlps = self.output_hypernetworks_mlps[wanted]
         filters = torch.stack([mlp(tokens[:, i]) for i, mlp in enumerate(mlps)], dim=1)
-        masks = (filters @ image.transpose(-2, -1)).float()  # cells, then the 4 and 4 pixels of each
+        masks = _products(filters, image).float()  # cells, then the 4 and 4 pixels of each
         pixels = masks.reshape(-1, GRID, 2, 8).transpose(1, 2).reshape(-1, 2 * GRID, 2, 2).transpose(1, 2)
         return pixels.reshape(*filters.shape[:2], LOW_RES, LOW_RES)
 
