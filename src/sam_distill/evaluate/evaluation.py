@@ -50,7 +50,7 @@ def judge(
     for model in (student, teacher.sam):
         if isinstance(model, Sam):
             model.to(hardware.kind).to(memory_format=torch.channels_last)
-    result, of_teacher = Judge(protocol).to(hardware.kind), Judge(protocol).to(hardware.kind)
+    result, of_teacher = Judge(protocol), Judge(protocol)
     answers: list[Answer] = []
     with Progress(auto_refresh=False) as bar:  # without a thread, whose locks the loader's workers would inherit
         task = bar.add_task("Evaluating", total=total)
@@ -81,7 +81,7 @@ def judge(
             )
         seconds = time.perf_counter() - started
         with hardware.autocast():
-            baseline = _never_looking(Judge(protocol).to(hardware.kind), teacher.sam, answers, bar)
+            baseline = _never_looking(Judge(protocol), teacher.sam, answers, bar)
     metrics |= result.intervals() | baseline
     if annotated:
         metrics |= {f"teacher/{n}": value for n, value in of_teacher.compute().items() if n.startswith("miou/")}
