@@ -41,13 +41,14 @@ def is_image_member(name: str) -> bool:
     return is_image(last) and not any(folder.startswith(".") for folder in folders)
 
 
-def unique_keys(short: Sequence[str], long: Sequence[str]) -> list[str]:
-    """The short key of each image, or the long one where several images share the short one.
+def unique_keys(names: Sequence[str]) -> list[str]:
+    """The key of each image: its name without the suffix, or in full where several images would have the same key.
 
-    Also where it is another's long one: of a.jpg.png, beside a.jpg.
+    Also where it is another's name: of a.jpg.png, beside a.jpg.
     """
-    uses, taken = Counter(short), set(long)
-    return [brief if uses[brief] == 1 and brief not in taken else full for brief, full in zip(short, long, strict=True)]
+    short = [name.rpartition(".")[0] for name in names]
+    uses = Counter([*short, *names])
+    return [brief if uses[brief] == 1 else name for brief, name in zip(short, names, strict=True)]
 
 
 def limit_val_images(images: int, val_images: int, where: str) -> tuple[int, str]:

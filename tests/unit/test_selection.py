@@ -46,8 +46,8 @@ def test_names_of_images() -> None:
 
 def test_a_key_is_no_other_images_name() -> None:
     names = ["a.jpg", "a.png", "a.jpg.png", "b.jpg"]
-    assert unique_keys([name.rpartition(".")[0] for name in names], names) == ["a.jpg", "a.png", "a.jpg.png", "b"]
+    assert unique_keys(names) == ["a.jpg", "a.png", "a.jpg.png", "b"]
 
 
 def test_keys_stay_unique() -> None:
-    assert unique_keys(["a", "b", "b"], ["a.jpg", "b.jpg", "b.png"]) == ["a", "b.jpg", "b.png"]
+    assert unique_keys(["a.jpg", "b.jpg", "b.png"]) == ["a", "b.jpg", "b.png"]

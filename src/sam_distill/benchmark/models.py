@@ -29,7 +29,7 @@ from sam_distill.models.inference import optimize_for_inference
 from sam_distill.models.sam import Sam
 from sam_distill.predict.predictor import SamPredictor
 from sam_distill.prompts.forms import point_prompts
-from sam_distill.types import FOREGROUND, FRAME, MULTI, Prompts, Sample
+from sam_distill.types import FRAME, MULTI, Prompts, Sample
 
 SIZE = (683, FRAME)  # a 3:2 photograph in the frame
 PROMPTS = (1, 64)
@@ -165,8 +165,7 @@ def bench_image(sam: Sam, photograph: np.ndarray, device: str, seconds: float) -
 def bench_fastsam(model: FastSam, photograph: np.ndarray, device: str, seconds: float) -> Finding:
     """The same of a FastSAM, which takes no less for a prompt than for everything."""
     height, width = frame_size(photograph.shape[:2])
-    middle = torch.tensor([[[[width / 2, height / 2]]]])
-    click = point_prompts(middle, torch.full((1, 1, 1), FOREGROUND)).to(device)
+    click = point_prompts(torch.tensor([[[[width / 2, height / 2]]]])).to(device)
     name = "FastSAM, ultralytics, fp32"
 
     def run() -> Tensor:

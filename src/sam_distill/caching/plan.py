@@ -26,12 +26,12 @@ def plan_cache(job: CacheJob) -> bool:
     job.teacher.sam.to(hardware.kind)
     loader = job.loader(list(range(len(job.blocks))))
     done, sizes, started = 0, [], 0.0
-    for turn, (_, prepared) in enumerate(islice(loader, 1 + BATCHES)):
-        sizes += [sum(map(len, content.values())) for content in job.members(prepared, job.embed(prepared))]
+    for turn, batch in enumerate(islice(loader, 1 + BATCHES)):
+        sizes += [sum(map(len, content.values())) for content in job.members(batch, job.embed(batch))]
         if turn == 0:
             started = time.perf_counter()
         else:
-            done += len(prepared)
+            done += len(batch)
     if not sizes or not done:
         raise UserError("there are too few images that can be read: nothing to measure")
     each = (time.perf_counter() - started) / done

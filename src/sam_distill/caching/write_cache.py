@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import count, islice
 from pathlib import Path
@@ -39,40 +39,51 @@ WAITING = 4  # batches that may wait for the writer
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """An image as it will be read back: `sample` is decoded from `jpg`. error: set instead, where it can't be read."""
+class ImagesToCache:
+    """A batch, for the tar of this number.
 
-    sample: Sample | None
-    jpg: bytes = b""
-    error: str = ""
+    samples: each as it will be read back, decoded from its `jpgs`. errors: a line for each image that can't be read.
+    """
+
+    tar: int
+    samples: list[Sample] = field(default_factory=list)
+    jpgs: list[bytes] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.samples) + len(self.errors)
 
 
-class ToCache(IterableDataset[tuple[int, list[Prepared]]]):
+class ToCache(IterableDataset[ImagesToCache]):
     """Batches of images, tar by tar; loader workers take the batches in turn, so that they arrive in order."""
 
     def __init__(self, job: CacheJob, todo: list[int]) -> None:
         self.source, self.blocks, self.todo = job.source, job.blocks, todo
         self.batch_size, self.quality = job.batch_size, job.quality
 
-    def __iter__(self) -> Iterator[tuple[int, list[Prepared]]]:
+    def __iter__(self) -> Iterator[ImagesToCache]:
         worker, workers = loader_worker()
         turn = count()
         for number in self.todo:
             loads = self.source.loads(self.blocks[number])
             while batch := list(islice(loads, self.batch_size)):
                 if next(turn) % workers == worker:
-                    yield number, [self._prepare(load) for load in batch]
+                    yield self._prepare(number, batch)
 
-    def _prepare(self, load: Callable[[], Sample]) -> Prepared:
-        try:
-            sample = load()
-            if sample.json:
-                check_json(sample.json, sample.key)
-        except UserError as error:
-            return Prepared(None, error=str(error))
-        jpg = to_jpeg(sample.image, self.quality)
-        picture, _ = decode(jpg)
-        return Prepared(Sample(sample.key, to_frame(picture), sample.original_size, json=sample.json), jpg)
+    def _prepare(self, tar: int, loads: Sequence[Callable[[], Sample]]) -> ImagesToCache:
+        images = ImagesToCache(tar)
+        for load in loads:
+            try:
+                sample = load()
+                if sample.json:
+                    check_json(sample.json, sample.key)
+            except UserError as error:
+                images.errors.append(str(error))
+                continue
+            jpg = to_jpeg(sample.image, self.quality)
+            images.jpgs.append(jpg)
+            images.samples.append(replace(sample, image=to_frame(decode(jpg)[0])))
+        return images
 
 
 @dataclass(frozen=True)
@@ -97,24 +108,22 @@ class CacheJob:
     def images(self) -> int:
         return sum(map(self.source.count, self.blocks))
 
-    def loader(self, todo: list[int]) -> DataLoader[tuple[int, list[Prepared]]]:
+    def loader(self, todo: list[int]) -> DataLoader[ImagesToCache]:
         """Batches for the tars of these numbers."""
         stream = ToCache(self, todo)
         workers = self.hardware.num_workers
         return DataLoader(stream, batch_size=None, num_workers=workers, worker_init_fn=processes.begin_worker)
 
-    def members(self, prepared: list[Prepared], embeddings: list[Tensor]) -> Iterator[dict[str, bytes]]:
+    def members(self, images: ImagesToCache, embeddings: Sequence[Tensor]) -> Iterator[dict[str, bytes]]:
         """What the tar holds of each image that can be read. embeddings: theirs, as `embed` gives them."""
-        readable = [(item.sample, item.jpg) for item in prepared if item.sample is not None]
-        for (sample, jpg), embedding in zip(readable, embeddings, strict=True):
+        for sample, jpg, embedding in zip(images.samples, images.jpgs, embeddings, strict=True):
             yield members(sample, jpg, embedding, self.dtype)
 
-    def embed(self, prepared: list[Prepared]) -> list[Tensor]:
+    def embed(self, images: ImagesToCache) -> Sequence[Tensor]:
         """The teacher's embeddings of the images that can be read, each [256, 64, 64] on the CPU."""
-        samples = [item.sample for item in prepared if item.sample is not None]
-        if not samples:
+        if not images.samples:
             return []
-        batch = collate(samples).to(self.hardware.kind)
+        batch = collate(images.samples).to(self.hardware.kind)
         with self.hardware.autocast():
             embeddings = self.teacher.sam.encode(batch.images, batch.sizes).cpu()
         check_finite(batch.keys, teacher=embeddings)
@@ -138,9 +147,9 @@ def write_cache(job: CacheJob) -> dict[str, Any]:
         )  # fmt: skip
         writer = _Writer(job, {n: job.source.count(blocks[n]) for n in todo}, facts)
         with CountProgress(sum(writer.expected.values()), "Caching") as progress, writer:
-            for number, prepared in job.loader(todo):
-                writer.add(number, prepared, job.embed(prepared))
-                progress.add(len(prepared), f"{writer.bytes / 1e6:,.0f} MB")
+            for images in job.loader(todo):
+                writer.add(images, job.embed(images))
+                progress.add(len(images), f"{writer.bytes / 1e6:,.0f} MB")
     while rank == 0 and not all(done(folder, number) for number in range(len(blocks))):
         time.sleep(0.5)  # the other processes are still at it
     return update_manifest(folder, facts)
@@ -169,8 +178,8 @@ class _Writer:
             if self._shard is not None:
                 self._shard.abandon()
 
-    def add(self, number: int, prepared: list[Prepared], embeddings: list[Tensor]) -> None:
-        self._pending.append(self._pool.submit(self._write, number, prepared, embeddings))
+    def add(self, images: ImagesToCache, embeddings: Sequence[Tensor]) -> None:
+        self._pending.append(self._pool.submit(self._write, images, embeddings))
         while len(self._pending) > WAITING:
             self._wait()
 
@@ -188,18 +197,18 @@ class _Writer:
                 " free. Make room and run the same command again: it goes on where it stopped"
             ) from error
 
-    def _write(self, number: int, prepared: list[Prepared], embeddings: list[Tensor]) -> None:
+    def _write(self, images: ImagesToCache, embeddings: Sequence[Tensor]) -> None:
         if self._shard is None:
-            self._shard, self._seen = ShardWriter(self.folder, number), 0
-        for message in (item.error for item in prepared if item.sample is None):
+            self._shard, self._seen = ShardWriter(self.folder, images.tar), 0
+        for message in images.errors:
             log.warning("skipped: %s", message)
-            self._shard.skipped.append(message)
-        for content in self.job.members(prepared, embeddings):
+        self._shard.skipped += images.errors
+        for content in self.job.members(images, embeddings):
             self._shard.add(content)
             self.bytes += sum(map(len, content.values()))
-        self._seen += len(prepared)
-        self.images += len(prepared)
-        if self._seen == self.expected[number]:
+        self._seen += len(images)
+        self.images += len(images)
+        if self._seen == self.expected[images.tar]:
             self._shard.finish()
             self._shard = None
             update_manifest(self.folder, self.facts)

@@ -111,7 +111,7 @@ def _jobs(image: str, path: Path) -> list[tuple[Path, Path]]:
             raise UserError(f"image={image}: there is no image; expected jpg, png, webp, bmp or tif files")
         base = source if source.is_dir() else Path(os.path.commonpath([file.parent for file in files]))
         names = [file.relative_to(base).as_posix() for file in files]
-        keys = unique_keys([name.rpartition(".")[0] for name in names], names)
+        keys = unique_keys(names)
         jobs = [(file, path / f"{key}.jpg") for file, key in zip(files, keys, strict=True)]
     return jobs
 

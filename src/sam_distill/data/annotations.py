@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -19,46 +20,50 @@ from sam_distill.prompts.sampling import generator
 from sam_distill.types import FRAME, LOW_RES, RunLengths, Sample, UserError
 
 
+@contextmanager
+def _readable(name: str) -> Iterator[None]:
+    """What goes wrong within ends as a UserError: the annotations of `name` can't be read."""
+    try:
+        yield
+    except Exception as error:  # JSON, a missing key, or what pycocotools makes of bytes that are no run lengths
+        raise UserError(f"{name}: the annotations can't be read ({type(error).__name__}: {error})") from None
+
+
 def draw_annotations(content: bytes, key: str, name: str, count: int, seed: int, epoch: int) -> Tensor:
     """`count` masks drawn from an image's JSON, without repetition: [count, 256, 256] bool in the frame.
 
     Empty masks at the end where there are fewer. A cell is in a mask if at least half of it is. Each epoch draws anew.
     name: of the file, for the UserError that says that it is damaged.
     """
-    try:
+    drawn = np.zeros((count, LOW_RES, LOW_RES), bool)
+    with _readable(name):
         found = json.loads(content)["annotations"]
         order = generator(seed, key, epoch, "annotations").permutation(len(found))[:count]
-        masks = [_at_low_res(found[index]["segmentation"]) for index in order]
-    except Exception as error:  # JSON, a missing key, or what pycocotools makes of bytes that are no run lengths
-        raise UserError(f"{name}: the annotations can't be read ({type(error).__name__}: {error})") from None
-    empty = [np.zeros((LOW_RES, LOW_RES), bool)] * (count - len(masks))
-    return torch.from_numpy(np.stack([*masks, *empty]))
+        for place, index in enumerate(order):
+            drawn[place] = _at_low_res(found[index]["segmentation"])
+    return torch.from_numpy(drawn)
 
 
 def check_json(content: bytes, name: str) -> None:
     """A UserError if an image's JSON, the file `name`, is damaged: it is to be one object."""
-    try:
-        found = json.loads(content)
-        if not isinstance(found, dict):
+    with _readable(name):
+        if not isinstance(found := json.loads(content), dict):
             raise TypeError(f"a {type(found).__name__}")
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{name}: the annotations can't be read ({type(error).__name__}: {error})") from None
 
 
 def run_lengths(sample: Sample) -> list[RunLengths]:
     """All masks of an image, from its JSON; COCO's crowds and empty masks are left out."""
     if not sample.json:
         raise UserError(f"{sample.key}: it has no annotations")
-    try:
+    with _readable(sample.key):
         found = [one["segmentation"] for one in json.loads(sample.json)["annotations"] if not one.get("iscrowd")]
-        masks = [_compressed(segmentation, sample.original_size) for segmentation in found]
-        kept = [mask for mask in masks if coco.area(mask) > 0]
-        wrong = next((mask["size"] for mask in kept if tuple(mask["size"]) != sample.original_size), None)
-        if wrong or not kept:
-            raise ValueError(f"a mask of {wrong} pixels for an image of {sample.original_size}" if wrong else "none")
-    except Exception as error:  # JSON, a missing key, or what pycocotools makes of bytes that are no run lengths
-        raise UserError(f"{sample.key}: the annotations can't be used ({type(error).__name__}: {error})") from None
-    return kept
+        masks = [mask for each in found if coco.area(mask := _compressed(each, sample.original_size)) > 0]
+        for mask in masks:
+            if tuple(mask["size"]) != sample.original_size:
+                raise ValueError(f"a mask of {mask['size']} pixels for an image of {sample.original_size}")
+        if not masks:
+            raise ValueError("none")
+        return masks
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,7 @@ def coco_json(path: Path) -> list[AnnotatedImage]:
     return [image for image in images.values() if image.annotations]
 
 
-def whose(files: Sequence[Path], annotated: Sequence[AnnotatedImage]) -> dict[Path, AnnotatedImage]:
+def annotations_by_file(files: Sequence[Path], annotated: Sequence[AnnotatedImage]) -> dict[Path, AnnotatedImage]:
     """The annotations of each file, by its name; by the folders around it where several have the same name.
 
     Raises ValueError where these don't tell, either.

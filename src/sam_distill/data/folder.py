@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sam_distill.data.annotations import AnnotatedImage, coco_json, whose
+from sam_distill.data.annotations import AnnotatedImage, annotations_by_file, coco_json
 from sam_distill.data.base import Split
 from sam_distill.data.indexed import IndexedSource
 from sam_distill.images import decode, to_frame
@@ -84,7 +84,7 @@ class Folder(IndexedSource[ImageFile]):
             return
         annotated, files = coco_json(Path(self.annotations).expanduser()), [file.path.absolute() for file in self.files]
         try:
-            self._truth = whose(files, annotated)
+            self._truth = annotations_by_file(files, annotated)
         except ValueError as error:
             raise UserError(f"data.annotations={self.annotations}: {error}") from None
         if not self._truth:
@@ -119,5 +119,5 @@ def _find(folder: Path) -> list[ImageFile]:
     if not paths:
         raise UserError(f"data.path={folder} holds no image; expected jpg, png, webp, bmp or tif files, at any depth")
     names = [path.relative_to(folder).as_posix() for path in paths]
-    keys = unique_keys([name.rpartition(".")[0] for name in names], names)
+    keys = unique_keys(names)
     return [ImageFile(key, path) for key, path in zip(keys, paths, strict=True)]

@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
-import torch
 from pydantic import Field
 
 from sam_distill.evaluate.protocol import Protocol, Target
 from sam_distill.evaluate.views import SamView, Token
 from sam_distill.prompts.forms import box_prompts, boxes_of, point_prompts
 from sam_distill.prompts.sampling import PromptRng, uniform_points
-from sam_distill.types import FOREGROUND, LOW_RES, valid_area
+from sam_distill.types import LOW_RES, valid_area
 
 
 class Agreement(Protocol):
@@ -43,8 +42,7 @@ class Agreement(Protocol):
     def ask(self, teacher: SamView) -> list[Target]:
         batch = teacher.batch
         draw = PromptRng(batch.keys, [0] * len(batch), self.seed)  # the same points whenever an image is judged
-        points = uniform_points(draw, batch.sizes, self.points).unsqueeze(2)
-        at_points = point_prompts(points, torch.full(points.shape[:3], FOREGROUND, device=points.device))
+        at_points = point_prompts(uniform_points(draw, batch.sizes, self.points).unsqueeze(2))
         answer = teacher.low_res(at_points)
         in_boxes = box_prompts(boxes_of(answer > 0, valid_area(batch.sizes, LOW_RES)))
         targets = []

@@ -70,5 +70,4 @@ class PointPairs(Protocol):
 
 def _on_the_thing(teacher: SamView, points: Tensor, others: Tensor) -> Tensor:
     """[B, P] bool: whether the teacher's mask for the first point alone holds the second."""
-    alone = point_prompts(points.unsqueeze(2), torch.full((*points.shape[:2], 1), FOREGROUND, device=points.device))
-    return at_points(teacher.low_res(alone) > 0, others)
+    return at_points(teacher.low_res(point_prompts(points.unsqueeze(2))) > 0, others)

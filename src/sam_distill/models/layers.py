@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from sam_distill.types import EMBED_DIM
 
 
 class LayerNorm2d(nn.LayerNorm):
@@ -47,12 +47,11 @@ class DepthwiseConv2d(nn.Conv2d):
 
 
 class MLP(nn.Module):
-    """Linear layers with ReLU between them, as the decoder's hypernetworks and IoU head have them."""
+    """Three linear layers with ReLU between them, 256 wide, as the decoder's hypernetworks and IoU head have them."""
 
-    def __init__(self, width_in: int, width_hidden: int, width_out: int, depth: int) -> None:
+    def __init__(self, width_out: int) -> None:
         super().__init__()
-        widths = [width_in, *[width_hidden] * (depth - 1), width_out]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
+        self.layers = nn.ModuleList(nn.Linear(EMBED_DIM, width) for width in (EMBED_DIM, EMBED_DIM, width_out))
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers[:-1]:

@@ -214,10 +214,8 @@ class MaskDecoder(nn.Module):
             nn.ConvTranspose2d(EMBED_DIM // 4, EMBED_DIM // 8, kernel_size=2, stride=2),
             nn.GELU(),
         )
-        self.output_hypernetworks_mlps = nn.ModuleList(
-            MLP(EMBED_DIM, EMBED_DIM, EMBED_DIM // 8, 3) for _ in range(NUM_MASKS)
-        )
-        self.iou_prediction_head = MLP(EMBED_DIM, EMBED_DIM, NUM_MASKS, 3)
+        self.output_hypernetworks_mlps = nn.ModuleList(MLP(EMBED_DIM // 8) for _ in range(NUM_MASKS))
+        self.iou_prediction_head = MLP(NUM_MASKS)
 
     def forward(
         self,

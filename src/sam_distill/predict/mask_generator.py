@@ -24,7 +24,7 @@ from sam_distill.predict.predictor import Picture, SamPredictor, picture
 from sam_distill.predict.regions import without_small_regions
 from sam_distill.predict.run_lengths import Runs, runs_of
 from sam_distill.prompts.forms import point_prompts
-from sam_distill.types import FOREGROUND, FRAME, LOW_RES, MULTI
+from sam_distill.types import FRAME, LOW_RES, MULTI
 
 
 @dataclass(frozen=True)
@@ -164,8 +164,7 @@ class SamAutomaticMaskGenerator:
         """Three masks for each point, [n, 2] in the crop, as far as they are good; marks the smallest in `answered`."""
         predictor, least = self.predictor, self.pred_iou_thresh if self.pred_iou_thresh > 0 else None
         framed = predictor.transform.apply_coords(points, predictor.original_size).astype(np.float32)
-        coordinates = torch.from_numpy(framed)[None, :, None].to(predictor.device)
-        prompts = point_prompts(coordinates, torch.full(coordinates.shape[:3], FOREGROUND, device=predictor.device))
+        prompts = point_prompts(torch.from_numpy(framed)[None, :, None].to(predictor.device))
         masks = predictor.model.decode(predictor.get_image_embedding(), prompts, MULTI, least)
         trusted = masks.iou[0] > (-torch.inf if least is None else least)
         asked, iou = trusted.nonzero()[:, 0].tolist(), masks.iou[0][trusted].tolist()

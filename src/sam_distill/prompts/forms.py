@@ -8,14 +8,27 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sam_distill.types import ABSENT, BOX_BOTTOM_RIGHT, BOX_TOP_LEFT, FRAME, LOW_RES, NOT_A_POINT, Prompts, upload
+from sam_distill.types import (
+    ABSENT,
+    BOX_BOTTOM_RIGHT,
+    BOX_TOP_LEFT,
+    FOREGROUND,
+    FRAME,
+    LOW_RES,
+    NOT_A_POINT,
+    Prompts,
+    upload,
+)
 
 
-def point_prompts(points: Tensor, labels: Tensor, masks: Tensor | None = None) -> Prompts:
-    """points [B, P, N, 2] in frame pixels, labels [B, P, N] (1, 0, or ABSENT where there are fewer than N).
+def point_prompts(points: Tensor, labels: Tensor | None = None, masks: Tensor | None = None) -> Prompts:
+    """points [B, P, N, 2] in frame pixels, labels [B, P, N] (1, 0, or ABSENT where there are fewer than N); by default
+    all are foreground.
 
     SAM's rule: points without a box are followed by one NOT_A_POINT token.
     """
+    if labels is None:
+        labels = torch.full(points.shape[:3], FOREGROUND, device=points.device)
     present = (labels != ABSENT).any(-1, keepdim=True)
     padding = torch.where(present, NOT_A_POINT, ABSENT).to(labels)
     return Prompts(F.pad(points.float(), (0, 0, 0, 1)), torch.cat([labels, padding], dim=-1), masks)

@@ -35,7 +35,7 @@ class PromptSampler(ABC):
     def draw(self, batch: Batch, first: int = 0) -> Prompts:
         """`count` prompts per image. first: how many prompts other samplers draw before, in a mixture."""
 
-    def source(self, batch: Batch, first: int, purpose: str = "") -> PromptRng:
+    def rng(self, batch: Batch, first: int, purpose: str = "") -> PromptRng:
         return PromptRng(batch.keys, batch.epochs, self.seed, f"+{first}{purpose}" if first or purpose else "")
 
 
@@ -43,8 +43,7 @@ class Points(PromptSampler):
     """One foreground point, uniform over the image: the paper's prompt (section 3.2)."""
 
     def draw(self, batch: Batch, first: int = 0) -> Prompts:
-        points = uniform_points(self.source(batch, first), batch.sizes, self.count).unsqueeze(2)
-        return point_prompts(points, torch.full(points.shape[:3], FOREGROUND, device=points.device))
+        return point_prompts(uniform_points(self.rng(batch, first), batch.sizes, self.count).unsqueeze(2))
 
 
 class PointPairs(PromptSampler):
@@ -58,9 +57,9 @@ class PointPairs(PromptSampler):
         self.distance = distance
 
     def draw(self, batch: Batch, first: int = 0) -> Prompts:
-        source = self.source(batch, first)
-        points = uniform_points(source, batch.sizes, self.count)
-        others = points_at(source, points, batch.sizes, *self.distance)
+        rng = self.rng(batch, first)
+        points = uniform_points(rng, batch.sizes, self.count)
+        others = points_at(rng, points, batch.sizes, *self.distance)
         pairs = torch.stack([points, others], dim=2)
         labels = upload([FOREGROUND, BACKGROUND], pairs.device).expand(pairs.shape[:3])
         return point_prompts(pairs, labels)
@@ -77,8 +76,7 @@ class Grid(PromptSampler):
         steps = (torch.arange(self.side, device=batch.sizes.device) + 0.5) / self.side
         y, x = torch.meshgrid(steps, steps, indexing="ij")
         grid = torch.stack([x, y], dim=-1).view(1, -1, 1, 2)
-        points = (grid * batch.sizes.flip(-1)[:, None, None]).floor()
-        return point_prompts(points, torch.full(points.shape[:3], FOREGROUND, device=points.device))
+        return point_prompts((grid * batch.sizes.flip(-1)[:, None, None]).floor())
 
 
 class OfMasks(PromptSampler):
@@ -99,16 +97,15 @@ class OfMasks(PromptSampler):
             assert batch.annotations is not None
             return batch.annotations[:, first : first + self.count] & area
         assert batch.ask_teacher is not None
-        points = uniform_points(self.source(batch, first, "mask"), batch.sizes, self.count).unsqueeze(2)
-        prompts = point_prompts(points, torch.full(points.shape[:3], FOREGROUND, device=points.device))
-        return (batch.ask_teacher(prompts).low_res[:, :, 0] > 0) & area
+        points = uniform_points(self.rng(batch, first, "mask"), batch.sizes, self.count)
+        return (batch.ask_teacher(point_prompts(points.unsqueeze(2))).low_res[:, :, 0] > 0) & area
 
 
 class MaskPoints(OfMasks):
     """One foreground point, uniform over a mask."""
 
     def draw(self, batch: Batch, first: int = 0) -> Prompts:
-        points, found = points_in(self.source(batch, first), self.masks_of(batch, first), batch.sizes)
+        points, found = points_in(self.rng(batch, first), self.masks_of(batch, first), batch.sizes)
         return point_prompts(points.unsqueeze(2), torch.where(found, FOREGROUND, ABSENT).unsqueeze(2))
 
 
@@ -132,7 +129,7 @@ class Boxes(OfMasks):
 
     def draw(self, batch: Batch, first: int = 0) -> Prompts:
         boxes = boxes_of(self.masks_of(batch, first), valid_area(batch.sizes, LOW_RES))
-        return box_prompts(jitter(self.source(batch, first), boxes, batch.sizes, self.noise, self.most))
+        return box_prompts(jitter(self.rng(batch, first), boxes, batch.sizes, self.noise, self.most))
 
 
 class Mixture(PromptSampler):
