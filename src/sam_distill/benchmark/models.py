@@ -29,7 +29,7 @@ from sam_distill.models.inference import optimize_for_inference
 from sam_distill.models.sam import Sam
 from sam_distill.predict.predictor import SamPredictor
 from sam_distill.prompts.forms import point_prompts
-from sam_distill.types import FRAME, MULTI, Prompts, Sample
+from sam_distill.types import FRAME, MULTI, Sample
 
 SIZE = (683, FRAME)  # a 3:2 photograph in the frame
 PROMPTS = (1, 64)
@@ -50,12 +50,8 @@ def bench_encoder(sam: Sam, device: str, compiled: bool, onnx: bool, exported: P
     image, sizes = _image(device)
     sam = sam.to(device).to(memory_format=torch.channels_last)
 
-    def encode(dtype: torch.dtype | None, model: Sam = sam) -> Callable[[], Tensor]:
-        def run() -> Tensor:
-            with torch.autocast(device, dtype=dtype, enabled=dtype is not None):
-                return model.encode(image, sizes)
-
-        return run
+    def encode(dtype: torch.dtype | None, model: Sam = sam) -> Callable[[], object]:
+        return _in_precision(dtype, device, lambda: model.encode(image, sizes))
 
     fast = optimize_for_inference(sam)
     contenders = [Contender(FP32, encode(None, fast)), Contender(BF16, encode(torch.bfloat16, fast))]
@@ -126,9 +122,10 @@ def bench_decoder(sam: Sam, device: str, seconds: float) -> Iterator[Finding]:
         labels = torch.ones(count, 1, dtype=torch.int64, device=device)
         prompts = point_prompts(points[None], labels[None])
 
+        decode = partial(sam.decode, embedding, prompts, MULTI)
         contenders = [
-            Contender(FP32, _decoder(sam, embedding, prompts, None), count),
-            Contender(BF16, _decoder(sam, embedding, prompts, torch.bfloat16), count),
+            Contender(FP32, decode, count),
+            Contender(BF16, _in_precision(torch.bfloat16, device, decode), count),
         ]
         if peer is not None:
             name, model = peer[0], peer[1].to(device)
@@ -143,19 +140,15 @@ def bench_image(sam: Sam, photograph: np.ndarray, device: str, seconds: float) -
     """From a photograph, [H, W, 3] uint8, to the mask for a point on it, resizing included."""
     sam, middle = sam.to(device).to(memory_format=torch.channels_last), np.array([photograph.shape[1::-1]]) / 2
 
-    def ask(predictor: Any, dtype: torch.dtype | None = None) -> Callable[[], object]:
-        def run() -> object:
-            with torch.autocast(device, dtype=dtype, enabled=dtype is not None):
-                predictor.set_image(photograph)
-                return predictor.predict(middle, np.array([1]), multimask_output=False)
+    def ask(predictor: Any) -> None:
+        predictor.set_image(photograph)
+        predictor.predict(middle, np.array([1]), multimask_output=False)
 
-        return run
-
-    ours = SamPredictor(sam)
-    contenders, peer = [Contender(FP32, ask(ours)), Contender(BF16, ask(ours, torch.bfloat16))], peer_of(sam)
+    ours, peer = partial(ask, SamPredictor(sam)), peer_of(sam)
+    contenders = [Contender(FP32, ours), Contender(BF16, _in_precision(torch.bfloat16, device, ours))]
     if peer is not None:
         theirs = mobile_sam().SamPredictor(peer[1].to(device))  # type: ignore[union-attr]
-        contenders.append(Contender(f"{peer[0]}, fp32", ask(theirs), ours=False))
+        contenders.append(Contender(f"{peer[0]}, fp32", partial(ask, theirs), ours=False))
     finding = Finding(
         _to_a_mask(photograph, device), "image", race(contenders, device, seconds), PAPER_IMAGE if peer else MISSING
     )
@@ -187,12 +180,14 @@ def counted(sam: Sam) -> Finding:
     return Finding(what, note=PAPER_PARAMETERS, metrics=dict(sam.parameter_counts))
 
 
-def _decoder(sam: Sam, embedding: Tensor, prompts: Prompts, dtype: torch.dtype | None) -> Callable[[], object]:
-    def run() -> object:
-        with torch.autocast(embedding.device.type, dtype=dtype, enabled=dtype is not None):
-            return sam.decode(embedding, prompts, MULTI)
+def _in_precision(dtype: torch.dtype | None, device: str, run: Callable[[], object]) -> Callable[[], object]:
+    """`run` under autocast to this dtype; None: as it is."""
 
-    return run
+    def within() -> object:
+        with torch.autocast(device, dtype=dtype, enabled=dtype is not None):
+            return run()
+
+    return within
 
 
 def _peer_decoder(model: Any, embedding: Tensor, points: Tensor, labels: Tensor) -> Callable[[], object]:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from torch.utils.data import DataLoader
 
@@ -21,6 +20,7 @@ from sam_distill.files import write_json
 from sam_distill.models.sam import Sam
 from sam_distill.runs.hardware import Hardware
 from sam_distill.runs.processes import begin_worker
+from sam_distill.runs.progress import CountProgress
 from sam_distill.teachers import Teacher
 from sam_distill.types import Sample, UserError
 
@@ -52,8 +52,7 @@ def judge(
             model.to(hardware.kind).to(memory_format=torch.channels_last)
     result, of_teacher = Judge(protocol), Judge(protocol)
     answers: list[Answer] = []
-    with Progress(auto_refresh=False) as bar:  # without a thread, whose locks the loader's workers would inherit
-        task = bar.add_task("Evaluating", total=total)
+    with CountProgress(total, "Evaluating") as progress:
         for batch in loader(source, split, hardware, batch_size, annotated):
             batch = batch.to(hardware.kind)
             with hardware.autocast():  # decoders as well: a training judges so, too
@@ -69,33 +68,31 @@ def judge(
             if images < BLIND_IMAGES:
                 answers.append((batch, theirs.embedding, targets))
             images += len(batch)
-            bar.update(task, completed=images, refresh=True)
-        bar.update(task, total=images)  # the rest is damaged
-        if not images:
-            raise UserError("not one image could be read: there is nothing to evaluate")
-        metrics: dict[str, Any] = result.compute()
-        if not metrics["prompts"]:
-            raise UserError(
-                f"not one prompt counts: {images} images are too small for them, or the {protocol.right}'s masks are"
-                " all empty"
-            )
-        seconds = time.perf_counter() - started
-        with hardware.autocast():
-            baseline = _never_looking(Judge(protocol), teacher.sam, answers, bar)
-    metrics |= result.intervals() | baseline
+            progress.add(len(batch))
+    about = facts(student, hardware, images, total, time.perf_counter() - started)
+    metrics: dict[str, Any] = result.compute()
+    if not metrics["prompts"]:
+        raise UserError(
+            f"not one prompt counts: {images} images are too small for them, or the {protocol.right}'s masks are all"
+            " empty"
+        )
+    with hardware.autocast():
+        metrics |= result.intervals() | _blind_baseline(protocol, teacher.sam, answers)
     if annotated:
         metrics |= {f"teacher/{n}": value for n, value in of_teacher.compute().items() if n.startswith("miou/")}
-    metrics |= facts(student, hardware, images, total, seconds)
+    metrics |= about
     write_json(run_dir / "metrics.json", metrics | protocol.description)
     write_prompts(run_dir / "prompts.csv", result.comparisons)
     (run_dir / "pictures").mkdir(exist_ok=True)
     result.sheet().save(run_dir / "pictures" / "masks.png")
-    _tell(metrics, protocol, run_dir)
+    _print_scores(metrics, protocol, run_dir)
     return metrics
 
 
 def facts(student: Sam | OtherModel, hardware: Hardware, images: int, total: int, seconds: float) -> dict[str, Any]:
     """What an evaluation's metrics.json says beside the scores. total: images, damaged ones included."""
+    if not images:
+        raise UserError("not one image could be read: there is nothing to evaluate")
     about = student.parameter_counts if isinstance(student, Sam) else student.description
     return about | {
         "images": images,
@@ -118,14 +115,14 @@ def loader(
     )  # fmt: skip
 
 
-def _never_looking(judge: Judge, teacher: Sam, answers: list[Answer], bar: Progress) -> dict[str, Any]:
+def _blind_baseline(protocol: Protocol, teacher: Sam, answers: list[Answer]) -> dict[str, Any]:
     images = sum(len(batch) for batch, _, _ in answers)
     total = torch.stack([embedding.float().sum(0) for _, embedding, _ in answers]).sum(0)
-    scores = blind(judge, teacher, bar.track(answers, description="Blind baseline"), total, images)
+    scores = blind(Judge(protocol), teacher, answers, total, images)
     return scores | ({"blind/images": images} if scores else {})
 
 
-def _tell(metrics: Mapping[str, Any], protocol: Protocol, run_dir: Path) -> None:
+def _print_scores(metrics: Mapping[str, Any], protocol: Protocol, run_dir: Path) -> None:
     others = [name for name in ("teacher", "blind") if any(key.startswith(f"{name}/miou") for key in metrics)]
     title = f"Agreement with the {protocol.right}'s masks on {metrics['images']} images"
     table = Table("", "student", "95% interval", *others, "empty", "prompts", title=title)

@@ -23,7 +23,6 @@ from pycocotools import mask as coco
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
@@ -37,8 +36,9 @@ from sam_distill.models.sam import Sam
 from sam_distill.models.weights import home
 from sam_distill.predict.overlays import coloured, column, side_by_side
 from sam_distill.runs.hardware import Hardware
+from sam_distill.runs.progress import CountProgress
 from sam_distill.teachers import LiveTeacher
-from sam_distill.types import BOX_BOTTOM_RIGHT, BOX_TOP_LEFT, UserError
+from sam_distill.types import BOX_BOTTOM_RIGHT, BOX_TOP_LEFT
 
 Records = list[dict[str, Any]]  # masks as SA-1B has them: segmentation (COCO run lengths), area, bbox, predicted_iou
 MOST = 1000  # masks of an image that count
@@ -54,11 +54,8 @@ class Everything:
     @property
     def description(self) -> dict[str, Any]:
         """What must be known to compare two numbers."""
-        return {"generator": self._settings}
-
-    @property
-    def _settings(self) -> str:
-        return ", ".join(f"{name} {value}" for name, value in getattr(self.generator, "keywords", {}).items())
+        settings = getattr(self.generator, "keywords", {})  # of a partial
+        return {"generator": ", ".join(f"{name} {value}" for name, value in settings.items())}
 
     def masks(self, model: Sam | OtherModel, frame: np.ndarray) -> Records:
         """frame: [h, w, 3] uint8, an image at the frame's resolution, as the masks are, too."""
@@ -70,8 +67,8 @@ class Everything:
 
     def remembered(self, who: str, sam: Sam, frame: np.ndarray) -> Records:
         """The same of a teacher, who has to say it once: kept in $SAM_DISTILL_HOME/everything. who: its sha256."""
-        image = hashlib.sha256(f"{who} {self._settings} {frame.shape}".encode() + frame.tobytes()).hexdigest()
-        file = home() / "everything" / f"{image[:32]}.json"
+        asked = f"{who} {self.description['generator']} {frame.shape}".encode() + frame.tobytes()
+        file = home() / "everything" / f"{hashlib.sha256(asked).hexdigest()[:32]}.json"
         if file.is_file():
             records: Records = json.loads(file.read_text())
             return records
@@ -86,29 +83,27 @@ class Everything:
 class Detections:
     """What was found in all images so far. teacher, student: the masks of each image."""
 
-    images: list[str] = field(default_factory=list)
     teacher: list[Records] = field(default_factory=list)
     student: list[Records] = field(default_factory=list)
     rows: list[Comparison] = field(default_factory=list)
 
     def add(self, image: str, teacher: Records, student: Records) -> None:
-        self.images.append(image)
         self.teacher.append(teacher)
         self.student.append(student)
         self.rows += nearest(image, teacher, student)
 
     def compute(self) -> dict[str, float]:
         """Flat metrics by their names in metrics.json."""
-        ious = [row.iou for row in self.rows]
-        metrics: dict[str, float] = {"masks": _mean_length(self.student), "teacher/masks": _mean_length(self.teacher)}
+        ious = np.array([row.iou for row in self.rows])
+        lists = {"masks": self.student, "teacher/masks": self.teacher}
+        metrics = {name: float(np.mean(list(map(len, records)))) for name, records in lists.items()}
         metrics["prompts/everything"] = len(ious)
-        if not ious:
-            return metrics
-        metrics["miou/everything"] = float(np.mean(ious))
-        low, high = bootstrap([row.image for row in self.rows], ious) or (0.0, 0.0)
-        metrics |= {"miou/everything/low": low, "miou/everything/high": high}
-        metrics |= {f"recall/{percent}": float(np.mean(np.array(ious) >= percent / 100)) for percent in (50, 75)}
-        return metrics | average_precision(self.teacher, self.student)
+        if interval := bootstrap([row.image for row in self.rows], ious.tolist()):
+            metrics["miou/everything"] = float(ious.mean())
+            metrics["miou/everything/low"], metrics["miou/everything/high"] = interval
+            metrics |= {f"recall/{percent}": float((ious >= percent / 100).mean()) for percent in (50, 75)}
+            metrics |= average_precision(self.teacher, self.student)
+        return metrics
 
 
 def nearest(image: str, teacher: Records, student: Records) -> list[Comparison]:
@@ -178,10 +173,6 @@ def _iou(first: Records, second: Records) -> np.ndarray:
     return np.asarray(coco.iou(*masks, [0] * len(second))).reshape(len(first), len(second))
 
 
-def _mean_length(lists: Sequence[Sequence[object]]) -> float:
-    return float(np.mean([len(one) for one in lists])) if lists else 0.0
-
-
 @torch.inference_mode()
 def judge_everything(
     *, student: Sam | OtherModel, teacher: LiveTeacher, source: DataSource, split: Split, protocol: Everything,
@@ -194,8 +185,7 @@ def judge_everything(
             model.to(hardware.kind).to(memory_format=torch.channels_last)
     who, detections = f"{teacher.sha256} {hardware.num_format}", Detections()
     rows: list[Image.Image] = []
-    with Progress(auto_refresh=False) as bar, hardware.autocast():
-        task = bar.add_task("Segmenting everything", total=total)
+    with CountProgress(total, "Segmenting everything") as progress, hardware.autocast():
         for batch in loader(source, split, hardware, batch_size):
             for key, image, (height, width) in zip(batch.keys, batch.images, batch.sizes.tolist(), strict=True):
                 frame = image[:, :height, :width].permute(1, 2, 0).contiguous().numpy()
@@ -203,17 +193,14 @@ def judge_everything(
                 detections.add(key, theirs, ours)
                 if len(rows) < PICTURES:
                     rows.append(_row(frame, ours, theirs))
-                bar.update(task, advance=1, refresh=True)
-        bar.update(task, total=len(detections.images))  # the rest is damaged
-    images = len(detections.images)
-    if not images:
-        raise UserError("not one image could be read: there is nothing to evaluate")
-    metrics = detections.compute() | facts(student, hardware, images, total, time.perf_counter() - started)
+                progress.add(1)
+    about = facts(student, hardware, len(detections.teacher), total, time.perf_counter() - started)
+    metrics = detections.compute() | about
     write_json(run_dir / "metrics.json", metrics | protocol.description)
     write_prompts(run_dir / "prompts.csv", detections.rows)
     (run_dir / "pictures").mkdir(exist_ok=True)
     column(rows).save(run_dir / "pictures" / "everything.png")
-    _tell(metrics, run_dir)
+    _print_scores(metrics, run_dir)
     return metrics
 
 
@@ -223,7 +210,7 @@ def _row(frame: np.ndarray, ours: Records, theirs: Records) -> Image.Image:
     return side_by_side([image, coloured(image, theirs), coloured(image, ours)], captions)
 
 
-def _tell(metrics: dict[str, Any], run_dir: Path) -> None:
+def _print_scores(metrics: dict[str, Any], run_dir: Path) -> None:
     table = Table("", "student", title=f"Everything, by the teacher's masks on {metrics['images']} images")
     table.add_row("masks per image", f"{metrics['masks']:.1f} (teacher {metrics['teacher/masks']:.1f})")
     about = {"miou/everything": "mIoU of the teacher's masks with the nearest", "recall/50": "of them met with IoU 0.5",

@@ -13,7 +13,6 @@ import os
 import subprocess
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from tempfile import TemporaryFile
@@ -84,7 +83,7 @@ class RemoteTar(Tar):
         return self.address.partition("?")[0]  # what follows may be a signature that changes every day
 
     def stream(self) -> IO[bytes]:
-        return io.BufferedReader(RetryingReader(self.address, self.open_at))
+        return io.BufferedReader(RetryingReader(self))
 
     def index(self) -> TarIndex:
         try:
@@ -133,7 +132,7 @@ class PipedTar(Tar):
         return sha256_of(self.address)[:8]
 
     def stream(self, retries: int | None = None) -> IO[bytes]:
-        return io.BufferedReader(RetryingReader(self.address, self.open_at, retries))
+        return io.BufferedReader(RetryingReader(self, retries))
 
     def index(self) -> TarIndex:
         def read() -> TarIndex:
@@ -174,10 +173,10 @@ class _CommandOutput:
 
 
 class RetryingReader(io.RawIOBase):
-    """A stream that is opened again where it broke. open_at: as in `RemoteTar`."""
+    """A tar as a stream that is opened again where it broke, so many times at the most between two successes."""
 
-    def __init__(self, name: str, open_at: Callable[[int], tuple[Any, int | None]], retries: int | None = None) -> None:
-        self._name, self._open_at, self._retry_after = name, open_at, RETRY_AFTER[:retries]
+    def __init__(self, tar: RemoteTar | PipedTar, retries: int | None = None) -> None:
+        self._tar, self._retry_after = tar, RETRY_AFTER[:retries]
         self._position, self._failures = 0, 0
         self._source: Any = None
         self._length: int | None = None
@@ -189,7 +188,7 @@ class RetryingReader(io.RawIOBase):
         while self._position != self._length:
             try:
                 if self._source is None:
-                    self._source, self._length = self._open_at(self._position)
+                    self._source, self._length = self._tar.open_at(self._position)
                 data: bytes = self._source.read(len(buffer))
                 if not data and self._length not in (None, self._position):
                     raise ConnectionError("it ended too early")
@@ -219,7 +218,7 @@ class RetryingReader(io.RawIOBase):
             raise OSError(f"given up after {1 + self._failures} attempts: {one_line(error)}") from error
         seconds = self._retry_after[self._failures]
         self._failures += 1
-        log.warning("%s broke off at %d (%s); again in %d s", self._name, self._position, one_line(error), seconds)
+        log.warning("%s broke off at %d (%s); again in %d s", self._tar, self._position, one_line(error), seconds)
         time.sleep(seconds)
 
 

@@ -142,7 +142,7 @@ class Distillation(pl.LightningModule):
             raise UserError(f"{message}: try a smaller optim.lr, or trainer.precision=fp32")
 
     def _over_ranks(self, logs: Mapping[str, Any]) -> dict[str, Any]:
-        """Means over all ranks."""
+        """Means over all ranks, in one go: Lightning's `sync_dist` has all of them wait for each value."""
         if self.trainer.world_size == 1:
             return dict(logs)
         values = torch.stack([torch.as_tensor(value, device=self.device).detach().float() for value in logs.values()])
