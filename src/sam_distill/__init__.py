@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from sam_distill.predict.mask_generator import SamAutomaticMaskGenerator as SamAutomaticMaskGenerator
     from sam_distill.predict.predictor import SamPredictor as SamPredictor
 
-_HOMES = {
+_MODULES = {
     "load_sam": "sam_distill.models.checkpoints",
     "sam_model_registry": "sam_distill.models.checkpoints",
     "optimize_for_inference": "sam_distill.models.inference",
@@ -24,6 +24,6 @@ __all__ = ["SamAutomaticMaskGenerator", "SamPredictor", "load_sam", "optimize_fo
 
 def __getattr__(name: str) -> Any:
     """Import on first use: torch takes seconds, which `sam-distill --help` should not cost."""
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name]), name)
     raise AttributeError(f"module {__name__} has no attribute {name}")

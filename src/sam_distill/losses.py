@@ -16,13 +16,13 @@ def embedding_mse(student: Tensor, teacher: Tensor, area: Tensor | None = None) 
     paper does not speak of padding; a 3:2 image is one third padding.
     """
     errors = F.mse_loss(student.float(), teacher.float(), reduction="none")
-    return _mean_per_image(errors.mean(1, keepdim=True), area)
+    return _mean_in_area(errors.mean(1), area).mean()
 
 
 def embedding_smooth_l1(student: Tensor, teacher: Tensor, area: Tensor | None = None) -> Tensor:
     """Huber's loss with its bend at 1, as NanoSAM trains; arguments as above. Scalar."""
     errors = F.smooth_l1_loss(student.float(), teacher.float(), reduction="none")
-    return _mean_per_image(errors.mean(1, keepdim=True), area)
+    return _mean_in_area(errors.mean(1), area).mean()
 
 
 def embedding_norm(student: Tensor, teacher: Tensor, area: Tensor | None = None) -> Tensor:
@@ -36,10 +36,7 @@ def embedding_norm(student: Tensor, teacher: Tensor, area: Tensor | None = None)
 
 def embedding_cosine(student: Tensor, teacher: Tensor, area: Tensor | None = None) -> Tensor:
     """Mean cosine similarity of the cells' 256-vectors, arguments as above. Scalar: 1 is perfect."""
-    student, teacher = student.float(), teacher.float()
-    dot = (student * teacher).sum(1, keepdim=True)
-    norms = student.norm(dim=1, keepdim=True) * teacher.norm(dim=1, keepdim=True)
-    return _mean_per_image(dot / norms.clamp_min(1e-12), area)
+    return _mean_in_area(F.cosine_similarity(student.float(), teacher.float(), dim=1), area).mean()
 
 
 def bce_dice(logits: Tensor, target: Tensor, area: Tensor | None = None) -> Tensor:
@@ -49,7 +46,7 @@ def bce_dice(logits: Tensor, target: Tensor, area: Tensor | None = None) -> Tens
     """
     truth = target.float().expand_as(logits)
     error = F.binary_cross_entropy_with_logits(logits.float(), truth, reduction="none")
-    return 5 * _mean_per_mask(error, area) + 5 * mask_dice(logits, target, area)
+    return 5 * _mean_in_area(error, area) + 5 * mask_dice(logits, target, area)
 
 
 def focal_dice(logits: Tensor, target: Tensor, area: Tensor | None = None) -> Tensor:
@@ -60,10 +57,8 @@ def focal_dice(logits: Tensor, target: Tensor, area: Tensor | None = None) -> Te
     return 20 * mask_focal(logits, target, area) + mask_dice(logits, target, area)
 
 
-def mask_focal(
-    logits: Tensor, target: Tensor, area: Tensor | None = None, alpha: float = 0.25, gamma: float = 2.0
-) -> Tensor:
-    """Focal loss (Lin et al., 2017, eq. 5) of each mask, a mean over its cells; alpha and gamma as SAM trains.
+def mask_focal(logits: Tensor, target: Tensor, area: Tensor | None = None) -> Tensor:
+    """Focal loss (Lin et al., 2017, eq. 5) of each mask, a mean over its cells; alpha = 0.25, gamma = 2 as SAM trains.
 
     logits [B, P, M, h, w], target [B, P, M or 1, h, w] bool -> [B, P, M].
     """
@@ -71,8 +66,8 @@ def mask_focal(
     error = F.binary_cross_entropy_with_logits(logits, truth.expand_as(logits), reduction="none")
     probability = logits.sigmoid()
     miss = probability + truth - 2 * probability * truth  # 1 - the probability given to the truth
-    weight = alpha * truth + (1 - alpha) * (1 - truth)
-    return _mean_per_mask(weight * miss**gamma * error, area)
+    weight = 0.25 * truth + 0.75 * (1 - truth)
+    return _mean_in_area(weight * miss**2 * error, area)
 
 
 def mask_dice(logits: Tensor, target: Tensor, area: Tensor | None = None) -> Tensor:
@@ -89,15 +84,9 @@ def mean_per_prompt(values: Tensor, valid: Tensor) -> Tensor:
     return (values * valid).sum() / valid.sum().clamp_min(1)
 
 
-def _mean_per_image(values: Tensor, area: Tensor | None) -> Tensor:
-    """[B, 1, h, w] -> scalar: the mean over each image's area, then over images."""
-    if area is None:
-        return values.mean()
-    return ((values * area).sum((1, 2, 3)) / area.sum((1, 2, 3))).mean()
-
-
-def _mean_per_mask(values: Tensor, area: Tensor | None) -> Tensor:
-    """[B, P, M, h, w] -> [B, P, M]: the mean over each mask's cells within its image."""
+def _mean_in_area(values: Tensor, area: Tensor | None) -> Tensor:
+    """[B, ..., h, w] -> [B, ...]: the mean over the cells within each image."""
     if area is None:
         return values.mean((-1, -2))
-    return (values * area.unsqueeze(1)).sum((-1, -2)) / area.sum((1, 2, 3))[:, None, None]
+    weights = area.view(len(area), *[1] * (values.ndim - 3), *area.shape[-2:])
+    return (values * weights).sum((-1, -2)) / weights.sum((-1, -2))

@@ -24,7 +24,7 @@ from sam_distill.types import ALL, EMBED_DIM, GRID, Batch, Masks, Prompts, UserE
 
 log = logging.getLogger(__name__)
 
-PARTS = "teacher.pt"  # what a cache keeps of its teacher
+TEACHER_FILE = "teacher.pt"  # what a cache keeps of its teacher
 _EMBEDDING_BYTES = 2 * EMBED_DIM * GRID * GRID  # as kept: float16
 _memory: dict[tuple[object, ...], Tensor] = {}  # of all teachers of this process: the jobs of a multirun share it
 
@@ -127,9 +127,9 @@ class CachedTeacher(Teacher):
     """
 
     def __init__(self, path: str) -> None:
-        self.checkpoint = str(Path(path).expanduser() / PARTS)
+        self.checkpoint = str(Path(path).expanduser() / TEACHER_FILE)
         if not Path(self.checkpoint).is_file():
-            raise UserError(f"{path} holds no cache: there is no {PARTS} in it")
+            raise UserError(f"{path} holds no cache: there is no {TEACHER_FILE} in it")
 
     @cached_property
     def sam(self) -> Sam:
@@ -162,10 +162,10 @@ class _NoEncoder(nn.Module):
         self.neck = Neck([])
 
 
-def save_parts(sam: Sam, cache: Path) -> None:
+def save_teacher(sam: Sam, cache: Path) -> None:
     """All of a teacher but its backbone, for the `CachedTeacher` of that cache."""
     ours = Sam(_NoEncoder()).state_dict().keys()
-    with atomic_write(cache / PARTS) as draft, draft.open("wb") as file:
+    with atomic_write(cache / TEACHER_FILE) as draft, draft.open("wb") as file:
         torch.save({key: value.detach().cpu() for key, value in sam.state_dict().items() if key in ours}, file)
 
 
@@ -175,9 +175,9 @@ def check_finite(keys: Sequence[str], **embeddings: Tensor) -> None:
     The masks would be empty. The device is asked once.
     """
     finite = torch.stack([given.isfinite().flatten(1).all(1) for given in embeddings.values()]).tolist()
-    for whose, flags in zip(embeddings, finite, strict=True):
+    for name, flags in zip(embeddings, finite, strict=True):
         if not all(flags):
             raise UserError(
-                f"the {whose}'s embedding of {keys[flags.index(False)]} holds NaN or infinity: its weights are broken,"
+                f"the {name}'s embedding of {keys[flags.index(False)]} holds NaN or infinity: its weights are broken,"
                 " or trainer.precision is too low for them"
             )

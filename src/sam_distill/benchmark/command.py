@@ -28,7 +28,7 @@ from sam_distill.models.sam import Sam
 from sam_distill.prompts.samplers import Points
 from sam_distill.runs.hardware import Hardware
 from sam_distill.strategies.decoupled import Decoupled
-from sam_distill.teachers import CachedTeacher, save_parts
+from sam_distill.teachers import CachedTeacher, save_teacher
 from sam_distill.training.datamodule import DistillationData
 from sam_distill.training.lightning_module import Distillation
 from sam_distill.training.optimizers import AdamW
@@ -108,6 +108,6 @@ def _step(sam: Sam, jpegs: list[bytes], trainer: Hardware, batch_size: int) -> F
     with TemporaryDirectory() as folder:
         path = Path(folder) / "cache"
         source = temporary_cache(path, jpegs, "int8")
-        save_parts(sam, path)
+        save_teacher(sam, path)
         module = Distillation(sam, Decoupled(), CachedTeacher(str(path)), Points(1, 0), AdamW(), Agreement())
         return bench_step(module, DistillationData(source, batch_size, 0, trainer), trainer)

@@ -30,7 +30,7 @@ from sam_distill.runs import processes
 from sam_distill.runs.hardware import Hardware
 from sam_distill.runs.progress import CountProgress
 from sam_distill.runs.status import only_process
-from sam_distill.teachers import LiveTeacher, check_finite, save_parts
+from sam_distill.teachers import LiveTeacher, check_finite, save_teacher
 from sam_distill.types import FRAME, Sample, UserError
 
 log = logging.getLogger(__name__)
@@ -274,7 +274,7 @@ def _open_folder(folder: Path, facts: dict[str, Any], teacher: LiveTeacher) -> N
     elif any(not file.name.startswith(".") for file in folder.iterdir()):
         raise UserError(f"path={folder} holds other files than a cache: give it a folder of its own")
     update_manifest(folder, facts)  # first: what it lies in is a cache from then on
-    save_parts(teacher.sam, folder)
+    save_teacher(teacher.sam, folder)
 
 
 def _short(value: Any) -> str:

@@ -21,8 +21,10 @@ from sam_distill.runs.overrides import quoted_override
 LAST = Path("checkpoints", "last.ckpt")  # in a run's folder
 
 # What a resumed run may do differently, and does; training sees to it that images and batches stay what they were.
-_FREE = ("resume", "plan", "scale", "budget", "validate_every", "step_times", "compile", "logger", "trainer", "optim",
-         "batch_size", "accumulate", "data.path", "data.local", "data.shuffle_buffer", "teacher.memory_gb")  # fmt: skip
+_MAY_CHANGE = (
+    "resume", "plan", "scale", "budget", "validate_every", "step_times", "compile", "logger", "trainer", "optim",
+    "batch_size", "accumulate", "data.path", "data.local", "data.shuffle_buffer", "teacher.memory_gb",
+)  # fmt: skip
 
 
 def with_resumed_options(argv: list[str]) -> list[str]:
@@ -73,7 +75,7 @@ def _changed(cfg: DictConfig, run_dir: Path) -> Iterator[str]:
     """What is not as its config.yaml has it, and can't change in a run's midst. Options that are new don't count."""
     then, choices = _recorded(run_dir), status.read(run_dir).get("choices", {})
     for key, _ in leaves(OmegaConf.to_container(cfg, resolve=False)):
-        free = key != "optim._target_" and any(f"{key}.".startswith(f"{name}.") for name in (*_FREE, "hydra"))
+        free = key != "optim._target_" and any(f"{key}.".startswith(f"{name}.") for name in (*_MAY_CHANGE, "hydra"))
         if free or key not in then:
             continue
         with suppress(OmegaConfBaseException):  # known only when the job runs

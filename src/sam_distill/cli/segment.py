@@ -32,7 +32,7 @@ from sam_distill.types import UserError
 
 log = logging.getLogger(__name__)
 
-DOUBTS = "of a student try generator.pred_iou_thresh=0.5 generator.stability_score_thresh=0.7"
+NO_MASK_HINT = "of a student try generator.pred_iou_thresh=0.5 generator.stability_score_thresh=0.7"
 
 Point = Annotated[Sequence[float], Field(min_length=2, max_length=2)]
 Box = Annotated[Sequence[float], Field(min_length=4, max_length=4)]
@@ -151,7 +151,7 @@ def _everything(
 ) -> tuple[list[dict[str, Any]], Image.Image, str]:
     """A record for each mask, the picture with all of them drawn in, and a word on it."""
     records = generator.generate(picture)
-    summary = f"{len(records)} masks" if records else f"no mask that the model trusts; {DOUBTS}"
+    summary = f"{len(records)} masks" if records else f"no mask that the model trusts; {NO_MASK_HINT}"
     return records, coloured(picture, records), summary
 
 

@@ -44,7 +44,7 @@ def _scaled(paper: Any, small: Any, *, _root_: DictConfig) -> Any:
 OmegaConf.register_new_resolver("scaled", _scaled, replace=True)
 
 BAD_CONFIG = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError)  # what composing raises
-_OTHERWISE = {  # what may be meant by a choice that there isn't
+_CHOICE_HINTS = {  # what may be meant by a choice that there isn't
     "hydra/launcher": "; pip install 'sam-distill[sweeps]' brings joblib and submitit_*",
     "teacher": "; for any other SAM give teacher.checkpoint=...",
     "data": "; for a folder of images give data=folder data.path=...",
@@ -161,7 +161,7 @@ class _Composer:
     def _no_such_choice(self, override: Override, wrong: str) -> str:
         key, choices = override.key_or_group, self._choices(override)
         guess = nearest(wrong, choices)
-        more = _OTHERWISE.get(key, "")
+        more = _CHOICE_HINTS.get(key, "")
         return f"no such choice;{guess and f' did you mean {guess}?'} choices: {', '.join(choices)}{more}"
 
     def _explain(self, override: Override, error: Exception, cfg: DictConfig) -> str:

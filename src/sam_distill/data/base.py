@@ -91,7 +91,7 @@ class DataSource(ABC, Generic[T]):
         return len(items)
 
     def eval_items(self, split: Split) -> Sequence[T]:
-        """What to evaluate on: here the held-out images, where the others are of no interest."""
+        """What to evaluate on; data.images or data.fraction choose among `all`. Here the held-out images alone."""
         return self.val
 
     @property
@@ -144,13 +144,6 @@ class DataSource(ABC, Generic[T]):
             except UserError as error:
                 self.skipped_samples.note(str(error))
 
-    def eval_loads(self, split: Split) -> Iterator[Callable[[], Sample]]:
-        """Each image to evaluate on, not yet decoded; data.images or data.fraction choose among `all`."""
-        return self.loads(self.eval_items(split))
-
-    def num_eval_images(self, split: Split) -> int:
-        return self.count(self.eval_items(split))
-
     @cached_property
     def skipped_samples(self) -> SkippedSamples:
         """What had to be skipped so far."""
@@ -180,7 +173,7 @@ class EvalStream(IterableDataset[Sample]):
 
     def __iter__(self) -> Iterator[Sample]:
         worker, workers = loader_worker()
-        loads = islice(self.source.eval_loads(self.split), worker, None, workers)
+        loads = islice(self.source.loads(self.source.eval_items(self.split)), worker, None, workers)
         yield from self.source.readable((partial(_with_truth, load) for load in loads) if self.truth else loads)
 
 

@@ -111,7 +111,7 @@ def _begin(image: Image.Image, models: Mapping[str, Sam]) -> list[Any]:
         started = time.perf_counter()
         predictor.set_image(np.asarray(image))
         times[name] = time.perf_counter() - started
-    return [visit, *[image] * len(models), f"Image encoded: {_say(times)}. {HINT}"]
+    return [visit, *[image] * len(models), f"Image encoded: {_timings(times)}. {HINT}"]
 
 
 def _answer(visit: Visit) -> list[Any]:
@@ -127,7 +127,7 @@ def _answer(visit: Visit) -> list[Any]:
         times[name] = time.perf_counter() - started
         masks.append(mask)
     views = [overlay(visit.image, mask, colour, **drawn) for mask, colour in zip(masks, COLOURS, strict=False)]
-    return [visit, *views, f"{_agreement(masks)}{_say(times)}."]
+    return [visit, *views, f"{_agreement(masks)}{_timings(times)}."]
 
 
 def _everything(visit: Visit, points_per_side: int) -> list[Any]:
@@ -138,7 +138,7 @@ def _everything(visit: Visit, points_per_side: int) -> list[Any]:
         found = SamAutomaticMaskGenerator(predictor.model, points_per_side).generate(np.asarray(visit.image))
         times[f"{name}, {len(found)} masks"] = time.perf_counter() - started
         views.append(coloured(visit.image, found))
-    return [visit, *views, f"Everything: {_say(times)}."]
+    return [visit, *views, f"Everything: {_timings(times)}."]
 
 
 def _agreement(masks: Sequence[np.ndarray]) -> str:
@@ -148,5 +148,5 @@ def _agreement(masks: Sequence[np.ndarray]) -> str:
     return f"**IoU {iou:.2f}** between the two masks; ".replace("nan", "unknown: the second is empty")
 
 
-def _say(times: Mapping[str, float]) -> str:
+def _timings(times: Mapping[str, float]) -> str:
     return ", ".join(f"{name} in {1000 * seconds:.0f} ms" for name, seconds in times.items())

@@ -41,10 +41,10 @@ def judge(
 ) -> dict[str, Any]:
     """Compare `student` and `teacher` on the images of `source`; writes metrics.json, prompts.csv and pictures/."""
     started = time.perf_counter()
-    total = source.num_eval_images(split)
+    total = source.count(source.eval_items(split))
     if not total:
         raise UserError(f"split={split}: there is no such image; are any held out, by data.val_images?")
-    annotated, images = protocol.right != "teacher", 0
+    annotated, images = protocol.reference != "teacher", 0
     if annotated:
         source.load_json()
     for model in (student, teacher.sam):
@@ -73,8 +73,8 @@ def judge(
     metrics: dict[str, Any] = result.compute()
     if not metrics["prompts"]:
         raise UserError(
-            f"not one prompt counts: {images} images are too small for them, or the {protocol.right}'s masks are all"
-            " empty"
+            f"not one prompt counts: {images} images are too small for them, or the {protocol.reference}'s masks are"
+            " all empty"
         )
     with hardware.autocast():
         metrics |= result.intervals() | _blind_baseline(protocol, teacher.sam, answers)
@@ -124,7 +124,7 @@ def _blind_baseline(protocol: Protocol, teacher: Sam, answers: list[Answer]) -> 
 
 def _print_scores(metrics: Mapping[str, Any], protocol: Protocol, run_dir: Path) -> None:
     others = [name for name in ("teacher", "blind") if any(key.startswith(f"{name}/miou") for key in metrics)]
-    title = f"Agreement with the {protocol.right}'s masks on {metrics['images']} images"
+    title = f"Agreement with the {protocol.reference}'s masks on {metrics['images']} images"
     table = Table("", "student", "95% interval", *others, "empty", "prompts", title=title)
     for kind in protocol.kinds:
         name = f"miou/{kind}"

@@ -65,9 +65,9 @@ class Everything:
             records = _records(model.everything(torch.from_numpy(frame).permute(2, 0, 1)))
         return [record for record in records if record["area"] > 0]
 
-    def remembered(self, who: str, sam: Sam, frame: np.ndarray) -> Records:
-        """The same of a teacher, who has to say it once: kept in $SAM_DISTILL_HOME/everything. who: its sha256."""
-        asked = f"{who} {self.description['generator']} {frame.shape}".encode() + frame.tobytes()
+    def cached_masks(self, teacher: str, sam: Sam, frame: np.ndarray) -> Records:
+        """The same of a teacher, kept in $SAM_DISTILL_HOME/everything. teacher: its sha256, and in what precision."""
+        asked = f"{teacher} {self.description['generator']} {frame.shape}".encode() + frame.tobytes()
         file = home() / "everything" / f"{hashlib.sha256(asked).hexdigest()[:32]}.json"
         if file.is_file():
             records: Records = json.loads(file.read_text())
@@ -179,17 +179,17 @@ def judge_everything(
     hardware: Hardware, batch_size: int, run_dir: Path,
 ) -> dict[str, Any]:  # fmt: skip
     """Writes metrics.json, prompts.csv with a row for each of the teacher's masks, and pictures/."""
-    started, total = time.perf_counter(), source.num_eval_images(split)
+    started, total = time.perf_counter(), source.count(source.eval_items(split))
     for model in (student, teacher.sam):
         if isinstance(model, Sam):
             model.to(hardware.kind).to(memory_format=torch.channels_last)
-    who, detections = f"{teacher.sha256} {hardware.num_format}", Detections()
+    teacher_id, detections = f"{teacher.sha256} {hardware.num_format}", Detections()
     rows: list[Image.Image] = []
     with CountProgress(total, "Segmenting everything") as progress, hardware.autocast():
         for batch in loader(source, split, hardware, batch_size):
             for key, image, (height, width) in zip(batch.keys, batch.images, batch.sizes.tolist(), strict=True):
                 frame = image[:, :height, :width].permute(1, 2, 0).contiguous().numpy()
-                theirs, ours = protocol.remembered(who, teacher.sam, frame), protocol.masks(student, frame)
+                theirs, ours = protocol.cached_masks(teacher_id, teacher.sam, frame), protocol.masks(student, frame)
                 detections.add(key, theirs, ours)
                 if len(rows) < PICTURES:
                     rows.append(_row(frame, ours, theirs))

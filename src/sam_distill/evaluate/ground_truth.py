@@ -32,7 +32,7 @@ class GroundTruth(Protocol):
     clicks: the numbers of clicks after which the mask is judged.
     """
 
-    right = "annotation"
+    reference = "annotation"
 
     def __init__(
         self,

@@ -32,7 +32,7 @@ class Picture:
 
     image: Image.Image
     comparison: Comparison
-    right: np.ndarray
+    reference: np.ndarray
     student: np.ndarray
 
 
@@ -121,16 +121,16 @@ class Judge:
         (height, width), original_size = student.sizes[i]
         frame = batch.images[i, :, :height, :width].permute(1, 2, 0).cpu().numpy()
         original = Image.fromarray(frame).resize(original_size[::-1])
-        right, answer = outcome.teacher().cpu().numpy(), outcome.student().cpu().numpy()
-        self.pictures.append(Picture(original, row, right, answer))
+        reference, answer = outcome.teacher().cpu().numpy(), outcome.student().cpu().numpy()
+        self.pictures.append(Picture(original, row, reference, answer))
 
     def sheet(self) -> Image.Image:
         """Each of the pictures as a row: the image with its prompt, the right mask, the student's."""
         rows = []
         for picture in self.pictures:
             row = picture.comparison
-            captions = f"image and {row.kind}", self.protocol.right, f"student   IoU {row.iou:.2f}"
-            masks = picture.right, picture.student
+            captions = f"image and {row.kind}", self.protocol.reference, f"student   IoU {row.iou:.2f}"
+            masks = picture.reference, picture.student
             rows.append(comparison(picture.image, *masks, row.prompt, row.labels, captions))
         return column(rows)
 

@@ -57,13 +57,13 @@ class Protocol(ABC):
     """How a student is judged.
 
     kinds: of prompts, each with a score of its own, `miou/KIND`.
-    right: whose masks count as right: the teacher's, or the annotations', by which the teacher is judged as well.
+    reference: whose masks count as right: the teacher's, or the annotations', by which the teacher is judged as well.
     token: which of the decoder's masks counts, for both sides; see `SamView`.
     seed: of the points, together with the image's key.
     """
 
     kinds: tuple[str, ...]
-    right: str = "teacher"
+    reference: str = "teacher"
 
     def __init__(self, token: Token, seed: int) -> None:
         self.token = token

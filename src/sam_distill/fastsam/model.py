@@ -28,7 +28,7 @@ from sam_distill.models import weights
 from sam_distill.models.checkpoints import Checkpoint
 from sam_distill.types import BACKGROUND, BOX_BOTTOM_RIGHT, BOX_TOP_LEFT, FOREGROUND, FRAME, Batch, Prompts, UserError
 
-_MANNERS = {  # of ultralytics, which reads them when it is imported
+_ENVIRONMENT = {  # of ultralytics, which reads them when it is imported
     "YOLO_OFFLINE": "1",  # don't look for a network, nor report on the user
     "YOLO_AUTOINSTALL": "0",  # don't call pip
     "YOLO_VERBOSE": "0",
@@ -131,7 +131,7 @@ def _ultralytics() -> Any:
     settings = {"YOLO_CONFIG_DIR": str(weights.home())}
     try:
         with (
-            patch.dict(os.environ, _MANNERS | settings),
+            patch.dict(os.environ, _ENVIRONMENT | settings),
             patch.object(torch, "save", torch.save),
             patch.object(Image, "open", Image.open),
             np.printoptions(),

@@ -98,7 +98,7 @@ class WandB:
 
 def validation_media(judge: Judge, skipped_by_tar: Mapping[str, int]) -> dict[str, Any]:
     """A validation as W&B shows it: images whose masks can be switched on and off, and tables."""
-    images = [_image(picture, judge.protocol.right) for picture in judge.pictures]
+    images = [_image(picture, judge.protocol.reference) for picture in judge.pictures]
     rows = prompt_rows([picture.comparison for picture in judge.pictures])
     pictures = [[image, *row.values()] for image, row in zip(images, rows, strict=True)]
     prompts = [list(row.values()) for row in prompt_rows(judge.comparisons)]
@@ -119,12 +119,12 @@ def close(loggers: Iterable[Logger]) -> None:
         wandb.finish()
 
 
-def _image(picture: Picture, right: str) -> wandb.Image:
+def _image(picture: Picture, reference: str) -> wandb.Image:
     """The image with its prompt drawn, and both masks above it, at the top left of a square: W&B wants equal sizes."""
     row = picture.comparison
     masks = {
         who: {"mask_data": label * np.asarray(_squared(Image.fromarray(mask)), np.uint8), "class_labels": {label: who}}
-        for label, (who, mask) in enumerate({right: picture.right, "student": picture.student}.items(), 1)
+        for label, (who, mask) in enumerate({reference: picture.reference, "student": picture.student}.items(), 1)
     }
     image = _squared(prompted(picture.image, row.prompt, row.labels))
     return wandb.Image(image, caption=f"{row.image}, {row.kind}: IoU {row.iou:.2f}", masks=masks, file_type="jpg")

@@ -96,9 +96,9 @@ def fetch(name: str) -> Path:
     path = _folder() / checkpoint.file
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if not _vouched(path, checkpoint):
+        if not _is_verified(path, checkpoint):
             with FileLock(_beside(path, ".lock")):
-                if not _vouched(path, checkpoint):  # another process may have fetched it meanwhile
+                if not _is_verified(path, checkpoint):  # another process may have fetched it meanwhile
                     _obtain(name, checkpoint, path)
     except OSError as error:
         reason = error.strerror or error
@@ -140,7 +140,7 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _vouched(path: Path, checkpoint: Checkpoint) -> bool:
+def _is_verified(path: Path, checkpoint: Checkpoint) -> bool:
     """Whether this very file was verified before: the right size, and older than the note of its hash."""
     note = _beside(path, ".sha256")
     return (

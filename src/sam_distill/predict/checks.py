@@ -63,7 +63,7 @@ def check_several(points: Tensor | None, labels: Tensor | None, boxes: Tensor | 
         "point_coords": (points, "[P, N, 2]", points is None or (points.ndim == 3 and points.shape[2] == 2)),
         "point_labels": (labels, "[P, N]", labels is None or points is None or labels.shape == points.shape[:2]),
         "boxes": (boxes, "[P, 4]", boxes is None or (boxes.ndim == 2 and boxes.shape[1] == 4)),
-        "mask_input": (masks, f"[P, 1, {LOW_RES}, {LOW_RES}]", masks is None or _are_low_res(masks)),
+        "mask_input": (masks, "[P, 1, 256, 256]", masks is None or masks.shape[1:] == (1, LOW_RES, LOW_RES)),
     }
     for name, (given, expected, right) in wanted.items():
         if given is not None and not right:
@@ -111,7 +111,3 @@ def check_values(
         raise ValueError(message)
     if lies_outside:
         warnings.warn("a point or box lies outside the image: SAM was trained on none that do", stacklevel=4)
-
-
-def _are_low_res(masks: Tensor) -> bool:
-    return masks.ndim == 4 and masks.shape[1:] == (1, LOW_RES, LOW_RES)

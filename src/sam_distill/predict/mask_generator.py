@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +25,8 @@ from sam_distill.predict.regions import without_small_regions
 from sam_distill.predict.run_lengths import Runs, runs_of
 from sam_distill.prompts.forms import point_prompts
 from sam_distill.types import FRAME, LOW_RES, MULTI
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -127,12 +129,11 @@ class SamAutomaticMaskGenerator:
         self.predictor.reset_image()
         if len(crops) > 1:
             sizes = [(x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in (mask.crop for mask in found)]
-            kept = _distinct([mask.box for mask in found], [1 / size for size in sizes], self.crop_nms_thresh)
-            found = [found[index] for index in kept]
+            found = _distinct(found, [mask.box for mask in found], [1 / size for size in sizes], self.crop_nms_thresh)
         with torch.autocast(self.predictor.device.type, enabled=False):
             masks = [(mask, mask.canvas.runs(mask.patch)) for mask in found]
         if self.min_mask_region_area > 0:
-            masks = self._tidied(masks)
+            masks = self._without_small_regions(masks)
         return [self._record(mask, runs) for mask, runs in masks]
 
     def _look(self, image: Image.Image, crop: Box, grid: np.ndarray) -> list[Found]:
@@ -151,8 +152,7 @@ class SamAutomaticMaskGenerator:
                 batch = batch[self._at(batch, answered) < 2]
             if len(batch):
                 found += self._ask(batch, canvas, answered)
-        kept = _distinct([mask.box for mask in found], [mask.iou for mask in found], self.box_nms_thresh)
-        return [found[index] for index in kept]
+        return _distinct(found, [mask.box for mask in found], [mask.iou for mask in found], self.box_nms_thresh)
 
     def _at(self, points: np.ndarray, cells: np.ndarray) -> np.ndarray:
         """What `cells`, [256, 256], say at points, [n, 2] in the crop: [n]."""
@@ -186,19 +186,19 @@ class SamAutomaticMaskGenerator:
         for mask in smallest.values():
             answered += mask
 
-    def _tidied(self, masks: Sequence[tuple[Found, Runs]]) -> list[tuple[Found, Runs]]:
+    def _without_small_regions(self, masks: Sequence[tuple[Found, Runs]]) -> list[tuple[Found, Runs]]:
         """Without small regions, and without what is now a duplicate; masks that needed no mending are preferred."""
-        mended = []
+        mended, unchanged = [], []
         for mask, runs in masks:
             before = runs.mask()
             after: np.ndarray = without_small_regions(before, self.min_mask_region_area)
             if changed := bool((before != after).any()):
                 runs = runs_of([(0, after.T)], 0, runs.size)
                 mask = replace(mask, box=box_of(np.asarray(after.any(0)), np.asarray(after.any(1))))
-            mended.append((mask, runs, not changed))
-        threshold = max(self.box_nms_thresh, self.crop_nms_thresh)
-        kept = _distinct([mask.box for mask, *_ in mended], [float(whole) for *_, whole in mended], threshold)
-        return [mended[index][:2] for index in kept]
+            mended.append((mask, runs))
+            unchanged.append(float(not changed))
+        boxes, threshold = [mask.box for mask, _ in mended], max(self.box_nms_thresh, self.crop_nms_thresh)
+        return _distinct(mended, boxes, unchanged, threshold)
 
     def _record(self, mask: Found, runs: Runs) -> dict[str, Any]:
         draw = {"binary_mask": runs.mask, "uncompressed_rle": runs.uncompressed, "coco_rle": runs.compressed}
@@ -213,11 +213,12 @@ class SamAutomaticMaskGenerator:
         }
 
 
-def _distinct(boxes: Sequence[Box], scores: Sequence[float], threshold: float) -> list[int]:
-    """Indices of the masks that no better one overlaps, best first."""
-    if not boxes:
+def _distinct(masks: Sequence[T], boxes: Sequence[Box], scores: Sequence[float], threshold: float) -> list[T]:
+    """The masks that no better one overlaps by its box, best first."""
+    if not masks:
         return []
-    return nms(torch.tensor(boxes, dtype=torch.float32), torch.tensor(scores), threshold).tolist()
+    chosen = nms(torch.tensor(boxes, dtype=torch.float32), torch.tensor(scores), threshold)
+    return [masks[index] for index in chosen.tolist()]
 
 
 def _xywh(box: Box) -> list[int]:

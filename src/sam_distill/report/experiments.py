@@ -66,7 +66,7 @@ def known() -> dict[str, Experiment]:
     }
 
 
-def told_apart(name: str, title: str, runs: Sequence[Run]) -> Experiment:
+def undescribed(name: str, title: str, runs: Sequence[Run]) -> Experiment:
     """An experiment that no file describes: its keys are what the runs differ in, beside the seed."""
     metrics = {metric for run in runs for metric in run.metrics}
     pairs = [name for name in _content()["metrics"] if name.startswith("miou/pair_")]

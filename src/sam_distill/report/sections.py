@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from sam_distill.report.experiments import Experiment, known, label, told_apart
+from sam_distill.report.experiments import Experiment, known, label, undescribed
 from sam_distill.report.plots import across, against, learning_curves
 from sam_distill.report.runs import Committed, Found, Run
 from sam_distill.report.tables import Table, tabulate
@@ -73,7 +73,7 @@ def sections(found: Found, names: Sequence[str]) -> list[Section]:
         if folder and runs:
             notes.append(f"From run folders; the {len(folder.runs)} rows of {name}/results.csv are not counted.")
         chosen = runs or (list(folder.runs) if folder else [])
-        about = experiments.get(name) or told_apart(name, name.replace("_", " "), chosen)
+        about = experiments.get(name) or undescribed(name, name.replace("_", " "), chosen)
         if folder and name not in experiments:
             about = replace(about, claim=next(_paragraphs(folder), "").replace("**", ""))
         section = _section(about, chosen, folder, notes)
@@ -89,7 +89,7 @@ def others(found: Found) -> list[Section]:
     for command in dict.fromkeys(run.command for run in found.runs if not run.experiment):
         runs = [run for run in found.runs if run.command == command and not run.experiment]
         title = {"train": "Training runs of no experiment", "evaluate": "Evaluations"}.get(command, command)
-        result.append(_section(told_apart(command, title, runs), runs, None, []))
+        result.append(_section(undescribed(command, title, runs), runs, None, []))
     return result
 
 

@@ -15,7 +15,7 @@ from sam_distill.runs import processes
 from sam_distill.types import UserError
 
 LIGHTNING = "pytorch_lightning.trainer.trainer.Trainer"
-_ELSEWHERE = {  # arguments of Lightning's Trainer that are options of their own
+_OWN_OPTIONS = {  # arguments of Lightning's Trainer that are options of their own
     "max_epochs": "budget", "max_steps": "budget", "accumulate_grad_batches": "accumulate", "logger": "logger",
     "val_check_interval": "validate_every", "check_val_every_n_epoch": "validate_every", "num_nodes": "trainer.nodes",
     "default_root_dir": "hydra.run.dir",
@@ -44,8 +44,8 @@ class Hardware:
         self.accelerator, self.devices, self.nodes, self.precision = accelerator, devices, nodes, precision
         self.workers, self.sync_batchnorm = workers, sync_batchnorm
         self.lightning = {name: value for name, value in lightning.items() if value is not None}
-        for name in self.lightning.keys() & _ELSEWHERE:
-            raise UserError(f"trainer.{name}: give {_ELSEWHERE[name]}=... instead")
+        for name in self.lightning.keys() & _OWN_OPTIONS:
+            raise UserError(f"trainer.{name}: give {_OWN_OPTIONS[name]}=... instead")
         _ = self.kind  # a device that isn't there is reported before anything else is built
         torch.set_float32_matmul_precision("high")  # for all commands: a student is judged as it was trained
 
@@ -103,9 +103,8 @@ class Hardware:
 
 
 def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
+    names = (line.partition(": ")[2] for line in _cpu_info().splitlines() if line.startswith("model name"))
+    return next(names, platform.processor())
 
 
 def _gpu_has_bf16() -> bool:
@@ -114,14 +113,13 @@ def _gpu_has_bf16() -> bool:
 
 def _cpu_has_bf16() -> bool:
     """Emulated bf16 is slower than fp32, so ask for the instructions."""
-    capabilities = torch.backends.cpu.get_cpu_capability()
-    if not capabilities.startswith("AVX512"):
-        return False
-    try:
-        with open("/proc/cpuinfo") as file:
-            return "avx512_bf16" in file.read()
-    except OSError:
-        return False
+    return torch.backends.cpu.get_cpu_capability().startswith("AVX512") and "avx512_bf16" in _cpu_info()
+
+
+def _cpu_info() -> str:
+    """What Linux says of the processors; other systems have no such file."""
+    file = Path("/proc/cpuinfo")
+    return file.read_text() if file.exists() else ""
 
 
 def peak_memory(kind: str) -> int:

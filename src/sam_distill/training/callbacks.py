@@ -198,10 +198,10 @@ class RunFolder(pl.Callback):
             save_sam(module.student, self.run_dir / "student.pt")
         self._draw(trainer, module, step)
         scores = {kind: module.metrics.get(f"miou/{kind}", math.nan) for kind in module.judge.protocol.kinds}
-        told = "  ".join(f"{kind} {score:.3f}" for kind, score in scores.items())
+        miou = "  ".join(f"{kind} {score:.3f}" for kind, score in scores.items())
         log.info(
             "step %d/%d  val mIoU %s  embedding MSE %.5f  cosine %.3f",
-            step, trainer.max_steps, told, module.metrics["embedding_mse"], module.metrics["embedding_cosine"],
+            step, trainer.max_steps, miou, module.metrics["embedding_mse"], module.metrics["embedding_cosine"],
         )  # fmt: skip
 
     def _draw(self, trainer: pl.Trainer, module: Distillation, step: int) -> None:

@@ -160,7 +160,7 @@ def test_twins_share_what_lies_beside_them(make_tar, jpeg) -> None:
     members |= {"c.jpg": jpeg(5), "./d.jpg": jpeg(6), ".cache/e.jpg": jpeg(7)}
     source = Sa1b(str(make_tar("twins.tar", members)), val_images=0)
     source.load_json()
-    samples = {sample.key: sample.json for sample in (load() for load in source.eval_loads("all"))}
+    samples = {sample.key: sample.json for sample in (load() for load in source.loads(source.eval_items("all")))}
     assert samples == dict.fromkeys(
         ["twins/a.jpg", "twins/a.png", "twins/b.jpg", "twins/b.png"], beside
     ) | dict.fromkeys(["c", "./d"], b"")

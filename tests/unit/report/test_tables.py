@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sam_distill.report.experiments import known, measure, told_apart
+from sam_distill.report.experiments import known, measure, undescribed
 from sam_distill.report.runs import find
 from sam_distill.report.tables import history_csv, markdown, results_csv, tabulate
 
@@ -99,7 +99,7 @@ def test_runs_of_no_experiment_are_told_apart_by_what_differs(runs: Path, make_r
     make_run("b", batch_size=8, trainer={"workers": 2}, seed=1)
     make_run("c", batch_size=16, encoder={"_target_": "x.TimmEncoder", "name": "resnet18", "depth": 3})
     found = find(runs).runs
-    about = told_apart("train", "Training", found)
+    about = undescribed("train", "Training", found)
     assert list(about.keys) == ["encoder", "batch_size"], "not the machine's, nor the seed, nor what only timm has"
     assert len(tabulate(about, found).rows) == 3 + 1
 
@@ -115,6 +115,6 @@ def test_runs_that_differ_in_too_much_for_a_table_keep_a_row_each(runs: Path, ma
     for number in range(2):
         make_run(f"run{number}", **{f"option_{letter}": number for letter in "abcdefgh"})
     found = find(runs).runs
-    about = told_apart("train", "Training", found)
+    about = undescribed("train", "Training", found)
     assert about.keys[0] == "run"
     assert [len(row.runs) for row in tabulate(about, found).rows[:2]] == [1, 1]
