@@ -7,7 +7,7 @@ from colorsys import hsv_to_rgb
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from pycocotools import mask as coco
 
 from sam_distill.types import FOREGROUND
@@ -96,8 +96,8 @@ def prompted(
 
 
 def side_by_side(panels: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image:
-    """A row of pictures, reduced, each under its caption."""
-    panels = [_shrink(panel) for panel in panels]
+    """A row of pictures, of the same long side, each under its caption."""
+    panels = [ImageOps.contain(panel, (_PANEL, _PANEL), Image.Resampling.LANCZOS) for panel in panels]
     font = ImageFont.load_default(15)
     widths = [max(panel.width, int(font.getlength(text)) + 5) for panel, text in zip(panels, captions, strict=True)]
     width = sum(widths) + _GAP * (len(panels) - 1)
@@ -130,12 +130,7 @@ def _visible(box: Sequence[float], least: float) -> tuple[float, float, float, f
 
 
 def _outline(mask: np.ndarray) -> np.ndarray:
-    """[H, W] bool: pixels of the mask that touch its outside."""
+    """[H, W] bool: pixels of the mask that touch its outside. scipy's binary_erosion takes five times as long."""
     padded = np.pad(mask, 1)
     inner = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
     return mask & ~inner
-
-
-def _shrink(panel: Image.Image) -> Image.Image:
-    scale = _PANEL / max(panel.size)
-    return panel.resize((round(panel.width * scale), round(panel.height * scale)), Image.Resampling.LANCZOS)

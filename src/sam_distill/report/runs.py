@@ -60,29 +60,34 @@ class Unusable:
 
 @dataclass(frozen=True)
 class Committed:
-    """An experiment's folder: results.csv, and what lies beside it."""
+    """An experiment's folder: the runs of its results.csv, and its README, empty if there is none."""
 
     folder: Path
     runs: Sequence[Run]
+    readme: str
 
 
 @dataclass(frozen=True)
 class Found:
+    """committed: by the names of the experiments."""
+
     runs: Sequence[Run]
     unusable: Sequence[Unusable]
-    committed: Sequence[Committed]
+    committed: Mapping[str, Committed]
 
 
 def find(root: Path) -> Found:
     """Everything under `root`."""
     runs: list[Run] = []
     unusable: list[Unusable] = []
-    committed: list[Committed] = []
+    committed: dict[str, Committed] = {}
     for folder in _folders(root):
         name = str(folder.relative_to(root)) if folder != root else folder.resolve().name
         try:
             if (folder / "results.csv").is_file():
-                committed.append(Committed(folder, list(_rows(folder))))
+                readme = folder / "README.md"
+                text = readme.read_text() if readme.is_file() else ""
+                committed[folder.resolve().name] = Committed(folder, list(_rows(folder)), text)
             elif (folder / "status.json").is_file() or (folder / "metrics.json").is_file():
                 run = _run(folder, name)
                 (runs if isinstance(run, Run) else unusable).append(run)  # type: ignore[arg-type]

@@ -57,28 +57,28 @@ class Section:
 def present(found: Found) -> list[str]:
     """The experiments that runs belong to: those of the paper in its order, the others after them."""
     names = {run.experiment for run in found.runs if run.experiment}
-    names |= {one.folder.resolve().name for one in found.committed}
+    names |= found.committed.keys()
     return [name for name in known() if name in names] + sorted(names - set(known()))
 
 
 def sections(found: Found, names: Sequence[str]) -> list[Section]:
     """One for each of the experiments `names`."""
     experiments = known()
-    committed = {one.folder.resolve().name: one for one in found.committed}
     result = []
     for name in names:
         runs = [run for run in found.runs if run.experiment == name]
-        folder = committed.get(name)
+        committed = found.committed.get(name)
         notes = []
-        if folder and runs:
-            notes.append(f"From run folders; the {len(folder.runs)} rows of {name}/results.csv are not counted.")
-        chosen = runs or (list(folder.runs) if folder else [])
+        if committed and runs:
+            notes.append(f"From run folders; the {len(committed.runs)} rows of {name}/results.csv are not counted.")
+        chosen = runs or (committed.runs if committed else [])
         about = experiments.get(name) or undescribed(name, name.replace("_", " "), chosen)
-        if folder and name not in experiments:
-            about = replace(about, claim=next(_paragraphs(folder), "").replace("**", ""))
-        section = _section(about, chosen, folder, notes)
-        if folder and not runs:
-            section = replace(section, finding=next((p for p in _paragraphs(folder) if _FINDING.match(p)), ""))
+        if committed and name not in experiments:
+            about = replace(about, claim=next(_paragraphs(committed.readme), "").replace("**", ""))
+        section = _section(about, chosen, committed, notes)
+        if committed and not runs:
+            finding = next((text for text in _paragraphs(committed.readme) if _FINDING.match(text)), "")
+            section = replace(section, finding=finding)
         result.append(section)
     return result
 
@@ -127,19 +127,16 @@ def _masks(about: Experiment, runs: Sequence[Run]) -> Iterator[Picture]:
         yield from _photo(f"{about.id}_best.jpg", best.masks, said)
 
 
-def _paragraphs(committed: Committed) -> Iterator[str]:
-    """Of the README, without headings, in a line each; what is bold stays marked."""
-    readme = committed.folder / "README.md"
-    for text in readme.read_text().split("\n\n") if readme.is_file() else []:
+def _paragraphs(readme: str) -> Iterator[str]:
+    """Without headings, in a line each; what is bold stays marked."""
+    for text in readme.split("\n\n"):
         if text.strip() and not text.startswith("#"):
             yield re.sub(r"`|\[([^\]]*)\]\([^)]*\)", r"\1", " ".join(text.split()))
 
 
 def _illustrations(name: str, committed: Committed) -> Iterator[Picture]:
     """The pictures that an experiment's README shows, with its captions."""
-    readme = committed.folder / "README.md"
-    text = readme.read_text() if readme.is_file() else ""
-    for caption, file in re.findall(r"!\[(.*?)\]\((.*?)\)", text, re.DOTALL):
+    for caption, file in re.findall(r"!\[(.*?)\]\((.*?)\)", committed.readme, re.DOTALL):
         path = committed.folder / file
         yield from _photo(f"{name}_{path.stem}.jpg", path, " ".join(caption.split()))
 

@@ -91,7 +91,7 @@ def test_results_of_an_experiment(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "results.csv").write_text("run,batch_size,budget,miou/point\na,4,2 epochs,0.5\nb,8,4 epochs,\n")
     (folder / "history.csv").write_text("run,step,val/miou/point\na,0,0.1\na,5,0.5\nb,5,0.6\n")
-    (committed,) = find(tmp_path).committed
+    (committed,) = find(tmp_path).committed.values()
     first, second = committed.runs
     assert (first.experiment, first.setting("batch_size"), first.measure("miou/point")) == ("table4_compute", "4", 0.5)
     assert second.measure("miou/point") is None

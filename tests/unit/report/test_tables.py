@@ -85,7 +85,7 @@ def test_results_and_curves_can_be_read_back(runs: Path, make_run: Callable[...,
     folder.mkdir(parents=True)
     (folder / "results.csv").write_text(results_csv(about, found))
     (folder / "history.csv").write_text(history_csv(found, ["val/miou/point", "train/loss"]))
-    (committed,) = find(tmp_path / "experiments").committed
+    (committed,) = find(tmp_path / "experiments").committed.values()
     assert markdown(tabulate(about, committed.runs)) == markdown(tabulate(about, found))
     assert committed.runs[0].curves == found[0].curves
     assert results_csv(about, committed.runs) == results_csv(about, found)
