@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import errno
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +18,15 @@ _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"(\xb5/
 def compression(start: bytes) -> str | None:
     """What the first bytes of a file say that it is compressed with. (A .pt is a zip, which is not meant here.)"""
     return next((name for mark, name in _COMPRESSED.items() if start.startswith(mark)), None)
+
+
+def file_sha256(path: Path) -> str:
+    """In hexadecimal digits."""
+    total = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            total.update(chunk)
+    return total.hexdigest()
 
 
 def disk_is_full(error: BaseException | None) -> bool:

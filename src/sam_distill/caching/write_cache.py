@@ -23,9 +23,8 @@ from sam_distill.data.annotations import check_json
 from sam_distill.data.base import DataSource, collate, loader_worker
 from sam_distill.data.cache import MANIFEST, ShardWriter, done, members, read_manifest, update_manifest
 from sam_distill.data.embeddings import Dtype
-from sam_distill.files import disk_is_full
+from sam_distill.files import disk_is_full, file_sha256
 from sam_distill.images import decode, to_frame, to_jpeg
-from sam_distill.models.weights import digest
 from sam_distill.runs import processes
 from sam_distill.runs.hardware import Hardware
 from sam_distill.runs.progress import CountProgress
@@ -223,7 +222,7 @@ def verify(folder: Path) -> dict[str, int]:
             tar = folder / name
             if not tar.is_file():
                 wrong.append(f"{name} is missing")
-            elif tar.stat().st_size != line["bytes"] or digest(tar) != line["sha256"]:
+            elif tar.stat().st_size != line["bytes"] or file_sha256(tar) != line["sha256"]:
                 wrong.append(f"{name} has changed")
             progress.add(1)
     missing = manifest["tars"] - len(manifest["shards"])

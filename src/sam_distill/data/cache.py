@@ -24,9 +24,8 @@ from pydantic import Field
 from sam_distill.data.embeddings import Dtype, pack, unpack
 from sam_distill.data.sa1b import Sa1b
 from sam_distill.data.tar_stream import EncodedSample
-from sam_distill.files import write_json
+from sam_distill.files import file_sha256, write_json
 from sam_distill.images import decode, to_frame
-from sam_distill.models.weights import digest
 from sam_distill.selection import Fraction, Images
 from sam_distill.tars.index import companion
 from sam_distill.tars.shards import index_tars, split_by_keys
@@ -123,7 +122,7 @@ class ShardWriter:
     def finish(self) -> None:
         """Leave the tar, and beside it its line for the manifest."""
         self._tar.close()
-        line = {"images": self.images, "bytes": self._part.stat().st_size, "sha256": digest(self._part)}
+        line = {"images": self.images, "bytes": self._part.stat().st_size, "sha256": file_sha256(self._part)}
         line["skipped"] = self.skipped
         write_json(self.path.with_suffix(".json"), line)
         self._part.replace(self.path)

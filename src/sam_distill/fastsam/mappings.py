@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sam_distill.types import BACKGROUND, FOREGROUND
 
-Mapping = Literal["official", "ultralytics_old", "ultralytics_new"]
+MappingName = Literal["official", "ultralytics_old", "ultralytics_new"]
 
 
 def official(masks: Tensor, points: Tensor, labels: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ def best_for_box(masks: Tensor, box: Tensor) -> Tensor:
     return masks[(inside / union).argmax()]
 
 
-RULES: dict[Mapping, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+RULES: dict[MappingName, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "official": official,
     "ultralytics_old": ultralytics_old,
     "ultralytics_new": ultralytics_new,

@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sam_distill.evaluate.views import MaskOf, OtherModel, View
-from sam_distill.fastsam.mappings import RULES, Mapping, best_for_box
+from sam_distill.fastsam.mappings import RULES, MappingName, best_for_box
+from sam_distill.files import file_sha256
 from sam_distill.models import weights
 from sam_distill.models.checkpoints import Checkpoint
 from sam_distill.types import BACKGROUND, BOX_BOTTOM_RIGHT, BOX_TOP_LEFT, FOREGROUND, FRAME, Batch, Prompts, UserError
@@ -60,7 +61,7 @@ class FastSam(OtherModel):
     def __init__(
         self,
         checkpoint: str,
-        mapping: Mapping = "official",
+        mapping: MappingName = "official",
         conf: Annotated[float, Field(ge=0, le=1)] = 0.4,
         iou: Annotated[float, Field(ge=0, le=1)] = 0.9,
     ) -> None:
@@ -91,7 +92,7 @@ class FastSamView(View):
 
     everything: list[Tensor]
     batch: Batch
-    mapping: Mapping
+    mapping: MappingName
     embedding = None
 
     def masks(self, prompts: Prompts) -> MaskOf:
@@ -147,7 +148,7 @@ def _ultralytics() -> Any:
 
 
 def _load(package: Any, path: Path) -> Any:
-    trusted = weights.digest(path) in map(weights.sha256, weights.names("fastsam"))
+    trusted = file_sha256(path) in map(weights.sha256, weights.names("fastsam"))
     package.nn.tasks.SAFE_LOAD = not trusted  # its switch for weights_only, with a list of classes that may be built
     try:
         network = package.models.FastSAM(str(path))

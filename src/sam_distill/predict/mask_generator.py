@@ -20,7 +20,7 @@ from torchvision.ops import nms
 from sam_distill.models.sam import Sam
 from sam_distill.predict.crops import Box, checked_grids, coarse_to_fine, crop_boxes, is_cut_off, point_grid
 from sam_distill.predict.full_size import FullSize, Patch, box_of
-from sam_distill.predict.predictor import Picture, SamPredictor, picture
+from sam_distill.predict.predictor import ImageLike, SamPredictor, to_pil
 from sam_distill.predict.regions import without_small_regions
 from sam_distill.predict.run_lengths import Runs, runs_of
 from sam_distill.prompts.forms import point_prompts
@@ -117,13 +117,13 @@ class SamAutomaticMaskGenerator:
         self.fast = fast
 
     @torch.no_grad()
-    def generate(self, image: Picture) -> list[dict[str, Any]]:
+    def generate(self, image: ImageLike) -> list[dict[str, Any]]:
         """image: as for `SamPredictor`. A record for each mask, the most trusted first:
 
         segmentation: see `output_mode`; area: in pixels; bbox: [x, y, width, height]; predicted_iou, stability_score;
         point_coords: [[x, y]] that it was asked with; crop_box: [x, y, width, height] where that was.
         """
-        image = picture(image)
+        image = to_pil(image)
         crops = crop_boxes((image.height, image.width), self.crop_n_layers, self.crop_overlap_ratio)
         found = [mask for layer, crop in crops for mask in self._look(image, crop, self.point_grids[layer])]
         self.predictor.reset_image()

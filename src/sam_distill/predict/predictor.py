@@ -19,7 +19,7 @@ from sam_distill.predict.transforms import ResizeLongestSide
 from sam_distill.prompts.forms import box_prompts, point_prompts
 from sam_distill.types import FRAME, LOW_RES, MULTI, SINGLE, Prompts
 
-Picture = np.ndarray | Tensor | Image.Image | str | Path
+ImageLike = np.ndarray | Tensor | Image.Image | str | Path
 Answer = tuple[np.ndarray, np.ndarray, np.ndarray]
 _PROMPT = {"point_coords", "point_labels", "box", "mask_input", "multimask_output", "return_logits"}
 
@@ -60,16 +60,16 @@ class SamPredictor:
         """(h, w) that the one image takes up in the frame."""
         return self.input_sizes[self._only("input_size")]
 
-    def set_image(self, image: Picture, image_format: str = "RGB") -> None:
+    def set_image(self, image: ImageLike, image_format: str = "RGB") -> None:
         """image_format: RGB or BGR, the order of an array's or a tensor's channels."""
         self.set_images([image], image_format)
 
-    def set_images(self, images: Sequence[Picture], image_format: str = "RGB") -> None:
+    def set_images(self, images: Sequence[ImageLike], image_format: str = "RGB") -> None:
         """Encode several images, whatever their sizes, together; `predict_batch` answers for them."""
         self.reset_image()  # should this one fail, no earlier one is to answer in its place
         if isinstance(images, str | Path | Image.Image) or getattr(images, "ndim", 4) < 4:
             raise TypeError("set_images takes several images, such as [image, other]; set_image takes one")
-        pictures = [picture(image, image_format) for image in images]
+        pictures = [to_pil(image, image_format) for image in images]
         if not pictures:
             raise ValueError("no image: give one at least")
         self._encode([to_frame(p).to(self.device) for p in pictures], [(p.height, p.width) for p in pictures])
@@ -229,7 +229,7 @@ class SamPredictor:
         return 0
 
 
-def picture(image: Picture, image_format: str = "RGB") -> Image.Image:
+def to_pil(image: ImageLike, image_format: str = "RGB") -> Image.Image:
     """Any kind of image that `SamPredictor` takes, as Pillow's, in RGB."""
     if image_format not in ("RGB", "BGR"):
         raise ValueError(f"image_format must be RGB or BGR, not {image_format}")

@@ -20,6 +20,7 @@ from sam_distill.cli import app
 from sam_distill.fastsam import model as fastsam
 from sam_distill.fastsam.mappings import RULES, best_for_box, official
 from sam_distill.fastsam.model import FastSam, FastSamView, is_fastsam
+from sam_distill.files import file_sha256
 from sam_distill.models import weights
 from sam_distill.types import (
     BACKGROUND,
@@ -261,7 +262,7 @@ def test_only_a_file_of_known_hash_is_unpickled_in_full(
     with pytest.raises(UserError, match="is no YOLO that loads safely"):
         FastSam(str(bad))
     assert not (tmp_path / "sprung").exists()
-    monkeypatch.setattr(weights, "sha256", lambda name: weights.digest(bad))
+    monkeypatch.setattr(weights, "sha256", lambda name: file_sha256(bad))
     FastSam(str(bad))
     assert (tmp_path / "sprung").exists()
 

@@ -14,8 +14,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from sam_distill.files import file_sha256
 from sam_distill.models import weights
-from sam_distill.models.weights import Checkpoint, fetch, names
+from sam_distill.models.weights import WeightsFile, fetch, names
 from sam_distill.types import UserError
 
 CONTENT = bytes(range(256)) * 400
@@ -63,7 +64,7 @@ def offer(monkeypatch: pytest.MonkeyPatch, folder: Path):
     """offer(*sources) makes them the sources of the one checkpoint there is, `tiny`."""
 
     def set_table(*sources: weights.Source) -> None:
-        table = {"tiny": Checkpoint("tiny.pt", len(CONTENT), SHA256, list(sources))}
+        table = {"tiny": WeightsFile("tiny.pt", len(CONTENT), SHA256, list(sources))}
         monkeypatch.setattr(weights, "_table", lambda: table)
 
     return set_table
@@ -223,5 +224,5 @@ def test_mobile_sam_for_real() -> None:
 def test_our_own_student_comes_with_the_package() -> None:
     """Nothing is fetched; the file is the one of the table, and small."""
     path, row = fetch("pocket_sam"), weights._table()["pocket_sam"]
-    assert weights.digest(path) == row.sha256
+    assert file_sha256(path) == row.sha256
     assert path.stat().st_size == row.size < 16e6
