@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sam_distill.errors import UserError as UserError
+
 FRAME = 1024  # side of the frame, pixels
 GRID = 64  # side of an image embedding; one cell is 16 x 16 pixels of the frame
 EMBED_DIM = 256  # channels of an image embedding
@@ -32,10 +34,6 @@ ABSENT = -2  # ours: no token at all, so that numbers of points and prompts may 
 SINGLE, MULTI, ALL = slice(0, 1), slice(1, 4), slice(0, 4)
 
 RunLengths = dict[str, Any]  # a mask as COCO compresses it: {"size": [H, W], "counts": bytes}
-
-
-class UserError(Exception):
-    """A mistake or shortage its reader can mend. `str(error)` is the one line to print; the exit status is not 0."""
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from sam_distill.cli.resume import LAST, occupied
 from sam_distill.config.check import RUN_DIR, keeps_run_folder
 from sam_distill.config.sources import task_overrides
+from sam_distill.errors import UserError
 from sam_distill.files import disk_is_full
 from sam_distill.runs import joblib_workers, processes
 from sam_distill.runs.status import Status, earlier_outcome, writing
@@ -79,7 +80,7 @@ class Task:
         with ExitStack() as stack:
             try:
                 stack.enter_context(writing(run_dir) if first and recorded else nullcontext())
-            except Exception as error:
+            except UserError as error:
                 print_errors(str(error))
                 return False
             supplied = {RUN_DIR: run_dir} if has_folder else {}
@@ -95,8 +96,6 @@ def _execute(cfg: DictConfig, supplied: dict[str, Path], status: Status, log: Pa
         _seed(cfg.get("seed"))
         instantiate(cfg, _convert_="all", **supplied)
     except Exception as error:
-        from sam_distill.types import UserError  # brings torch, which --help should not wait for
-
         cause = _unwrap(error)
         if not isinstance(cause, UserError) and disk_is_full(cause):
             cause = UserError(

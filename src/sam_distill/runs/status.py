@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
+from sam_distill.errors import UserError
 from sam_distill.files import write_json, write_text
 
 LOCK = ".lock"  # in a run's folder
@@ -70,8 +71,6 @@ def only_process(lock: Path, message: str) -> Iterator[None]:
     try:
         held.acquire(timeout=PATIENCE)
     except Timeout:
-        from sam_distill.types import UserError
-
         raise UserError(message) from None
     except (OSError, NotImplementedError):  # a file system without locks
         pass
@@ -92,7 +91,7 @@ def locked(run_dir: Path) -> str:
     try:
         with writing(run_dir) if (run_dir / LOCK).exists() else nullcontext():
             return ""
-    except Exception as error:
+    except UserError as error:
         return str(error)
 
 
