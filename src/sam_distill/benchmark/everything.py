@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from sam_distill.benchmark.models import FP32
-from sam_distill.benchmark.peers import MISSING, mobile_sam, peer_of
+from sam_distill.benchmark.peers import MISSING, peer_of
 from sam_distill.benchmark.tables import Finding
 from sam_distill.benchmark.timing import Contender, race
 from sam_distill.evaluate.everything import Records, nearest
@@ -32,10 +32,10 @@ def bench_everything(sam: Sam, image: np.ndarray[Any, Any], points_per_side: int
         Contender(FP32, lambda: keep("ours", ours)),
         Contender("sam-distill, fp32, fast", lambda: keep("fast", fast)),
     ]
-    note, package, peer = MISSING, mobile_sam(), peer_of(sam)
-    if package is not None and peer is not None:
-        theirs = package.SamAutomaticMaskGenerator(peer[1].to(device), **options)
-        contenders.append(Contender(f"{peer[0]}, fp32", lambda: keep("theirs", theirs), ours=False))
+    note, peer = MISSING, peer_of(sam, device)
+    if peer is not None:
+        theirs = peer.package.SamAutomaticMaskGenerator(peer.model, **options)
+        contenders.append(Contender(peer.name, lambda: keep("theirs", theirs), ours=False))
     height, width = image.shape[:2]
     what = f"Segment everything, {points_per_side} x {points_per_side} points, {width} x {height} pixels, {device}"
     timings = race(contenders, device, turns=1)

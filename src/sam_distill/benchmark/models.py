@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from sam_distill.benchmark.peers import MISSING, mobile_sam, peer_of
+from sam_distill.benchmark.peers import MISSING, peer_of
 from sam_distill.benchmark.tables import Finding
 from sam_distill.benchmark.timing import Contender, race
 from sam_distill.data.base import collate
@@ -71,11 +71,10 @@ def bench_encoder(sam: Sam, device: str, compiled: bool, onnx: bool, exported: P
         with_openvino = optimize_for_inference(sam, "openvino")
         contenders.append(Contender("sam-distill, OpenVINO, fp32", encode(None, with_openvino)))
         contenders.append(Contender("sam-distill, OpenVINO, bf16", encode(torch.bfloat16, with_openvino)))
-    peer = peer_of(sam)
+    peer = peer_of(sam, device)
     if peer is not None:
-        name, model = peer[0], peer[1].to(device)
-        pixels = image[..., : SIZE[0], :].float()
-        contenders.append(Contender(f"{name}, fp32", lambda: model.image_encoder(model.preprocess(pixels)), ours=False))
+        model, pixels = peer.model, image[..., : SIZE[0], :].float()
+        contenders.append(Contender(peer.name, lambda: model.image_encoder(model.preprocess(pixels)), ours=False))
     with FlopCounterMode(display=False) as counter:
         encode(None)()
     facts = f"{sam.parameter_counts['parameters'] / 1e6:.2f}M parameters, {counter.get_total_flops() / 2e9:.1f} GMACs"
@@ -115,7 +114,7 @@ def bench_decoder(sam: Sam, device: str, seconds: float) -> Iterator[Finding]:
     """Point prompts on one image, three masks each: prompt encoder and mask decoder, low-res logits."""
     image, sizes = _image(device)
     embedding = sam.to(device).encode(image, sizes)
-    peer = peer_of(sam)
+    peer = peer_of(sam, device)
     for count in PROMPTS:
         points = torch.rand(count, 1, 2, generator=torch.Generator().manual_seed(0)).to(device)
         points = points * torch.tensor(SIZE[::-1], device=device)
@@ -128,9 +127,8 @@ def bench_decoder(sam: Sam, device: str, seconds: float) -> Iterator[Finding]:
             Contender(BF16, _in_precision(torch.bfloat16, device, decode), count),
         ]
         if peer is not None:
-            name, model = peer[0], peer[1].to(device)
-            run = _peer_decoder(model, embedding, points, labels)
-            contenders.append(Contender(f"{name}, fp32", run, count, ours=False))
+            run = _peer_decoder(peer.model, embedding, points, labels)
+            contenders.append(Contender(peer.name, run, count, ours=False))
         what = f"Mask decoder, {count} point prompt{'s' * (count > 1)} on one image, {device}"
         what += f": {sam.parameter_counts['parameters/mask_decoder'] / 1e6:.2f}M parameters"
         yield Finding(what, "prompt", race(contenders, device, seconds), PAPER_DECODER if peer else MISSING)
@@ -144,11 +142,11 @@ def bench_image(sam: Sam, photograph: np.ndarray, device: str, seconds: float) -
         predictor.set_image(photograph)
         predictor.predict(middle, np.array([1]), multimask_output=False)
 
-    ours, peer = partial(ask, SamPredictor(sam)), peer_of(sam)
+    ours, peer = partial(ask, SamPredictor(sam)), peer_of(sam, device)
     contenders = [Contender(FP32, ours), Contender(BF16, _in_precision(torch.bfloat16, device, ours))]
     if peer is not None:
-        theirs = mobile_sam().SamPredictor(peer[1].to(device))  # type: ignore[union-attr]
-        contenders.append(Contender(f"{peer[0]}, fp32", partial(ask, theirs), ours=False))
+        theirs = partial(ask, peer.package.SamPredictor(peer.model))
+        contenders.append(Contender(peer.name, theirs, ours=False))
     finding = Finding(
         _to_a_mask(photograph, device), "image", race(contenders, device, seconds), PAPER_IMAGE if peer else MISSING
     )

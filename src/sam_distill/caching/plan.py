@@ -36,7 +36,7 @@ def plan_cache(job: CacheJob) -> bool:
         raise UserError("there are too few images that can be read: nothing to measure")
     each = (time.perf_counter() - started) / done
     needed, free = images * sum(sizes) / len(sizes), _free(job.folder)
-    seconds = round(images * each / (hardware.devices * hardware.nodes))
+    seconds = round(images * each / hardware.processes)
     table = Table("", "", show_header=False, title=f"What caching {images} images will take")
     table.add_row("disk", f"{needed / 1e9:.2f} GB, {needed / images / 1e3:.0f} kB per image; free: {free / 1e9:.1f} GB")
     table.add_row("time", f"{timedelta(seconds=seconds)} at {1 / each:.1f} images/s per process")

@@ -135,7 +135,7 @@ def write_cache(job: CacheJob) -> dict[str, Any]:
     folder, blocks, hardware = job.folder, job.blocks, job.hardware
     facts = _facts(job)
     _open_folder(folder, facts, job.teacher)
-    rank, ranks = processes.place(hardware.devices, hardware.nodes)
+    rank, ranks = processes.rank(hardware.devices), hardware.processes
     message = f"path={folder}: another process is writing this cache; wait for it, or stop it"
     with only_process(folder / f".writing-{rank}.lock", message):  # two would write the same tars
         job.teacher.sam.to(hardware.kind)

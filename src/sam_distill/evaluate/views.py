@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sam_distill.images import Size, upscale_masks
 from sam_distill.models.sam import Sam
-from sam_distill.types import LOW_RES, MULTI, SINGLE, Batch, Masks, Prompts
+from sam_distill.types import MULTI, SINGLE, Batch, Prompts
 
 Token = Literal["single", "best"]
 MaskOf = Callable[[int, int], Tensor]  # (image, prompt) -> [H, W] bool, at the image's original size
@@ -66,7 +66,9 @@ class SamView(View):
         """[B, P, 256, 256] logits, in float32 whatever precision training uses: all are judged alike."""
         with torch.autocast(self.embedding.device.type, enabled=False):
             masks = self.sam.decode(self.embedding.float(), prompts, MULTI if self.token == "best" else SINGLE)
-        return _best(masks) if self.token == "best" else masks.low_res[:, :, 0]
+        if self.token == "single":
+            return masks.low_res[:, :, 0]
+        return masks.low_res.take_along_dim(masks.iou.argmax(-1)[..., None, None, None], 2).squeeze(2)
 
     def masks(self, prompts: Prompts) -> MaskOf:
         return self.upscaled(self.low_res(prompts))
@@ -79,8 +81,3 @@ class SamView(View):
             return upscale_masks(low_res[image, prompt], *sizes[image]) > 0
 
         return mask
-
-
-def _best(masks: Masks) -> Tensor:
-    index = masks.iou.argmax(-1)[..., None, None, None].expand(-1, -1, 1, LOW_RES, LOW_RES)
-    return masks.low_res.gather(2, index).squeeze(2)

@@ -15,7 +15,7 @@ import difflib
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import timm
 from timm.models import tiny_vit
@@ -81,8 +81,6 @@ class TinyViT(ImageEncoder):
         name = f"tiny_vit_{size}_224"
         # The module's own function, not the registry: importing MobileSAM's code overwrites timm's entry.
         backbone: Any = with_imagenet_weights(name, partial(getattr(tiny_vit, name), num_classes=0), pretrained)
-        assert isinstance(backbone, tiny_vit.TinyVit)
-        backbone = cast(Any, backbone)
         backbone.stages[-1].downsample.conv2.conv.stride = (1, 1)
         backbone.head = nn.Identity()
         super().__init__(backbone, [backbone.num_features])

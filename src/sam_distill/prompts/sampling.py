@@ -90,8 +90,7 @@ def points_at(
     is_inside = (there == within).all(-1)
     length = (within - points.unsqueeze(2)).norm(dim=-1) / FRAME  # below 2
     score = torch.where(is_inside, 2 + random[..., 2:], length)
-    best = score.argmax(-1)[..., None, None].expand(-1, -1, 1, 2)
-    return within.gather(2, best).squeeze(2)
+    return within.take_along_dim(score.argmax(-1)[..., None, None], 2).squeeze(2)
 
 
 def at_points(masks: Tensor, points: Tensor) -> Tensor:

@@ -63,6 +63,11 @@ class Hardware:
         return "cuda" if chosen == "gpu" else chosen
 
     @property
+    def processes(self) -> int:
+        """That work together: one for each device of each node."""
+        return self.devices * self.nodes
+
+    @property
     def device_name(self) -> str:
         """The model of the GPU or processor."""
         return torch.cuda.get_device_name() if self.kind == "cuda" else _processor()
@@ -90,7 +95,7 @@ class Hardware:
             "accelerator": {"cuda": "gpu"}.get(self.kind, self.kind),
             "devices": self.devices,
             "num_nodes": self.nodes,
-            "strategy": "ddp" if self.devices * self.nodes > 1 else "auto",
+            "strategy": "ddp" if self.processes > 1 else "auto",
             "precision": {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}[self.num_format],
             "use_distributed_sampler": False,
             **self.lightning,

@@ -33,7 +33,7 @@ _LOST_CONNECTION = ("Connection closed by peer", "Connection reset by peer", "Br
 def all_processes(hardware: Hardware, run_dir: Path) -> Iterator[None]:
     """The body runs in every process of the run. None outlives it by long, whatever ends it."""
     _check_launcher(hardware)
-    if hardware.devices * hardware.nodes == 1:
+    if hardware.processes == 1:
         yield
         return
     own_launcher = processes.launcher() is None
@@ -65,7 +65,7 @@ def all_processes(hardware: Hardware, run_dir: Path) -> Iterator[None]:
 
 def _check_launcher(hardware: Hardware) -> None:
     """A UserError if torchrun or srun has started other processes than `hardware` describes."""
-    wanted, launcher, started = hardware.devices * hardware.nodes, processes.launcher(), processes.started()
+    wanted, launcher, started = hardware.processes, processes.launcher(), processes.started()
     if launcher is not None and started != wanted:
         options = {"torchrun": "--nnodes and --nproc-per-node", "srun": "--nodes and --ntasks-per-node"}[launcher]
         raise UserError(
@@ -87,7 +87,7 @@ def _start(hardware: Hardware, run_dir: Path) -> list[subprocess.Popen[bytes]]:
         "MASTER_ADDR": os.environ.get("MASTER_ADDR", "127.0.0.1"),
         "MASTER_PORT": os.environ.get("MASTER_PORT") or str(_free_port()),
         "NODE_RANK": os.environ.get("NODE_RANK", "0"),
-        "WORLD_SIZE": str(hardware.devices * hardware.nodes),
+        "WORLD_SIZE": str(hardware.processes),
         "LOCAL_RANK": "0",
     }
     command = [sys.executable, os.path.abspath(sys.argv[0]), *sys.argv[1:], f'hydra.run.dir="{run_dir}"']

@@ -38,20 +38,17 @@ def is_first() -> bool:
     return all(os.environ.get(name, "0") == "0" for name in _RANKS)
 
 
-def place(devices: int, nodes: int) -> tuple[int, int]:
-    """(rank, how many processes there are), also where no process group has been made."""
-    env = os.environ
-    if launcher() == "srun":
-        return int(env["SLURM_PROCID"]), devices * nodes
-    if launcher() == "torchrun":
-        return int(env["RANK"]), devices * nodes
-    return int(env.get("NODE_RANK", "0")) * devices + int(env.get("LOCAL_RANK", "0")), devices * nodes
+def rank(devices: int) -> int:
+    """This process's place among all, also where no process group has been made. devices: of each node."""
+    if launcher() is not None:
+        return int(os.environ["SLURM_PROCID" if launcher() == "srun" else "RANK"])
+    return int(os.environ.get("NODE_RANK", "0")) * devices + int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def name() -> str:
     """Names a process that is not the first, in logs and messages."""
     if launcher() is not None:
-        return "rank" + os.environ["SLURM_PROCID" if launcher() == "srun" else "RANK"]
+        return f"rank{rank(1)}"
     node, device = (os.environ.get(key, "0") for key in ("NODE_RANK", "LOCAL_RANK"))
     return f"rank{device}" if node == "0" else f"node{node}rank{device}"
 

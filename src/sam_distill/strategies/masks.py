@@ -104,7 +104,7 @@ class MaskStrategy(Strategy, ABC):
             per_prompt = each.mean(-1)
         else:
             best = _trusted(target) if self.tokens == "chosen" else mask_loss[..., 1:].argmin(-1, keepdim=True) + 1
-            per_prompt = (each[..., 0] + _take(each, best.expand(len(each), -1, -1, -1)).squeeze(-1)) / 2
+            per_prompt = (each[..., 0] + _take(each, best[None]).squeeze(-1)) / 2
         means, iou = [mean_per_prompt(values, valid) for values in per_prompt], iou[..., 0]
         return torch.stack([*means, mean_per_prompt(iou.nan_to_num(0), valid & ~iou.isnan())])
 
@@ -124,6 +124,5 @@ def _trusted(masks: Masks) -> Tensor:
 
 def _take(values: Tensor, token: Tensor) -> Tensor:
     """values [..., 4] or [..., 4, h, w], token [..., 1] -> the token's values, its dimension kept."""
-    dimension = token.ndim - 1
     index = token.view(*token.shape, *[1] * (values.ndim - token.ndim))
-    return values.gather(dimension, index.expand(*token.shape, *values.shape[token.ndim :]))
+    return values.take_along_dim(index, token.ndim - 1)

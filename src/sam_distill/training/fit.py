@@ -109,7 +109,7 @@ def fit(setup: Setup, options: Options, run_dir: Path) -> dict[str, Any]:
     strategy, student, teacher, source = setup.strategy, setup.student, setup.teacher, setup.source
     hardware, resume = setup.hardware, None if options.resume is None else Path(options.resume)
     checkpoint = None if resume is None else _last_checkpoint(resume)
-    processes = hardware.devices * hardware.nodes
+    processes = hardware.processes
     sync_batchnorm = hardware.sync_batchnorm and processes > 1
     if strategy.finetunes and options.init is None and resume is None:
         raise UserError(f"strategy={strategy.name} starts from a distilled student: give init=RUN_DIR or a checkpoint")
@@ -221,7 +221,7 @@ def _log_start(module: Distillation, source: DataSource, hardware: Hardware, ste
         message = (
             "The first %d images wait for the teacher, whose answers are then remembered: it gets faster after them"
         )
-        if hardware.devices * hardware.nodes > 1:
+        if hardware.processes > 1:
             message += (
                 ", little by little: each process remembers only what it has asked itself, and images are dealt anew"
             )
