@@ -9,7 +9,7 @@ import sys
 import time
 import traceback
 import warnings
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -77,14 +77,13 @@ class Task:
         if not first:
             log = log.with_suffix(f".{processes.name()}.log")
             _log_to_file_only(log)
-        with ExitStack() as stack:
-            try:
-                stack.enter_context(writing(run_dir) if first and recorded else nullcontext())
-            except UserError as error:
-                print_errors(str(error))
-                return False
-            supplied = {RUN_DIR: run_dir} if has_folder else {}
-            return _execute(cfg, supplied, status, log, f"{which}: " if swept else "")
+        supplied = {RUN_DIR: run_dir} if has_folder else {}
+        try:
+            with writing(run_dir) if first and recorded else nullcontext():
+                return _execute(cfg, supplied, status, log, f"{which}: " if swept else "")
+        except UserError as error:  # another process is writing there; what the job raises is told by `_execute`
+            print_errors(str(error))
+            return False
 
 
 def _execute(cfg: DictConfig, supplied: dict[str, Path], status: Status, log: Path, prefix: str) -> bool:
