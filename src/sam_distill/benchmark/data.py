@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from itertools import chain, islice
+from itertools import chain, cycle, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -57,14 +57,10 @@ def temporary_cache(folder: Path, jpegs: list[bytes], dtype: Dtype) -> Cache:
 
 
 def _decoding(jpegs: list[bytes], seconds: float) -> Finding:
-    turns = [0, 0]
-
-    def take(place: int) -> bytes:
-        turns[place] += 1
-        return jpegs[turns[place] % len(jpegs)]
+    our_turn, their_turn = cycle(jpegs), cycle(jpegs)
 
     def ours() -> torch.Tensor:
-        picture, size = decode(take(0))
+        picture, size = decode(next(our_turn))
         return to_frame(picture, size)
 
     contenders = [Contender("sam-distill: scaled decoding, Pillow", ours)]
@@ -77,7 +73,7 @@ def _decoding(jpegs: list[bytes], seconds: float) -> Finding:
         cv2.setNumThreads(1)
 
         def peers() -> np.ndarray[Any, Any]:
-            bgr: Any = cv2.imdecode(np.frombuffer(take(1), np.uint8), cv2.IMREAD_COLOR)
+            bgr: Any = cv2.imdecode(np.frombuffer(next(their_turn), np.uint8), cv2.IMREAD_COLOR)
             image = cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
             scale = FRAME / max(image.shape[:2])
             size = [int(side * scale + 0.5) for side in image.shape[:2]]

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field
 
 from sam_distill.cli.teacher import teacher_for
@@ -18,6 +17,7 @@ from sam_distill.evaluate.everything import Everything, judge_everything
 from sam_distill.evaluate.protocol import Protocol
 from sam_distill.fastsam.model import FastSam, Judged, is_fastsam
 from sam_distill.models.checkpoints import load_sam
+from sam_distill.runs import status
 from sam_distill.runs.hardware import Hardware
 from sam_distill.teachers import LiveTeacher
 
@@ -54,8 +54,6 @@ def evaluate(
 
 def _data_path(run_dir: Path) -> list[str]:
     """What data.path named in a run folder's config.yaml; empty if there is no such thing."""
-    try:
-        path = yaml.safe_load((run_dir / "config.yaml").read_text())["data"].get("path")
-    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError):  # it need not be a run's
-        return []
+    data = status.config(run_dir).get("data")
+    path = data.get("path") if isinstance(data, dict) else None
     return [os.path.abspath(p) for p in ([path] if isinstance(path, str) else path or [])]

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
-import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -73,7 +71,7 @@ def occupied(run_dir: Path, command: str) -> str:
 
 def _changed(cfg: DictConfig, run_dir: Path) -> Iterator[str]:
     """What is not as its config.yaml has it, and can't change in a run's midst. Options that are new don't count."""
-    then, choices = _recorded(run_dir), status.read(run_dir).get("choices", {})
+    then, choices = dict(leaves(status.config(run_dir))), status.read(run_dir).get("choices", {})
     for key, _ in leaves(OmegaConf.to_container(cfg, resolve=False)):
         free = key != "optim._target_" and any(f"{key}.".startswith(f"{name}.") for name in (*_MAY_CHANGE, "hydra"))
         if free or key not in then:
@@ -91,14 +89,6 @@ def _changed(cfg: DictConfig, run_dir: Path) -> Iterator[str]:
                     f"{name}={new}: the run in {run_dir} began with {old}; {same} goes on with it, init={run_dir}"
                     " starts a new run from its weights"
                 )
-
-
-def _recorded(run_dir: Path) -> dict[str, Any]:
-    """config.yaml by dotted keys; what is no configuration says nothing."""
-    try:
-        return dict(leaves(yaml.safe_load((run_dir / "config.yaml").read_text())))
-    except (OSError, yaml.YAMLError, AttributeError):
-        return {}
 
 
 def _key(word: str) -> str:

@@ -13,7 +13,6 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import wandb
-import yaml
 from PIL import Image, ImageOps
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.loggers.logger import Logger
@@ -68,7 +67,7 @@ class WandB:
 
     def build(self, run_dir: Path, facts: Mapping[str, Any]) -> list[Logger]:
         """facts: of the run, kept with its configuration."""
-        config, record = _config(run_dir), status.read(run_dir)
+        config, record = status.config(run_dir), status.read(run_dir)
         choices = record.get("choices", {})
         described = {"choices": choices, "version": record.get("version"), **facts}
         wandb.setup(wandb.Settings(silent=True))
@@ -135,12 +134,6 @@ def _squared(image: Image.Image) -> Image.Image:
     square = Image.new(image.mode, (SIDE, SIDE))
     square.paste(ImageOps.contain(image, square.size, Image.Resampling.BILINEAR))
     return square
-
-
-def _config(run_dir: Path) -> dict[str, Any]:
-    """The resolved configuration that cli/ has left in the run folder."""
-    path = run_dir / "config.yaml"
-    return yaml.safe_load(path.read_text()) if path.is_file() else {}
 
 
 def _name(config: Mapping[str, Any], choices: Mapping[str, str], command: Sequence[str]) -> str | None:

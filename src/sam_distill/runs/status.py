@@ -144,6 +144,15 @@ def read(run_dir: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
+def config(run_dir: Path) -> dict[str, Any]:
+    """The resolved configuration that a job has left in its folder; empty if there is none that can be read."""
+    try:
+        content = yaml.safe_load((run_dir / "config.yaml").read_text())
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 def _modified(run_dir: Path) -> float | None:
     """When the run last logged anything."""
     file = run_dir / "history.csv"
