@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from itertools import pairwise
 
 from sam_distill.benchmark.tables import Finding
 from sam_distill.benchmark.timing import Timing, wait_for
@@ -48,4 +49,4 @@ def _bare_steps(module: Distillation, loaders: DistillationData, hardware: Hardw
         schedule.step()
         wait_for(hardware.kind)
         ends.append(time.perf_counter())
-    return [end - before for before, end in zip(ends[WARM_UP - 1 :], ends[WARM_UP:], strict=False)]
+    return [end - before for before, end in pairwise(ends[WARM_UP - 1 :])]

@@ -255,11 +255,10 @@ def to_pil(image: ImageLike, image_format: str = "RGB") -> Image.Image:
 
 def _prompts(points: Tensor | None, labels: Tensor | None, boxes: Tensor | None, masks: Tensor | None) -> Prompts:
     """P prompts for one image; without points and boxes SAM is asked with masks alone, or with nothing at all."""
-    count = next((len(part) for part in (points, boxes, masks) if part is not None), 1)
-    device = next((part.device for part in (points, boxes, masks) if part is not None), torch.device("cpu"))
-    coordinates = torch.zeros(1, count, 0, 2, device=device) if points is None else points.float()[None]
-    signs = torch.zeros(1, count, 0, device=device) if labels is None else labels[None]
-    signs = signs.to(device, torch.int64)
+    given = next((part for part in (points, boxes, masks) if part is not None), torch.zeros(1))
+    coordinates = given.new_zeros(1, len(given), 0, 2) if points is None else points[None]
+    signs = given.new_zeros(1, len(given), 0) if labels is None else labels[None]
+    coordinates, signs = coordinates.float(), signs.to(given.device, torch.int64)
     logits = None if masks is None else masks.float()[None]
     if boxes is not None:
         return box_prompts(boxes.reshape(1, -1, 4), coordinates, signs, logits)
