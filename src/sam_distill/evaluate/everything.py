@@ -11,8 +11,9 @@ import hashlib
 import io
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from sam_distill.files import write_json, write_text
 from sam_distill.metrics import bootstrap
 from sam_distill.models.sam import Sam
 from sam_distill.models.weights import home
+from sam_distill.predict.mask_generator import SamAutomaticMaskGenerator
 from sam_distill.predict.overlays import coloured, column, side_by_side
 from sam_distill.runs.hardware import Hardware
 from sam_distill.runs.progress import CountProgress
@@ -47,15 +49,14 @@ PICTURES = 8  # images drawn
 
 @dataclass(frozen=True)
 class Everything:
-    """generator: makes of a SAM what segments everything, as `SamAutomaticMaskGenerator` does."""
+    """generator: makes of a SAM what segments everything, with the options to compare by."""
 
-    generator: Callable[..., Any]
+    generator: partial[SamAutomaticMaskGenerator]
 
     @property
     def description(self) -> dict[str, Any]:
         """What must be known to compare two numbers."""
-        settings = getattr(self.generator, "keywords", {})  # of a partial
-        return {"generator": ", ".join(f"{name} {value}" for name, value in settings.items())}
+        return {"generator": ", ".join(f"{name} {value}" for name, value in self.generator.keywords.items())}
 
     def masks(self, model: Sam | OtherModel, frame: np.ndarray) -> Records:
         """frame: [h, w, 3] uint8, an image at the frame's resolution, as the masks are, too."""
