@@ -14,7 +14,7 @@ PEERS = ("peers: cv2", "bare PyTorch loop", "MobileSAM's code, vit_t, fp32")
 
 
 def test_all_suites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(speed, "AT_LEAST", 1)
+    monkeypatch.setattr(speed, "MIN_ROUNDS", 1)
     monkeypatch.setattr("sam_distill.benchmark.steps.STEPS", 1)
     monkeypatch.setattr("sam_distill.benchmark.steps.TURNS", 1)
     monkeypatch.setattr("sam_distill.benchmark.data.SA1B_TARS", 2)

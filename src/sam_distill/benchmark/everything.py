@@ -40,13 +40,13 @@ def bench_everything(sam: Sam, image: np.ndarray[Any, Any], points_per_side: int
     what = f"Segment everything, {points_per_side} x {points_per_side} points, {width} x {height} pixels, {device}"
     timings = race(contenders, device, turns=1)
     if "theirs" in found:
-        note = likeness(found["ours"], found["theirs"])
-    note += f"\nfast: {likeness(found['fast'], found['ours'])}"
+        note = similarity(found["ours"], found["theirs"])
+    note += f"\nfast: {similarity(found['fast'], found['ours'])}"
     finding = Finding(what, "image", timings, note)
     return replace(finding, metrics={"everything_ms": finding.milliseconds(FP32), "masks": len(found["ours"])})
 
 
-def likeness(ours: Records, theirs: Records) -> str:
+def similarity(ours: Records, theirs: Records) -> str:
     """How far two sets of masks (coco_rle) are the same: how many there are, and how well each of theirs is met."""
     counts = f"{len(ours)} masks, theirs {len(theirs)}"
     if not ours or not theirs:

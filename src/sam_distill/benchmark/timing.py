@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-AT_LEAST = 5  # rounds, unless they take so many times the seconds that were asked for
+MIN_ROUNDS = 5  # rounds, unless they take so many times the seconds that were asked for
 _PATIENCE = 12
 
 
@@ -49,7 +49,7 @@ class Timing:
 
 
 def race(contenders: Sequence[Contender], device: str, seconds: float = 0, turns: int | None = None) -> list[Timing]:
-    """Let all run in turn: for `seconds` each in the mean and `AT_LEAST` times, after one turn that does not count.
+    """Let all run in turn: for `seconds` each in the mean and `MIN_ROUNDS` times, after one turn that does not count.
 
     Where a turn takes very long, such as that of a ViT-H on a CPU, there may be fewer.
 
@@ -64,7 +64,7 @@ def race(contenders: Sequence[Contender], device: str, seconds: float = 0, turns
         if turns:
             return len(spent[0]) < turns
         passed, wanted = time.perf_counter() - started, seconds * len(contenders)
-        return not spent[0] or passed < (_PATIENCE * wanted if len(spent[0]) < AT_LEAST else wanted)
+        return not spent[0] or passed < (_PATIENCE * wanted if len(spent[0]) < MIN_ROUNDS else wanted)
 
     while go_on():
         for contender, times in zip(contenders, spent, strict=True):

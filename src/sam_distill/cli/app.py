@@ -30,7 +30,7 @@ from rich.table import Table
 from sam_distill.cli.jobs import Task, describe, name_folders, print_errors
 from sam_distill.cli.resume import run_folder_mistakes, with_resumed_options
 from sam_distill.cli.usage import print_usage
-from sam_distill.config.check import check, handed_on
+from sam_distill.config.check import check, forwarded_options
 from sam_distill.config.compose import compose_jobs
 from sam_distill.config.sources import task_overrides
 from sam_distill.runs import joblib_workers, processes
@@ -195,7 +195,7 @@ def _conflicts(jobs: list[DictConfig], command: str, swept: bool, argv: list[str
                 )
         trainer = job.get("trainer")
         if command != "train" and isinstance(trainer, DictConfig) and "_target_" in trainer:
-            yield from (f"trainer.{name}: an option of {PROGRAM} train alone" for name in handed_on(trainer))
+            yield from (f"trainer.{name}: an option of {PROGRAM} train alone" for name in forwarded_options(trainer))
     if swept and any(job.get("resume") is not None for job in jobs):
         yield (
             "resume goes on with one run, without -m; a sweep goes on by its own command with hydra.sweep.dir=DIR, the"

@@ -75,7 +75,7 @@ def parameters(target: Any) -> dict[str, inspect.Parameter]:
     return known
 
 
-def handed_on(node: DictConfig) -> list[str]:
+def forwarded_options(node: DictConfig) -> list[str]:
     """The keys of a node that are arguments of the callable which its target names in the annotation of `**more`."""
     target = resolve(node._target_)
     own = _signature(target).parameters

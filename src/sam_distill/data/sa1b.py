@@ -115,10 +115,10 @@ class Sa1b(DataSource[Shard]):
 
     @property
     def has_annotations(self) -> bool:
-        return any(shard.beside(".json").any() for shard in self.shards)
+        return any(shard.has_companion(".json").any() for shard in self.shards)
 
     def annotate(self, count: int, seed: int) -> None:
-        annotated = filter_shards(self.train, (shard.beside(".json") for shard in self.train))
+        annotated = filter_shards(self.train, (shard.has_companion(".json") for shard in self.train))
         if not annotated:
             raise UserError("not one training image has annotations: a JSON of the same name beside it in its tar")
         left_out = self.num_train_images - self.count(annotated)

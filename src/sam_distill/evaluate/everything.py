@@ -43,7 +43,7 @@ from sam_distill.teachers import LiveTeacher
 from sam_distill.types import BOX_BOTTOM_RIGHT, BOX_TOP_LEFT
 
 Records = list[dict[str, Any]]  # masks as SA-1B has them: segmentation (COCO run lengths), area, bbox, predicted_iou
-MOST = 1000  # masks of an image that count
+MAX_MASKS = 1000  # masks of an image that count
 PICTURES = 8  # images drawn
 
 
@@ -131,7 +131,7 @@ def nearest(image: str, teacher: Records, student: Records) -> list[Comparison]:
 def average_precision(teacher: Sequence[Records], student: Sequence[Records]) -> dict[str, float]:
     """COCO's AP and AR of the student's masks by those of the teacher, all of one class, scored by predicted IoU.
 
-    Means over IoUs of 0.5 to 0.95; `ap/50` at 0.5. Up to `MOST` masks per image.
+    Means over IoUs of 0.5 to 0.95; `ap/50` at 0.5. Up to `MAX_MASKS` masks per image.
     """
     images = [{"id": number, "height": 0, "width": 0} for number in range(len(teacher))]  # run lengths have the size
     truth, found = COCO(), COCO()
@@ -148,7 +148,7 @@ def average_precision(teacher: Sequence[Records], student: Sequence[Records]) ->
         truth.createIndex()
         found.createIndex()
         judge = COCOeval(truth, found, "segm")
-        judge.params.maxDets = [MOST]
+        judge.params.maxDets = [MAX_MASKS]
         judge.params.areaRng, judge.params.areaRngLbl = [[0, 1e10]], ["all"]
         judge.evaluate()
         judge.accumulate()

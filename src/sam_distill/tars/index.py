@@ -79,7 +79,7 @@ class TarIndex:
         """[images], of their short keys."""
         return self._array("digests")
 
-    def beside(self, kind: str) -> NDArray[np.bool_]:
+    def has_companion(self, kind: str) -> NDArray[np.bool_]:
         """[images]: which have that companion."""
         return (self._array("beside") >> COMPANIONS.index(kind) & 1).astype(bool)
 

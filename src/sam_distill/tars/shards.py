@@ -63,9 +63,9 @@ class Shard:
         """[images], of the keys."""
         return digests(self.image_keys()) if self.shared else self._chosen(self.index.digests())
 
-    def beside(self, kind: str) -> NDArray[np.bool_]:
+    def has_companion(self, kind: str) -> NDArray[np.bool_]:
         """[images]: which have that companion."""
-        return self._chosen(self.index.beside(kind))
+        return self._chosen(self.index.has_companion(kind))
 
     def only(self, which: slice | NDArray[np.bool_]) -> Shard:
         """A part of it: which of its images."""
@@ -80,7 +80,7 @@ class Shard:
 
         A companion that a member does not have is empty.
         """
-        with_companion = {kind: set(compress(self.members(), self.beside(kind))) for kind in kinds}
+        with_companion = {kind: set(compress(self.members(), self.has_companion(kind))) for kind in kinds}
         files = {m: [m, *(companion(m, kind) for kind in kinds if m in with_companion[kind])] for m in members}
         members_of: dict[str, list[str]] = defaultdict(list)  # several, where a.jpg and a.png share a.json
         for member, names in files.items():

@@ -95,8 +95,8 @@ def test_names_come_back_as_they_are() -> None:
     held = cached_index("a tar", "1", lambda: TarIndex.of([*names, "a/b.json", "notes.txt", "x.embedding"]))
     assert isinstance(held.arrays, Path)
     assert (held.images, held.names()) == (4, names)
-    assert held.beside(".json").tolist() == [True, False, False, False]
-    assert held.beside(".embedding").tolist() == [False, False, False, True]
+    assert held.has_companion(".json").tolist() == [True, False, False, False]
+    assert held.has_companion(".embedding").tolist() == [False, False, False, True]
 
 
 @pytest.mark.parametrize(("images", "fraction"), [(None, None), (1, None), (13, None), (40, None), (None, 0.3)])
