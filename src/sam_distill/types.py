@@ -24,7 +24,8 @@ from sam_distill.errors import UserError as UserError
 FRAME = 1024  # side of the frame, pixels
 GRID = 64  # side of an image embedding; one cell is 16 x 16 pixels of the frame
 EMBED_DIM = 256  # channels of an image embedding
-LOW_RES = 256  # side of the mask decoder's output; one cell is 4 x 4 pixels of the frame
+LOW_RES = 256  # side of the mask decoder's output, ...
+CELL = FRAME // LOW_RES  # ... of which one cell is 4 x 4 pixels of the frame
 
 BACKGROUND, FOREGROUND, BOX_TOP_LEFT, BOX_BOTTOM_RIGHT = 0, 1, 2, 3  # SAM's point labels
 NOT_A_POINT = -1  # SAM's padding token: it takes part in attention, as in the official code

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sam_distill.images import Size, frame_size
 from sam_distill.prompts.sampling import generator
-from sam_distill.types import FRAME, LOW_RES, RunLengths, Sample, UserError
+from sam_distill.types import CELL, FRAME, LOW_RES, RunLengths, Sample, UserError
 
 
 @contextmanager
@@ -142,4 +142,4 @@ def _at_low_res(segmentation: dict[str, Any]) -> np.ndarray:
     original = Image.fromarray(coco.decode(_compressed(segmentation, (height, width))) * np.uint8(255))
     frame = Image.new("L", (FRAME, FRAME))
     frame.paste(original.resize(frame_size((height, width))[::-1], Image.Resampling.BILINEAR))
-    return np.asarray(frame.reduce(FRAME // LOW_RES)) >= 128
+    return np.asarray(frame.reduce(CELL)) >= 128

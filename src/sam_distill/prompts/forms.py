@@ -8,17 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sam_distill.types import (
-    ABSENT,
-    BOX_BOTTOM_RIGHT,
-    BOX_TOP_LEFT,
-    FOREGROUND,
-    FRAME,
-    LOW_RES,
-    NOT_A_POINT,
-    Prompts,
-    upload,
-)
+from sam_distill.types import ABSENT, BOX_BOTTOM_RIGHT, BOX_TOP_LEFT, CELL, FOREGROUND, NOT_A_POINT, Prompts, upload
 
 
 def point_prompts(points: Tensor, labels: Tensor | None = None, masks: Tensor | None = None) -> Prompts:
@@ -70,11 +60,10 @@ def boxes_of(masks: Tensor, area: Tensor) -> Tensor:
     An empty mask has no box: NaN.
     """
     inside = masks & area
-    cell = FRAME // LOW_RES
     sides = []
     for occupied in (inside.any(-2), inside.any(-1)):  # columns, rows: [B, P, 256]
-        first = occupied.int().argmax(-1) * cell
-        last = (LOW_RES - occupied.flip(-1).int().argmax(-1)) * cell - 1
+        first = occupied.int().argmax(-1) * CELL
+        last = (occupied.shape[-1] - occupied.flip(-1).int().argmax(-1)) * CELL - 1
         sides.append(torch.stack([first, last], dim=-1))
     boxes = torch.stack(sides, dim=-1).flatten(-2).float()  # x0, y0, x1, y1
     return boxes.masked_fill(~inside.any((-1, -2)).unsqueeze(-1), torch.nan)

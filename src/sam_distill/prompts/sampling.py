@@ -13,9 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sam_distill.types import ABSENT, BACKGROUND, FOREGROUND, FRAME, LOW_RES, upload
+from sam_distill.types import ABSENT, BACKGROUND, CELL, FOREGROUND, FRAME, LOW_RES, upload
 
-_CELL = FRAME // LOW_RES  # pixels
 _FEWEST_WRONG = 10  # cells; below that a correction would be noise (EdgeSAM's number)
 
 
@@ -58,9 +57,9 @@ def points_in(draw: PromptRng, masks: Tensor, sizes: Tensor) -> tuple[Tensor, Te
     random = upload(draw.uniform(masks.shape[1], 3), masks.device)
     rank = (random[..., 0] * count).floor().clamp_max((count - 1).clamp_min(0))
     index = (cells.cumsum(-1) > rank.unsqueeze(-1)).int().argmax(-1)  # the cell of that rank
-    corner = torch.stack([index % LOW_RES, index // LOW_RES], dim=-1) * _CELL
+    corner = torch.stack([index % LOW_RES, index // LOW_RES], dim=-1) * CELL
     last = (sizes.flip(-1) - 1).unsqueeze(1)  # a cell at the border may reach into the padding
-    return torch.minimum(corner + (random[..., 1:] * _CELL).floor(), last), count > 0
+    return torch.minimum(corner + (random[..., 1:] * CELL).floor(), last), count > 0
 
 
 def jitter(draw: PromptRng, boxes: Tensor, sizes: Tensor, share: float, most: float) -> Tensor:
@@ -95,7 +94,7 @@ def points_at(
 
 def at_points(masks: Tensor, points: Tensor) -> Tensor:
     """What masks [B, P, 256, 256] say at points [B, P, 2], one for each (frame pixels): [B, P]."""
-    cell = (points // _CELL).long()
+    cell = (points // CELL).long()
     index = (cell[..., 1] * LOW_RES + cell[..., 0]).unsqueeze(-1)
     return masks.flatten(2).gather(2, index).squeeze(-1)
 
