@@ -1,4 +1,4 @@
-"""Mean IoU between masks, and how sure it is."""
+"""IoU between masks, and how sure its mean is."""
 
 from __future__ import annotations
 
