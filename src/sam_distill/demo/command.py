@@ -47,7 +47,9 @@ def demo(
         try:
             page.launch(server_name=host, server_port=port, quiet=True, prevent_thread_lock=True)
         except OSError:
-            message = f"port={port} of host={host} can't be had: another program listens there, or it is not this machine's"
+            message = (
+                f"port={port} of host={host} can't be had: another program listens there, or it is not this machine's"
+            )
             raise UserError(message) from None
         log.info("The demo is at http://%s:%d; Ctrl-C ends it", host, port)
         page.block_thread()
