@@ -7,6 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from torchmetrics import Metric
+
+from sam_distill.types import upload
+
+_UNIT = 2**30  # of sums of IoUs
 
 
 def mask_iou(prediction: Tensor, target: Tensor) -> Tensor:
@@ -42,3 +47,59 @@ def bootstrap(images: Sequence[str], ious: Sequence[float], resamplings: int = 1
     drawn = table[np.random.default_rng(0).integers(len(table), size=(resamplings, len(table)))].sum(1)
     low, high = np.percentile(drawn[:, 0] / drawn[:, 1], [2.5, 97.5])
     return float(low), float(high)
+
+
+class MeanIoU(Metric):
+    """Mean over prompts (not over images, not pooled over pixels), exact under data-parallel training.
+
+    An empty prediction against a non-empty target is 0. An empty target is left out and counted in `skipped`.
+    The sum is kept in whole numbers: exact in any order, and on Apple's GPUs, which have no float64.
+    """
+
+    full_state_update = False
+    higher_is_better = True
+    total: Tensor
+    prompts: Tensor
+    skipped: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.tensor(0), dist_reduce_fx="sum")
+        self.add_state("prompts", torch.tensor(0), dist_reduce_fx="sum")
+        self.add_state("skipped", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, iou: Tensor) -> None:
+        """iou: any shape and device, as `mask_iou` gives it."""
+        iou = upload(iou, self.total.device)
+        known = ~iou.isnan()
+        self.total += (iou.nan_to_num(0) * _UNIT).long().sum()
+        self.prompts += known.sum()
+        self.skipped += (~known).sum()
+
+    def compute(self) -> dict[str, Tensor]:
+        """`miou` (NaN if there was no prompt at all), `prompts` and `skipped`, over all ranks."""
+        return {"miou": self.total / _UNIT / self.prompts, "prompts": self.prompts, "skipped": self.skipped}
+
+
+class Mean(Metric):
+    """A weighted mean, exact under data-parallel training.
+
+    Torchmetrics' own looks at every value for NaN, for which a GPU has to be waited for.
+    """
+
+    full_state_update = False
+    total: Tensor
+    weight: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum")
+        self.add_state("weight", torch.tensor(0.0), dist_reduce_fx="sum")
+
+    def update(self, values: Tensor, weight: float = 1.0) -> None:
+        """values: any shape and device; each counts `weight` times."""
+        self.total += weight * upload(values, self.total.device).float().sum()
+        self.weight += weight * values.numel()
+
+    def compute(self) -> Tensor:
+        return self.total / self.weight

@@ -257,7 +257,7 @@ def test_a_protocol_waits_a_few_times_for_each_batch(name: str, sam: Sam, gpu: P
         protocol = build("evaluate", "protocol", name, options, *short)
         with torch.no_grad():
             embedding = sam.encode(batch.images, batch.sizes)
-            judge = Judge(protocol)
+            judge = Judge(protocol).to("cuda")
             gpu.waits.clear()
             targets = protocol.ask(protocol.see(sam, embedding, batch))
             student = protocol.see(sam, embedding.flip(0), batch)
@@ -266,7 +266,7 @@ def test_a_protocol_waits_a_few_times_for_each_batch(name: str, sam: Sam, gpu: P
             assert judge.comparisons
             assert judge.compute()["prompts"]
     with torch.no_grad():
-        blind(Judge(protocol), sam, [(batch, embedding, targets)], embedding.sum(0), 2)
+        blind(Judge(protocol).to("cuda"), sam, [(batch, embedding, targets)], embedding.sum(0), 2)
     assert counted[0] == counted[1]
     kinds, clicks = len(protocol.kinds), max(getattr(protocol, "clicks", [1])) - 1
     assert counted[0] <= 3 + 3 * kinds + clicks * (1 + 2), gpu.waits

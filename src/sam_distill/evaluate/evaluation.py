@@ -50,7 +50,7 @@ def judge(
     for model in (student, teacher.sam):
         if isinstance(model, Sam):
             model.to(hardware.kind).to(memory_format=torch.channels_last)
-    result, of_teacher = Judge(protocol), Judge(protocol)
+    result, of_teacher = Judge(protocol).to(hardware.kind), Judge(protocol).to(hardware.kind)
     answers: list[Answer] = []
     with CountProgress(total, "Evaluating") as progress:
         for batch in loader(source, split, hardware, batch_size, annotated):
@@ -77,7 +77,7 @@ def judge(
             " all empty"
         )
     with hardware.autocast():
-        metrics |= result.intervals() | _blind_baseline(protocol, teacher.sam, answers)
+        metrics |= result.intervals() | _blind_baseline(Judge(protocol).to(hardware.kind), teacher.sam, answers)
     if annotated:
         metrics |= {f"teacher/{n}": value for n, value in of_teacher.compute().items() if n.startswith("miou/")}
     metrics |= about
@@ -115,10 +115,10 @@ def loader(
     )  # fmt: skip
 
 
-def _blind_baseline(protocol: Protocol, teacher: Sam, answers: list[Answer]) -> dict[str, Any]:
+def _blind_baseline(judge: Judge, teacher: Sam, answers: list[Answer]) -> dict[str, Any]:
     images = sum(len(batch) for batch, _, _ in answers)
     total = torch.stack([embedding.float().sum(0) for _, embedding, _ in answers]).sum(0)
-    scores = blind(Judge(protocol), teacher, answers, total, images)
+    scores = blind(judge, teacher, answers, total, images)
     return scores | ({"blind/images": images} if scores else {})
 
 

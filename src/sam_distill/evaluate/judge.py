@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
-from statistics import fmean
-from typing import TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from sam_distill.evaluate.protocol import Comparison, Outcome, Protocol, Target
 from sam_distill.evaluate.views import View
 from sam_distill.losses import embedding_cosine, embedding_mse
-from sam_distill.metrics import bootstrap
+from sam_distill.metrics import Mean, MeanIoU, bootstrap
 from sam_distill.models.sam import Sam
 from sam_distill.predict.overlays import column, comparison
 from sam_distill.teachers import check_finite
@@ -39,29 +37,31 @@ class Picture:
 Answer = tuple[Batch, Tensor, list[Target]]  # the teacher's embedding and the right masks
 
 
-T = TypeVar("T")
-
-
-def _of_all_ranks(rows: list[T]) -> list[T]:
+def _of_all_ranks(rows: list[Comparison]) -> list[Comparison]:
     if not torch.distributed.is_initialized():
         return rows
-    shares: list[list[T]] = [[]] * torch.distributed.get_world_size()
+    shares: list[list[Comparison]] = [[]] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(shares, rows)
     return list(chain.from_iterable(shares))
 
 
-class Judge:
+class Judge(nn.Module):
     """Compares students with the answers of one teacher."""
 
     def __init__(self, protocol: Protocol) -> None:
+        super().__init__()
         self.protocol = protocol
+        self.miou = nn.ModuleDict({kind: MeanIoU() for kind in protocol.kinds})
+        self.empty = nn.ModuleDict({kind: Mean() for kind in protocol.kinds})
+        self.errors = nn.ModuleDict({"embedding_mse": Mean(), "embedding_cosine": Mean()})
         self.reset()
 
     def reset(self) -> None:
         self.comparisons: list[Comparison] = []
         self.pictures: list[Picture] = []
-        self._errors: list[tuple[Tensor, int]] = []  # of embeddings: a batch's mean MSE and cosine [2], its images
         self._wanted: dict[str, str] = {}  # image -> the kind of prompt to draw
+        for metric in (*self.miou.values(), *self.empty.values(), *self.errors.values()):
+            metric.reset()  # type: ignore[operator]
 
     @torch.no_grad()
     def update(self, student: View, teacher_embedding: Tensor, targets: list[Target]) -> None:
@@ -69,35 +69,35 @@ class Judge:
         batch = student.batch
         if student.embedding is not None:
             check_finite(batch.keys, student=student.embedding, teacher=teacher_embedding)
-            given = student.embedding, teacher_embedding, valid_area(batch.sizes, GRID)
-            self._errors.append((torch.stack([embedding_mse(*given), embedding_cosine(*given)]), len(batch)))
-        for target in targets:
-            for outcome in self.protocol.compare(student, target):
-                self.comparisons.append(outcome.comparison)
-                self._draw(outcome, student)
+            area = valid_area(batch.sizes, GRID)
+            for name, measure in (("embedding_mse", embedding_mse), ("embedding_cosine", embedding_cosine)):
+                self.errors[name].update(measure(student.embedding, teacher_embedding, area), weight=len(batch))  # type: ignore[operator]
+        outcomes = [outcome for target in targets for outcome in self.protocol.compare(student, target)]
+        for kind in self.protocol.kinds:
+            rows = [outcome.comparison for outcome in outcomes if outcome.comparison.kind == kind]
+            empty = [float(row.student_area == 0) for row in rows if row.teacher_area]
+            self.miou[kind].update(torch.tensor([row.iou for row in rows]))  # type: ignore[operator]
+            self.empty[kind].update(torch.tensor(empty))  # type: ignore[operator]
+        for outcome in outcomes:
+            self.comparisons.append(outcome.comparison)
+            self._draw(outcome, student)
 
     def compute(self) -> dict[str, float]:
         """Flat metrics by their names in metrics.json, over all ranks; `comparisons` then has all ranks' rows, too.
 
-        miou/KIND: the mean over prompts (not over images, not pooled over pixels). A prompt whose right mask is empty
-        counts for nothing but `prompts_skipped`; an empty answer to any other is an IoU of 0.
         empty/KIND: the share of the prompts/KIND to which the student's mask is empty. A kind without a prompt that
         counts has no scores.
         """
+        scores = {kind: metric.compute() for kind, metric in self.miou.items()}  # type: ignore[operator]
+        counted = {kind: score for kind, score in scores.items() if score["prompts"] > 0}
+        result = {f"miou/{kind}": float(score["miou"]) for kind, score in counted.items()}
+        result |= {f"prompts/{kind}": int(score["prompts"]) for kind, score in counted.items()}
+        result |= {f"empty/{kind}": float(self.empty[kind].compute()) for kind in counted}  # type: ignore[operator]
+        seen = {name: metric for name, metric in self.errors.items() if metric.update_called}
+        result |= {name: float(metric.compute()) for name, metric in seen.items()}  # type: ignore[operator]
+        result["prompts"] = sum(int(score["prompts"]) for score in scores.values())
+        result["prompts_skipped"] = sum(int(score["skipped"]) for score in scores.values())
         self.comparisons = _of_all_ranks(self.comparisons)
-        errors = np.array(_of_all_ranks([(*means.tolist(), images) for means, images in self._errors]))
-        counted: dict[str, list[Comparison]] = {}
-        for kind in self.protocol.kinds:
-            if rows := [row for row in self.comparisons if row.kind == kind and row.teacher_area]:
-                counted[kind] = rows
-        result: dict[str, float] = {f"miou/{kind}": fmean(row.iou for row in rows) for kind, rows in counted.items()}
-        result |= {f"prompts/{kind}": len(rows) for kind, rows in counted.items()}
-        result |= {f"empty/{kind}": fmean(row.student_area == 0 for row in rows) for kind, rows in counted.items()}
-        if len(errors):
-            mse, cosine = np.average(errors[:, :2], 0, weights=errors[:, 2]).tolist()
-            result |= {"embedding_mse": mse, "embedding_cosine": cosine}
-        result["prompts"] = sum(map(len, counted.values()))
-        result["prompts_skipped"] = len(self.comparisons) - result["prompts"]
         return result
 
     def intervals(self) -> dict[str, float]:

@@ -179,7 +179,8 @@ class Distillation(pl.LightningModule):
         totals: Any = self.all_gather(own.sum(0))  # [ranks, 256, 64, 64], or just [256, 64, 64] on one
         counts: Any = self.all_gather(torch.tensor(len(own), device=self.device))
         total, images = totals.reshape(-1, *own.shape[1:]).sum(0), int(counts.sum())
-        return blind(Judge(self.judge.protocol), self.teacher.sam, self._answers.values(), total, images)
+        judge = Judge(self.judge.protocol).to(self.device)
+        return blind(judge, self.teacher.sam, self._answers.values(), total, images)
 
     def configure_optimizers(self) -> Any:
         optimizer, schedule = self.optim.build(self.trainable, self.trainer.max_steps)
