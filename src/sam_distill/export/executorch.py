@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+from executorch.backends.xnnpack.utils.configs import get_transform_passes
 from executorch.exir import to_edge_transform_and_lower
+from executorch.exir.passes.constant_prop_pass import constant_prop_pass
 from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
 from executorch.runtime import Runtime
 from torchao.quantization import Int8DynamicActivationIntxWeightConfig, PerAxis, quantize_
@@ -26,6 +28,8 @@ logging.getLogger("executorch").setLevel(logging.ERROR)
 
 ENCODER, DECODER = "encoder.pte", "decoder.pte"
 INT8 = Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int8, weight_granularity=PerAxis(0))
+# What stays in the graph although it depends on weights alone: positions, which are larger than their rule, and int8.
+NOT_FOLDED = {torch.ops.aten.arange.default, torch.ops.torchao.dequantize_affine.default}
 
 
 def write(sam: Sam, folder: Path, settings: Settings) -> dict[str, Any]:
@@ -51,7 +55,8 @@ def _write_graph(graph: Any, path: Path) -> dict[str, Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's own affairs
         program = torch.export.export(graph.eval(), inputs, strict=False)
-        lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
+        program = constant_prop_pass(program, NOT_FOLDED)  # XNNPACK takes linear layers of constant weights only
+        lowered = to_edge_transform_and_lower(program, get_transform_passes(), [XnnpackPartitioner()])
         path.write_bytes(lowered.to_executorch().buffer)
     return graph_as_json(path.name, graph.inputs, graph.outputs)
 
