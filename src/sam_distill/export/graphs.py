@@ -1,7 +1,7 @@
 """The two static graphs that every runtime can take: an image encoder, and a prompt encoder with a mask decoder.
 
 No encoder has more than four dimensions that is a TinyViT or a convolutional one; the decoder ends with a view of five.
-BatchNorm is folded into the convolutions, and attention biases are gathered once.
+BatchNorm is folded into the convolutions, and attention biases and a ViT's positions are made once.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from timm.layers import resample_abs_pos_embed_nhwc
+from timm.models.vision_transformer_sam import VisionTransformerSAM
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -74,6 +76,22 @@ class Decoder(nn.Module):
         return masks.low_res[0], masks.iou[0]
 
 
+class Positions(nn.Module):
+    """Adds what a ViT's patches get for their places, [1, h, w, C].
+
+    timm's own code, once exported, resizes that in every run, which few runtimes can.
+    """
+
+    positions: Tensor
+
+    def __init__(self, positions: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("positions", positions)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.positions
+
+
 def dense_prompt(prompt_encoder: PromptEncoder, mask: Tensor, has_mask: Tensor) -> Tensor:
     """[1, 1, 4096, 256]: of `mask`, [1, 1, 256, 256] logits, if `has_mask`, [1], is 1; of no mask if it is 0."""
     given = prompt_encoder.embed_masks(mask).unsqueeze(0)
@@ -87,4 +105,8 @@ def prepared(sam: Sam) -> Sam:
     for layer in sam.image_encoder.modules():
         if hasattr(layer, "fused_attn"):  # timm's switch: SAM's ViT calls the fused kernel in a way ONNX lacks
             layer.fused_attn = False
+        if isinstance(layer, VisionTransformerSAM):
+            vit: Any = layer
+            grid = [sam.image_size // vit.patch_embed.patch_size[0]] * 2
+            vit.pos_drop, vit.pos_embed = Positions(resample_abs_pos_embed_nhwc(vit.pos_embed, grid)), None
     return sam

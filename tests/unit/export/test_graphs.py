@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sam_distill.export.contract import Settings
 from sam_distill.export.graphs import Decoder, Encoder, prepared
 from sam_distill.export.runner import ContractRunner, Prompt
-from sam_distill.models.encoders import TimmEncoder, TinyViT
+from sam_distill.models.encoders import SamViT, TimmEncoder, TinyViT
 from sam_distill.models.sam import Sam
 from sam_distill.types import ALL
 
@@ -95,3 +95,14 @@ def test_an_encoder_in_simple_layers_is_the_same(teacher: Sam, encoder: Any) -> 
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
     assert dimensions.most <= 4
     torch.testing.assert_close(sam.image_encoder((image - graph.mean) / graph.std), expected, rtol=0, atol=0)
+
+
+def test_a_vit_brings_its_positions_in_the_size_of_its_pictures(teacher: Sam) -> None:
+    torch.manual_seed(0)
+    sam = Sam(SamViT(48, 2, 2, [1]), teacher.prompt_encoder, teacher.mask_decoder, image_size=256)
+    sam.requires_grad_(False).eval()
+    graph = Encoder(prepared(sam), "inside")
+    image = torch.rand(1, 3, 256, 256, generator=torch.Generator().manual_seed(0)) * 255
+    torch.testing.assert_close(graph(image), Encoder(sam, "inside")(image), rtol=1e-4, atol=1e-4)
+    operators = [str(node.target) for node in torch.export.export(graph, (image,)).graph.nodes]
+    assert not any("bicubic" in name for name in operators)  # which LiteRT and Core ML do not know
