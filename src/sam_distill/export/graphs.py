@@ -9,14 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from timm.layers import resample_abs_pos_embed_nhwc
-from timm.models.vision_transformer_sam import VisionTransformerSAM
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sam_distill.export import contract
 from sam_distill.export.contract import ANSWER, EMBEDDING, HAS_MASK_INPUT, MASK_INPUT, Normalize
-from sam_distill.models.inference import optimize_for_inference
+from sam_distill.models.inference import fix_positions, optimize_for_inference
 from sam_distill.models.prompt_encoder import PromptEncoder
 from sam_distill.models.sam import PIXEL_MEAN, PIXEL_STD, Sam
 from sam_distill.types import ABSENT, ALL, BOX_TOP_LEFT, NOT_A_POINT, Prompts
@@ -76,22 +74,6 @@ class Decoder(nn.Module):
         return masks.low_res[0], masks.iou[0]
 
 
-class Positions(nn.Module):
-    """Adds what a ViT's patches get for their places, [1, h, w, C].
-
-    timm's own code, once exported, resizes that in every run, which few runtimes can.
-    """
-
-    positions: Tensor
-
-    def __init__(self, positions: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("positions", positions)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.positions
-
-
 def dense_prompt(prompt_encoder: PromptEncoder, mask: Tensor, has_mask: Tensor) -> Tensor:
     """[1, 1, 4096, 256]: of `mask`, [1, 1, 256, 256] logits, if `has_mask`, [1], is 1; of no mask if it is 0."""
     given = prompt_encoder.embed_masks(mask).unsqueeze(0)
@@ -101,12 +83,9 @@ def dense_prompt(prompt_encoder: PromptEncoder, mask: Tensor, has_mask: Tensor) 
 def prepared(sam: Sam) -> Sam:
     """A copy of `sam` that computes the same in layers that exporters and runtimes like."""
     sam = optimize_for_inference(sam).cpu().float()
+    fix_positions(sam)
     layer: Any
     for layer in sam.image_encoder.modules():
         if hasattr(layer, "fused_attn"):  # timm's switch: SAM's ViT calls the fused kernel in a way ONNX lacks
             layer.fused_attn = False
-        if isinstance(layer, VisionTransformerSAM):
-            vit: Any = layer
-            grid = [sam.image_size // vit.patch_embed.patch_size[0]] * 2
-            vit.pos_drop, vit.pos_embed = Positions(resample_abs_pos_embed_nhwc(vit.pos_embed, grid)), None
     return sam

@@ -6,7 +6,9 @@ import copy
 from typing import Any, Literal
 
 import torch
+from timm.layers import resample_abs_pos_embed_nhwc
 from timm.models.tiny_vit import TinyVitBlock
+from timm.models.vision_transformer_sam import VisionTransformerSAM
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_weights
@@ -68,6 +70,31 @@ class WindowBlock(nn.Module):
         q, k, v = qkv.split(qkv.shape[-1] // 3, dim=-1)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias)
         return self.proj(out.transpose(1, 2).flatten(2))
+
+
+def fix_positions(sam: Sam) -> None:
+    """Have SAM's ViT bring its positions in the size of its pictures, before an export."""
+    for layer in sam.image_encoder.modules():
+        if isinstance(layer, VisionTransformerSAM):
+            vit: Any = layer
+            grid = [sam.image_size // vit.patch_embed.patch_size[0]] * 2
+            vit.pos_drop, vit.pos_embed = Positions(resample_abs_pos_embed_nhwc(vit.pos_embed, grid)), None
+
+
+class Positions(nn.Module):
+    """Adds what a ViT's patches get for their places, [1, h, w, C].
+
+    timm's own code, once exported, resizes that in every run, which few runtimes can.
+    """
+
+    positions: Tensor
+
+    def __init__(self, positions: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("positions", positions)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.positions
 
 
 @torch.no_grad()
