@@ -123,11 +123,6 @@ def fit(setup: Setup, options: Options, run_dir: Path) -> dict[str, Any]:
     if options.compile:
         student.image_encoder.compile()  # in place: parameters keep their names
 
-    if source.val_images < processes:
-        raise UserError(
-            f"data.val_images: {source.val_images} images are held out to judge the student on (of a cache, when it"
-            f" was written), but every device needs one: {processes}"
-        )
     images_per_step = options.batch_size * options.accumulate * processes
     steps = in_steps(options.budget, images_per_step, source.num_train_images)
     interval = -(-steps // VALIDATIONS)
@@ -138,6 +133,7 @@ def fit(setup: Setup, options: Options, run_dir: Path) -> dict[str, Any]:
     )
     loaders = DistillationData(source, options.batch_size, options.seed, hardware)
     if options.plan:
+        _check_held_out(source, processes)
         plan_training(module, loaders, hardware, steps, options.accumulate)
         return {}
     facts: dict[str, Any] = {
@@ -156,6 +152,7 @@ def fit(setup: Setup, options: Options, run_dir: Path) -> dict[str, Any]:
     folder = RunFolder(run_dir, history, source, facts)
     _log_start(module, source, hardware, steps, images_per_step)
     with all_processes(hardware, run_dir):
+        _check_held_out(source, processes)
         trainer = _trainer(setup, options, run_dir, steps, interval, folder)
         first = trainer.is_global_zero
         trainer.loggers = [history, *(setup.logger.build(run_dir, facts) if first else [])]
@@ -172,6 +169,14 @@ def fit(setup: Setup, options: Options, run_dir: Path) -> dict[str, Any]:
             write_prompts(run_dir / "prompts.csv", module.judge.comparisons)
             _print_summary(folder, module, run_dir)
         return module.metrics
+
+
+def _check_held_out(source: DataSource, processes: int) -> None:
+    if source.val_images < processes:
+        raise UserError(
+            f"data.val_images: {source.val_images} images are held out to judge the student on (of a cache, when it"
+            f" was written), but every device needs one: {processes}"
+        )
 
 
 def _trainer(setup: Setup, options: Options, run_dir: Path, steps: int, interval: int, folder: RunFolder) -> pl.Trainer:
