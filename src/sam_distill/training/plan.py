@@ -59,7 +59,7 @@ def plan_training(
     """Take a few steps, which are forgotten, and say what all of them will take. Writes nothing."""
     times, waited = measure_steps(module, loaders, hardware, STEPS)
     each = sum(times) / len(times)
-    images = loaders.batch_size * hardware.devices * hardware.nodes
+    images = loaders.batch_size * hardware.processes
     epoch = loaders.source.num_train_images
     total = steps * accumulate * images
     table = Table("", "", show_header=False, title=f"What {steps} steps will take")
@@ -67,7 +67,7 @@ def plan_training(
     table.add_row("time", f"{timedelta(seconds=round(steps * accumulate * each))} at {images / each:.1f} images/s")
     table.add_row("memory", f"{peak_memory(hardware.kind) / 1e9:.1f} GB so far")
     table.add_row("data", f"{100 * waited:.0f}% of the time is waiting for images")
-    table.add_row("with", f"{hardware.num_format} on {hardware.devices * hardware.nodes} x {hardware.kind}")
+    table.add_row("with", f"{hardware.num_format} on {hardware.processes} x {hardware.kind}")
     console = Console()
     console.print(table)
     if module.requires & module.teacher.provides and module.teacher.capacity >= epoch:
