@@ -85,9 +85,10 @@ WHICH = "0 for boxes and several points; of 1 to 3 the one with the highest pred
 
 def prompt(points: int) -> list[TensorSpec]:
     fill = f"fill up to {points} points with label -1: the answer is that for the others alone"
+    unknown = "any other label is answered with empty masks and predicted IoUs far below 0"
     return [
         TensorSpec("point_coords", (1, points, 2), f"{COORDINATES}; a box is two points"),
-        TensorSpec("point_labels", (1, points), f"{LABELS}; {fill}"),
+        TensorSpec("point_labels", (1, points), f"{LABELS}; {fill}; {unknown}"),
     ]
 
 

@@ -17,7 +17,9 @@ from sam_distill.export.contract import ANSWER, EMBEDDING, HAS_MASK_INPUT, MASK_
 from sam_distill.models.inference import fix_positions, optimize_for_inference
 from sam_distill.models.prompt_encoder import PromptEncoder
 from sam_distill.models.sam import PIXEL_MEAN, PIXEL_STD, Sam
-from sam_distill.types import ABSENT, ALL, BOX_TOP_LEFT, NOT_A_POINT, Prompts
+from sam_distill.types import ABSENT, ALL, BOX_BOTTOM_RIGHT, BOX_TOP_LEFT, NOT_A_POINT, Prompts
+
+NOTHING = 1000.0  # below every logit
 
 
 class Encoder(nn.Module):
@@ -60,7 +62,8 @@ class Decoder(nn.Module):
         """low_res_masks [1, 4, 256, 256] and iou_predictions [1, 4]; all float32, the inputs as `contract` has them.
 
         SAM ends points without a box with one NOT_A_POINT. That is done here, and the app's filling is left out of
-        attention, so that the answer is exactly SAM's for any number of points.
+        attention, so that the answer is exactly SAM's for any number of points. A graph can't refuse a label that
+        SAM does not have, so it answers with nothing: empty masks and predicted IoUs far below 0.
         """
         present = point_labels - (point_labels == NOT_A_POINT).float() * (NOT_A_POINT - ABSENT)
         highest = point_labels.amax(dim=1, keepdim=True)
@@ -71,7 +74,8 @@ class Decoder(nn.Module):
         dense = dense_prompt(self.prompt_encoder, mask_input, has_mask_input)
         image_pe = self.prompt_encoder.dense_positions()
         masks = self.mask_decoder(image_embeddings, image_pe, tokens, dense, labels, ALL)
-        return masks.low_res[0], masks.iou[0]
+        unknown = (point_labels - point_labels.clamp(NOT_A_POINT, BOX_BOTTOM_RIGHT)).abs().amax(dim=1, keepdim=True)
+        return masks.low_res[0] - NOTHING * unknown.view(1, 1, 1, 1), masks.iou[0] - NOTHING * unknown
 
 
 def dense_prompt(prompt_encoder: PromptEncoder, mask: Tensor, has_mask: Tensor) -> Tensor:
@@ -86,6 +90,6 @@ def prepared(sam: Sam) -> Sam:
     fix_positions(sam)
     layer: Any
     for layer in sam.image_encoder.modules():
-        if hasattr(layer, "fused_attn"):  # timm's switch: SAM's ViT calls the fused kernel in a way ONNX lacks
+        if hasattr(layer, "fused_attn"):  # as a kernel of its own, ONNX lacks it for SAM's ViT, and XNNPACK at all
             layer.fused_attn = False
     return sam

@@ -41,6 +41,7 @@ class WindowBlock(nn.Module):
     """timm's TinyVitBlock in four dimensions instead of six.
 
     Its attention bias has four as well: with timm's three, `scaled_dot_product_attention` takes a slow path on a CPU.
+    fused_attn: whether to call that at all.
     """
 
     bias: Tensor
@@ -50,6 +51,7 @@ class WindowBlock(nn.Module):
         self.norm, self.qkv, self.proj = block.attn.norm, block.attn.qkv, block.attn.proj
         self.local_conv, self.mlp = block.local_conv, block.mlp
         self.side, self.heads = block.window_size, block.attn.num_heads
+        self.fused_attn = True
         self.register_buffer("bias", block.attn.attention_biases[:, block.attn.attention_bias_idxs].unsqueeze(0))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -68,7 +70,10 @@ class WindowBlock(nn.Module):
         """[windows, cells, C] -> the same."""
         qkv = self.qkv(self.norm(x)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         q, k, v = qkv.split(qkv.shape[-1] // 3, dim=-1)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias)
+        if self.fused_attn:
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias)
+        else:
+            out = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1) + self.bias).softmax(-1) @ v
         return self.proj(out.transpose(1, 2).flatten(2))
 
 

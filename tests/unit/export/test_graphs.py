@@ -63,6 +63,14 @@ def test_filled_up_prompts_have_sams_own_answer(teacher: Sam, embedding: Tensor,
     torch.testing.assert_close(torch.from_numpy(iou), expected.iou[0, 0], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("label", [-2, 4, 5])
+def test_a_label_that_sam_does_not_have_brings_no_mask(teacher: Sam, embedding: Tensor, label: int) -> None:
+    graph = Decoder(teacher, points=2)
+    inputs = torch.full((1, 2, 2), 300.0), torch.tensor([[1.0, label]]), torch.zeros(1, 1, 256, 256), torch.zeros(1)
+    low_res, iou = graph(embedding, *inputs)
+    assert (low_res < 0).all() and (iou < -100).all()
+
+
 def test_a_decoder_has_five_dimensions_at_most(teacher: Sam) -> None:
     graph = Decoder(teacher, points=5)
     with Dimensions() as dimensions:
@@ -87,6 +95,7 @@ def test_an_encoder_in_simple_layers_is_the_same(teacher: Sam, encoder: Any) -> 
     sam.eval()
     simple = prepared(sam)
     assert not any(isinstance(layer, nn.BatchNorm2d) for layer in simple.image_encoder.modules())
+    assert not any(getattr(layer, "fused_attn", False) for layer in simple.image_encoder.modules())
     image = torch.rand(1, 3, 192, 192, generator=torch.Generator().manual_seed(0)) * 255
     graph = Encoder(simple, "inside")
     expected = sam.image_encoder((image - graph.mean) / graph.std)
