@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from sam_distill.export import contract
 from sam_distill.export.contract import ANSWER, EMBEDDING, HAS_MASK_INPUT, MASK_INPUT, Normalize
-from sam_distill.models.inference import fix_positions, optimize_for_inference
+from sam_distill.models.inference import fix_positions, simplified
 from sam_distill.models.prompt_encoder import PromptEncoder
 from sam_distill.models.sam import PIXEL_MEAN, PIXEL_STD, Sam
 from sam_distill.types import ABSENT, ALL, BOX_BOTTOM_RIGHT, BOX_TOP_LEFT, NOT_A_POINT, Prompts
@@ -86,7 +86,7 @@ def dense_prompt(prompt_encoder: PromptEncoder, mask: Tensor, has_mask: Tensor) 
 
 def prepared(sam: Sam) -> Sam:
     """A copy of `sam` that computes the same in layers that exporters and runtimes like."""
-    sam = optimize_for_inference(sam).cpu().float()
+    sam = simplified(sam).cpu().float()
     fix_positions(sam)
     layer: Any
     for layer in sam.image_encoder.modules():

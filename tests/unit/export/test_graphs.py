@@ -68,7 +68,8 @@ def test_a_label_that_sam_does_not_have_brings_no_mask(teacher: Sam, embedding: 
     graph = Decoder(teacher, points=2)
     inputs = torch.full((1, 2, 2), 300.0), torch.tensor([[1.0, label]]), torch.zeros(1, 1, 256, 256), torch.zeros(1)
     low_res, iou = graph(embedding, *inputs)
-    assert (low_res < 0).all() and (iou < -100).all()
+    assert (low_res < 0).all()
+    assert (iou < -100).all()
 
 
 def test_a_decoder_has_five_dimensions_at_most(teacher: Sam) -> None:

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sam_distill.models.encoders import EfficientViT, EfficientViTMIT, ImageEncoder, SamViT, TimmEncoder, TinyViT
 from sam_distill.models.inference import WindowBlock, optimize_for_inference
@@ -34,8 +34,41 @@ def test_embeddings_stay_the_same(encoder: ImageEncoder) -> None:
     with torch.inference_mode():
         expected, found = sam.encode(images, sizes), fast.encode(images, sizes)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        assert cosine(fast.encode(images, sizes), expected) > 0.999
     assert all(torch.equal(value, before[key]) for key, value in sam.state_dict().items()), "a copy"
     assert not any(parameter.requires_grad for parameter in fast.parameters())
+
+
+def cosine(a: Tensor, b: Tensor) -> float:
+    return float(nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0))
+
+
+@pytest.mark.skipif("AVX" not in torch.backends.cpu.get_cpu_capability(), reason="oneDNN's operators are for x86")
+def test_layers_and_activations_are_one() -> None:
+    tinyvit = optimize_for_inference(Sam(TinyViT(pretrained=False), image_size=256)).image_encoder
+    left = [name for name, layer in tinyvit.named_modules() if isinstance(layer, nn.GELU) and "activation" not in name]
+    assert len(left) == 2, left  # after a residual
+    lite = optimize_for_inference(Sam(TimmEncoder("efficientnet_lite0", pretrained=False), image_size=256))
+    alone = [name for name, layer in lite.image_encoder.named_modules() if isinstance(layer, nn.ReLU6)]
+    assert {name.rsplit(".", 1)[-1] for name in alone} == {"activation"}
+
+
+class Reused(TimmEncoder):
+    """What a convolution gives is wanted twice, once after its activation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.backbone.conv1(x)
+        return nn.functional.interpolate((out + self.act(out))[:, :1].expand(-1, 256, -1, -1), size=64)
+
+
+def test_a_layer_that_others_want_as_it_is_stays_so() -> None:
+    encoder = Reused("resnet18", pretrained=False)
+    encoder.act = nn.GELU()
+    fast = optimize_for_inference(Sam(encoder, image_size=256)).image_encoder
+    x = torch.randn(1, 3, 256, 256, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        torch.testing.assert_close(fast(x), encoder.eval()(x), atol=1e-5, rtol=1e-5)
 
 
 def test_a_batch_is_the_same_as_its_images() -> None:
