@@ -19,7 +19,7 @@ def test_executorch_and_the_snippet_of_the_docs(
 ) -> None:
     exported = export("executorch", "int8", least_iou=0.9)  # at 256 px MobileSAM's masks are easily moved
     assert exported["checked"]["runtime"] == "ExecuTorch"
-    assert exported["bytes"] < 16e6  # of 23.5 MB in 32 bits
+    assert exported["bytes"] < 20e6  # of 28 MB in 32 bits
     decoder = Path("student_executorch/decoder.pte").read_bytes()
     assert b"aten::addmm" not in decoder  # outside XNNPACK such a product takes most of the decoder's time
     assert iou_of_the_docs("executorch.runtime") > 0.9  # its resize skips the frame, too
