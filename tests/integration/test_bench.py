@@ -23,7 +23,10 @@ def test_all_suites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pyte
     assert main([*words, f"hydra.run.dir={tmp_path}"]) == 0
     findings = json.loads((tmp_path / "bench.json").read_text())["findings"]
     timings = [timing for finding in findings for timing in finding["timings"]]
-    assert len(findings) == 11
+    assert len(findings) == 12
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["peak_gflops/fp32"] > 1
+    assert sum("large matrices' products would take" in finding["note"] for finding in findings) == 3
     for peer in PEERS:
         assert any(timing["name"].startswith(peer) and not timing["ours"] for timing in timings)
     assert all(timing["median"] > 0 for timing in timings)

@@ -15,6 +15,7 @@ from rich.console import Console
 from sam_distill.benchmark.data import bench_data, example_jpegs, temporary_cache
 from sam_distill.benchmark.everything import bench_everything
 from sam_distill.benchmark.models import bench_decoder, bench_encoder, bench_fastsam, bench_image, counted
+from sam_distill.benchmark.peak import bench_peak
 from sam_distill.benchmark.steps import bench_step
 from sam_distill.benchmark.tables import Finding, machine, show, write
 from sam_distill.data.base import DataSource
@@ -76,10 +77,13 @@ def bench(
             return
         sam = load_sam(checkpoint) if encoder is None else Sam(encoder)
         yield counted(sam)
+        if chosen("encoder") or chosen("decoder"):
+            peak = bench_peak(kind, seconds)
+            yield peak
         if chosen("encoder"):
-            yield bench_encoder(sam, kind, compiled, encoder is None, folder, seconds)
+            yield bench_encoder(sam, kind, compiled, encoder is None, folder, peak, seconds)
         if chosen("decoder"):
-            yield from bench_decoder(sam, kind, seconds)
+            yield from bench_decoder(sam, kind, peak, seconds)
         if chosen("image"):
             yield bench_image(sam, photograph(), kind, seconds)
         if chosen("everything"):

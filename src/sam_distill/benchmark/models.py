@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
+from sam_distill.benchmark.peak import gflop_of, with_share_of_peak
 from sam_distill.benchmark.peers import MISSING, peer_of
 from sam_distill.benchmark.tables import Finding
 from sam_distill.benchmark.timing import Contender, race
@@ -41,7 +41,9 @@ PAPER_IMAGE = "paper, Table 6, one GPU: MobileSAM 12 ms, FastSAM 64 ms"
 
 
 @torch.no_grad()
-def bench_encoder(sam: Sam, device: str, compiled: bool, onnx: bool, exported: Path | None, seconds: float) -> Finding:
+def bench_encoder(
+    sam: Sam, device: str, compiled: bool, onnx: bool, exported: Path | None, peak: Finding, seconds: float
+) -> Finding:
     """One image of 1024 x 683, normalised and padded, in fp32 and in bf16; on a CPU in other runtimes, too.
 
     exported: a folder that `sam-distill export` has written of this model, or one of several; without it ONNX Runtime
@@ -75,13 +77,12 @@ def bench_encoder(sam: Sam, device: str, compiled: bool, onnx: bool, exported: P
     if peer is not None:
         model, pixels = peer.model, image[..., : SIZE[0], :].float()
         contenders.append(Contender(peer.name, lambda: model.image_encoder(model.preprocess(pixels)), ours=False))
-    with FlopCounterMode(display=False) as counter:
-        encode(None)()
-    facts = f"{sam.parameter_counts['parameters'] / 1e6:.2f}M parameters, {counter.get_total_flops() / 2e9:.1f} GMACs"
+    gflop = gflop_of(encode(None))
+    facts = f"{sam.parameter_counts['parameters'] / 1e6:.2f}M parameters, {gflop / 2:.1f} GMACs"
     what = f"Image encoder at {sam.image_size} px, {device}: {facts}"
     note = "\n".join([*notes, *([] if peer else [MISSING]), PAPER_ENCODER])
     finding = Finding(what, "image", race(contenders, device, seconds), note)
-    return _with_times(finding, "encoder_ms")
+    return _with_times(with_share_of_peak(finding, peak, gflop, FP32, BF16), "encoder_ms")
 
 
 def _onnx_encoder(sam: Sam) -> Contender:
@@ -110,7 +111,7 @@ def exported_encoders(folder: Path) -> Iterator[tuple[Contender, str]]:
 
 
 @torch.no_grad()
-def bench_decoder(sam: Sam, device: str, seconds: float) -> Iterator[Finding]:
+def bench_decoder(sam: Sam, device: str, peak: Finding, seconds: float) -> Iterator[Finding]:
     """Point prompts on one image, three masks each: prompt encoder and mask decoder, low-res logits."""
     image, sizes = _image(device)
     embedding = sam.to(device).encode(image, sizes)
@@ -131,7 +132,8 @@ def bench_decoder(sam: Sam, device: str, seconds: float) -> Iterator[Finding]:
             contenders.append(Contender(peer.name, run, count, ours=False))
         what = f"Mask decoder, {count} point prompt{'s' * (count > 1)} on one image, {device}"
         what += f": {sam.parameter_counts['parameters/mask_decoder'] / 1e6:.2f}M parameters"
-        yield Finding(what, "prompt", race(contenders, device, seconds), PAPER_DECODER if peer else MISSING)
+        finding = Finding(what, "prompt", race(contenders, device, seconds), PAPER_DECODER if peer else MISSING)
+        yield with_share_of_peak(finding, peak, gflop_of(decode) / count, FP32, BF16)
 
 
 def bench_image(sam: Sam, photograph: np.ndarray, device: str, seconds: float) -> Finding:
