@@ -113,9 +113,9 @@ def exported_encoders(folder: Path) -> Iterator[tuple[Contender, str]]:
 @torch.no_grad()
 def bench_decoder(sam: Sam, device: str, peak: Finding, seconds: float) -> Iterator[Finding]:
     """Point prompts on one image, three masks each: prompt encoder and mask decoder, low-res logits."""
-    image, sizes = _image(device)
-    embedding = sam.to(device).encode(image, sizes)
-    peer = peer_of(sam, device)
+    peer, (image, sizes) = peer_of(sam, device), _image(device)
+    sam = optimize_for_inference(sam).to(device)
+    embedding = sam.encode(image, sizes)
     for count in PROMPTS:
         points = torch.rand(count, 1, 2, generator=torch.Generator().manual_seed(0)).to(device)
         points = points * torch.tensor(SIZE[::-1], device=device)
