@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from sam_distill.models.onednn import ACTIVATIONS, LAYERS, FusedLayer, can_fuse
+from sam_distill.models.onednn import ACTIVATIONS, LAYERS, can_fuse, fuse
 from sam_distill.models.openvino_encoder import OpenVinoEncoder
 from sam_distill.models.sam import Sam
 from sam_distill.types import GRID
@@ -139,14 +139,13 @@ def _with_fused_layers(encoder: nn.Module) -> nn.Module:
     """Each activation that takes exactly what a linear layer or a convolution gives becomes a part of that layer."""
     fused, nothing = copy.deepcopy(encoder), nn.Identity()
     layers = dict(fused.named_modules())
-    pairs = _neighbours(fused, LAYERS, tuple(ACTIVATIONS.keys() - {nn.Identity}))
+    pairs = _neighbours(fused, tuple(LAYERS), tuple(ACTIVATIONS.keys() - {nn.Identity}))
     activations = {giver: name for giver, name in pairs if can_fuse(layers[giver], layers[name])}
     for name, layer in layers.items():
         if name in activations.values():
             _replace(fused, name, nothing)
         elif can_fuse(layer, nothing):
-            activation = layers[activations[name]] if name in activations else nothing
-            _replace(fused, name, FusedLayer(layer, activation))
+            fuse(layer, layers[activations[name]] if name in activations else nothing)
     picture = torch.rand(1, 3, 2 * GRID, 2 * GRID, generator=torch.Generator().manual_seed(0))
     picture = picture.to(next(encoder.parameters()).device)
     same = torch.allclose(fused(picture), encoder(picture), rtol=1e-3, atol=1e-3)

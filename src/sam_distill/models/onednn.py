@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from sam_distill.models.layers import DepthwiseConv2d
 
-LAYERS = (nn.Linear, nn.Conv2d, DepthwiseConv2d)
 ACTIVATIONS: dict[type[nn.Module], tuple[str, list[float], str]] = {  # oneDNN's name, numbers, and algorithm
     nn.Identity: ("none", [], ""),
     nn.GELU: ("gelu", [], "none"),
@@ -23,26 +22,53 @@ ACTIVATIONS: dict[type[nn.Module], tuple[str, list[float], str]] = {  # oneDNN's
 }
 
 
+class FusedLinear(nn.Linear):
+    """`activation(layer(x))`, in one pass where oneDNN can: on a CPU, without gradients, also in autocast's bf16."""
+
+    activation: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not _can_compute(x):
+            return self.activation(super().forward(x))
+        return torch.ops.mkldnn._linear_pointwise(*_as_autocast_has_it(self, x), *ACTIVATIONS[type(self.activation)])
+
+
+class FusedConv2d(nn.Conv2d):
+    """The same of a convolution."""
+
+    activation: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not _can_compute(x):
+            return self.activation(super().forward(x))
+        place = self.padding, self.stride, self.dilation, self.groups
+        return torch.ops.mkldnn._convolution_pointwise(
+            *_as_autocast_has_it(self, x), *place, *ACTIVATIONS[type(self.activation)]
+        )
+
+
+LAYERS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: FusedLinear, nn.Conv2d: FusedConv2d, DepthwiseConv2d: FusedConv2d,
+}  # fmt: skip
+
+
 def can_fuse(layer: nn.Module, activation: nn.Module) -> bool:
     plain = type(layer) in LAYERS and getattr(layer, "padding_mode", "zeros") == "zeros"
     exact = getattr(activation, "approximate", "none") == "none"  # of GELU
     return plain and exact and type(activation) in ACTIVATIONS and "AVX" in torch.backends.cpu.get_cpu_capability()
 
 
-class FusedLayer(nn.Module):
-    """`activation(layer(x))`, in one pass where oneDNN can: on a CPU, without gradients, also in autocast's bf16."""
+def fuse(layer: Any, activation: nn.Module) -> None:
+    """Have a layer apply the activation, too. Its tensors and their names stay as they are."""
+    layer.__class__ = LAYERS[type(layer)]
+    layer.activation = activation
 
-    def __init__(self, layer: Any, activation: nn.Module) -> None:
-        super().__init__()
-        self.layer, self.activation = layer, activation
 
-    def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self.activation(self.layer(x))
-        layer, dtype = self.layer, torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-        bias = None if layer.bias is None else layer.bias.to(dtype)
-        given, how = (x.to(dtype), layer.weight.to(dtype), bias), ACTIVATIONS[type(self.activation)]
-        if isinstance(layer, nn.Linear):
-            return torch.ops.mkldnn._linear_pointwise(*given, *how)
-        place = layer.padding, layer.stride, layer.dilation, layer.groups
-        return torch.ops.mkldnn._convolution_pointwise(*given, *place, *how)
+def _can_compute(x: Tensor) -> bool:
+    return x.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def _as_autocast_has_it(layer: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Input, weight and bias."""
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    return x.to(dtype), layer.weight.to(dtype), None if layer.bias is None else layer.bias.to(dtype)

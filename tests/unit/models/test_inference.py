@@ -49,6 +49,7 @@ def test_layers_and_activations_are_one() -> None:
     tinyvit = optimize_for_inference(Sam(TinyViT(pretrained=False), image_size=256)).image_encoder
     left = [name for name, layer in tinyvit.named_modules() if isinstance(layer, nn.GELU) and "activation" not in name]
     assert len(left) == 2, left  # after a residual
+    assert tinyvit.neck.state_dict().keys() == TinyViT(pretrained=False).neck.state_dict().keys()  # that students copy
     lite = optimize_for_inference(Sam(TimmEncoder("efficientnet_lite0", pretrained=False), image_size=256))
     alone = [name for name, layer in lite.image_encoder.named_modules() if isinstance(layer, nn.ReLU6)]
     assert {name.rsplit(".", 1)[-1] for name in alone} == {"activation"}
