@@ -64,9 +64,8 @@ class MeanIoU(Metric):
 
     def __init__(self) -> None:
         super().__init__()
-        self.add_state("total", torch.tensor(0), dist_reduce_fx="sum")
-        self.add_state("prompts", torch.tensor(0), dist_reduce_fx="sum")
-        self.add_state("skipped", torch.tensor(0), dist_reduce_fx="sum")
+        for name in ("total", "prompts", "skipped"):
+            self.add_state(name, torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, iou: Tensor) -> None:
         """iou: any shape and device, as `mask_iou` gives it."""
@@ -79,27 +78,3 @@ class MeanIoU(Metric):
     def compute(self) -> dict[str, Tensor]:
         """`miou` (NaN if there was no prompt at all), `prompts` and `skipped`, over all ranks."""
         return {"miou": self.total / _UNIT / self.prompts, "prompts": self.prompts, "skipped": self.skipped}
-
-
-class Mean(Metric):
-    """A weighted mean, exact under data-parallel training.
-
-    Torchmetrics' own looks at every value for NaN, for which a GPU has to be waited for.
-    """
-
-    full_state_update = False
-    total: Tensor
-    weight: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum")
-        self.add_state("weight", torch.tensor(0.0), dist_reduce_fx="sum")
-
-    def update(self, values: Tensor, weight: float = 1.0) -> None:
-        """values: any shape and device; each counts `weight` times."""
-        self.total += weight * upload(values, self.total.device).float().sum()
-        self.weight += weight * values.numel()
-
-    def compute(self) -> Tensor:
-        return self.total / self.weight

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torchmetrics import MeanMetric, Metric
 
 from sam_distill.evaluate.protocol import Comparison, Outcome, Protocol, Target
 from sam_distill.evaluate.views import View
 from sam_distill.losses import embedding_cosine, embedding_mse
-from sam_distill.metrics import Mean, MeanIoU, bootstrap
+from sam_distill.metrics import MeanIoU, bootstrap
 from sam_distill.models.sam import Sam
 from sam_distill.predict.overlays import column, comparison
 from sam_distill.teachers import check_finite
@@ -51,17 +53,20 @@ class Judge(nn.Module):
     def __init__(self, protocol: Protocol) -> None:
         super().__init__()
         self.protocol = protocol
+        # Without their look for NaN, for which a GPU would have to be waited for.
+        mean = partial(MeanMetric, nan_strategy="disable")
         self.miou = nn.ModuleDict({kind: MeanIoU() for kind in protocol.kinds})
-        self.empty = nn.ModuleDict({kind: Mean() for kind in protocol.kinds})
-        self.errors = nn.ModuleDict({"embedding_mse": Mean(), "embedding_cosine": Mean()})
+        self.empty = nn.ModuleDict({kind: mean() for kind in protocol.kinds})
+        self.errors = nn.ModuleDict({"embedding_mse": mean(), "embedding_cosine": mean()})
         self.reset()
 
     def reset(self) -> None:
         self.comparisons: list[Comparison] = []
         self.pictures: list[Picture] = []
         self._wanted: dict[str, str] = {}  # image -> the kind of prompt to draw
-        for metric in (*self.miou.values(), *self.empty.values(), *self.errors.values()):
-            metric.reset()  # type: ignore[operator]
+        for metric in self.modules():
+            if isinstance(metric, Metric):
+                metric.reset()
 
     @torch.no_grad()
     def update(self, student: View, teacher_embedding: Tensor, targets: list[Target]) -> None:
@@ -71,7 +76,8 @@ class Judge(nn.Module):
             check_finite(batch.keys, student=student.embedding, teacher=teacher_embedding)
             area = valid_area(batch.sizes, GRID)
             for name, measure in (("embedding_mse", embedding_mse), ("embedding_cosine", embedding_cosine)):
-                self.errors[name].update(measure(student.embedding, teacher_embedding, area), weight=len(batch))  # type: ignore[operator]
+                error = measure(student.embedding, teacher_embedding, area)
+                self.errors[name].update(error.expand(len(batch)))  # type: ignore[operator] # each image counts
         outcomes = [outcome for target in targets for outcome in self.protocol.compare(student, target)]
         for kind in self.protocol.kinds:
             rows = [outcome.comparison for outcome in outcomes if outcome.comparison.kind == kind]

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed
+from torch.distributed.nn.functional import all_reduce
 from torch.nn import functional as F
 from torch.nn.modules._functions import SyncBatchNorm as OnGpu
 from torch.overrides import TorchFunctionMode
@@ -29,22 +30,6 @@ class SyncBatchNorm(TorchFunctionMode):
         if func is F.batch_norm:
             return _batch_norm(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
-
-
-class _Sum(torch.autograd.Function):
-    """Every rank's loss depends on the sum, so its gradient is the sum of theirs."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor) -> Tensor:
-        total = value.clone()
-        distributed.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        total = gradient.clone()
-        distributed.all_reduce(total)
-        return total
 
 
 def _batch_norm(
@@ -67,11 +52,11 @@ def _batch_norm(
     axes = [axis for axis in range(input.ndim) if axis != 1]
     shape = [-1 if axis == 1 else 1 for axis in range(input.ndim)]
     x = input.float()
-    sums = _Sum.apply(torch.cat([x.sum(axes), x.new_tensor([x.numel() / x.shape[1]])]))
+    sums = all_reduce(torch.cat([x.sum(axes), x.new_tensor([x.numel() / x.shape[1]])]))
     count = sums[-1].item()
     mean = sums[:-1] / count
     centred = x - mean.view(shape)
-    var = _Sum.apply(centred.square().sum(axes)) / count
+    var = all_reduce(centred.square().sum(axes)) / count
     if running_mean is not None and running_var is not None:
         with torch.no_grad():
             running_mean.lerp_(mean.to(running_mean), momentum)
