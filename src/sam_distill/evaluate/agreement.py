@@ -7,6 +7,7 @@ prompt point".
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -18,6 +19,7 @@ from sam_distill.prompts.sampling import PromptRng, uniform_points
 from sam_distill.types import LOW_RES, valid_area
 
 
+@dataclass
 class Agreement(Protocol):
     """Points are uniform over the image; boxes are the tight boxes of the teacher's masks at those points.
 
@@ -25,15 +27,13 @@ class Agreement(Protocol):
     kinds: point, box, or both.
     """
 
-    def __init__(
-        self,
-        points: Annotated[int, Field(gt=0)] = 4,
-        kinds: Annotated[Sequence[Literal["point", "box"]], Field(min_length=1)] = ("point", "box"),
-        token: Token = "single",
-        seed: int = 0,
-    ) -> None:
-        super().__init__(token, seed)
-        self.points, self.kinds = points, tuple(dict.fromkeys(kinds))
+    points: Annotated[int, Field(gt=0)] = 4
+    kinds: Annotated[Sequence[Literal["point", "box"]], Field(min_length=1)] = ("point", "box")
+    token: Token = "single"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.kinds = tuple(dict.fromkeys(self.kinds))
 
     @property
     def description(self) -> dict[str, str | int]:

@@ -8,7 +8,7 @@ back, so that models without such an input can be judged alike.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from sam_distill.prompts.sampling import generator
 from sam_distill.types import ABSENT, BACKGROUND, FOREGROUND, upload
 
 
+@dataclass
 class GroundTruth(Protocol):
     """annotations: so many per image, drawn by (seed, image key); null: all of them.
 
@@ -33,17 +34,14 @@ class GroundTruth(Protocol):
     """
 
     reference = "annotation"
+    annotations: Annotated[int, Field(gt=0)] | None = 8
+    clicks: Annotated[Sequence[Annotated[int, Field(gt=0)]], Field(min_length=1)] = (1, 3)
+    token: Token = "single"
+    seed: int = 0
 
-    def __init__(
-        self,
-        annotations: Annotated[int, Field(gt=0)] | None = 8,
-        clicks: Annotated[Sequence[Annotated[int, Field(gt=0)]], Field(min_length=1)] = (1, 3),
-        token: Token = "single",
-        seed: int = 0,
-    ) -> None:
-        super().__init__(token, seed)
-        self.annotations, self.clicks = annotations, tuple(sorted(set(clicks)))
-        self.kinds = (*(f"click_{number}" for number in self.clicks), "box")
+    def __post_init__(self) -> None:
+        self.clicks = sorted(set(self.clicks))
+        self.kinds = [*(f"click_{number}" for number in self.clicks), "box"]
 
     @property
     def description(self) -> dict[str, str | int]:

@@ -7,6 +7,7 @@ lie on the thing as well. Ours are options; the defaults are the plainest readin
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
@@ -20,6 +21,7 @@ from sam_distill.prompts.sampling import PromptRng, at_points, points_at, unifor
 from sam_distill.types import ABSENT, BACKGROUND, FOREGROUND, upload
 
 
+@dataclass
 class PointPairs(Protocol):
     """The foreground point is uniform over the image; the background point lies in a random direction.
 
@@ -29,19 +31,16 @@ class PointPairs(Protocol):
     outside: leave out pairs whose second point lies on the teacher's mask for the first one alone.
     """
 
-    def __init__(
-        self,
-        distances: Annotated[Sequence[Annotated[int, Field(gt=0)]], Field(min_length=1)] = (100, 200, 300, 400, 500),
-        pairs: Annotated[int, Field(gt=0)] = 1,
-        pixels: Literal["original", "frame"] = "original",
-        outside: bool = False,
-        token: Token = "single",
-        seed: int = 0,
-    ) -> None:
-        super().__init__(token, seed)
-        self.distances, self.pairs = tuple(dict.fromkeys(distances)), pairs
-        self.pixels, self.outside = pixels, outside
-        self.kinds = tuple(f"pair_{distance}" for distance in self.distances)
+    distances: Annotated[Sequence[Annotated[int, Field(gt=0)]], Field(min_length=1)] = (100, 200, 300, 400, 500)
+    pairs: Annotated[int, Field(gt=0)] = 1
+    pixels: Literal["original", "frame"] = "original"
+    outside: bool = False
+    token: Token = "single"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.distances = tuple(dict.fromkeys(self.distances))
+        self.kinds = [f"pair_{distance}" for distance in self.distances]
 
     @property
     def description(self) -> dict[str, str | int]:

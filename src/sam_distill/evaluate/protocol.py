@@ -62,12 +62,10 @@ class Protocol(ABC):
     seed: of the points, together with the image's key.
     """
 
-    kinds: tuple[str, ...]
+    kinds: Sequence[str]
     reference: str = "teacher"
-
-    def __init__(self, token: Token, seed: int) -> None:
-        self.token = token
-        self.seed = seed
+    token: Token
+    seed: int
 
     @property
     def description(self) -> dict[str, str | int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
@@ -15,21 +16,19 @@ from sam_distill.prompts.sampling import PromptRng, jitter, points_at, points_in
 from sam_distill.types import ABSENT, BACKGROUND, FOREGROUND, LOW_RES, Batch, Prompts, upload, valid_area
 
 Count = Annotated[int, Field(gt=0)]
-Masks = Literal["teacher", "annotations"]
 
 
+@dataclass
 class PromptSampler(ABC):
     """count: prompts per image. seed: of the draws, together with an image's key and epoch.
 
     requires: the fields of `Batch` that a draw reads.
     """
 
-    requires: frozenset[str] = frozenset()
-    of_annotations: bool = False  # every prompt p of an image was made from its annotation p
-
-    def __init__(self, count: Count, seed: int) -> None:
-        self.count = count
-        self.seed = seed
+    requires = frozenset[str]()
+    of_annotations = False  # every prompt p of an image was made from its annotation p
+    count: Count
+    seed: int
 
     @abstractmethod
     def draw(self, batch: Batch, first: int = 0) -> Prompts:
@@ -46,15 +45,14 @@ class Points(PromptSampler):
         return point_prompts(uniform_points(self.rng(batch, first), batch.sizes, self.count).unsqueeze(2))
 
 
+@dataclass
 class PointPairs(PromptSampler):
     """A foreground point, uniform over the image, and a background point at some distance (paper, Table 7).
 
     distance: the least and the most, in frame pixels.
     """
 
-    def __init__(self, count: Count, seed: int, distance: tuple[float, float] = (100, 500)) -> None:
-        super().__init__(count, seed)
-        self.distance = distance
+    distance: tuple[float, float] = (100, 500)
 
     def draw(self, batch: Batch, first: int = 0) -> Prompts:
         rng = self.rng(batch, first)
@@ -79,15 +77,17 @@ class Grid(PromptSampler):
         return point_prompts((grid * batch.sizes.flip(-1)[:, None, None]).floor())
 
 
+@dataclass
 class OfMasks(PromptSampler):
     """Prompts made of masks.
 
     masks: the teacher's, at points uniform over the image; or the image's annotations.
     """
 
-    def __init__(self, count: Count, seed: int, masks: Masks = "teacher") -> None:
-        super().__init__(count, seed)
-        self.of_annotations = masks == "annotations"
+    masks: Literal["teacher", "annotations"] = "teacher"
+
+    def __post_init__(self) -> None:
+        self.of_annotations = self.masks == "annotations"
         self.requires = frozenset({"annotations" if self.of_annotations else "ask_teacher"})
 
     def masks_of(self, batch: Batch, first: int) -> Tensor:
@@ -109,23 +109,15 @@ class MaskPoints(OfMasks):
         return point_prompts(points.unsqueeze(2), torch.where(found, FOREGROUND, ABSENT).unsqueeze(2))
 
 
+@dataclass
 class Boxes(OfMasks):
     """The box of a mask, with noise as SAM adds it (its appendix A, "Training algorithm").
 
     noise: standard deviation, as a share of the side; never more than `most` frame pixels. 0 and 0: tight boxes.
     """
 
-    def __init__(
-        self,
-        count: Count,
-        seed: int,
-        masks: Masks = "teacher",
-        noise: Annotated[float, Field(ge=0)] = 0.1,
-        most: Annotated[float, Field(ge=0)] = 20,
-    ) -> None:
-        super().__init__(count, seed, masks)
-        self.noise = noise
-        self.most = most
+    noise: Annotated[float, Field(ge=0)] = 0.1
+    most: Annotated[float, Field(ge=0)] = 20
 
     def draw(self, batch: Batch, first: int = 0) -> Prompts:
         boxes = boxes_of(self.masks_of(batch, first), valid_area(batch.sizes, LOW_RES))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -56,14 +57,14 @@ def write(report: Report, folder: Path) -> None:
     """report.html, report.md and pictures/."""
     (folder / "pictures").mkdir(parents=True, exist_ok=True)
     for section in report.sections:
-        for picture in (*section.curves, *section.plots, *section.photos):
+        for picture in section.pictures:
             data = picture.content
             if isinstance(data, str):
                 data = data.replace("<svg ", '<svg style="background: #fff" ', 1).encode()
             with atomic_write(folder / "pictures" / picture.file) as draft:
                 draft.write_bytes(data)
-    write_text(folder / "report.md", "\n".join(_markdown(report)) + "\n")
-    write_text(folder / "report.html", _html(report))
+    for name in ("report.md", "report.html"):
+        write_text(folder / name, _render(report, name))
 
 
 def write_experiment(section: Section, folder: Path) -> None:
@@ -75,13 +76,15 @@ def write_experiment(section: Section, folder: Path) -> None:
         write_text(folder / "history.csv", history_csv(section.runs, [f"val/{score}", "train/loss"]))
 
 
-def _html(report: Report) -> str:
-    loader = PackageLoader("sam_distill.report", ".")
+def _render(report: Report, name: str) -> str:
+    """By one of the templates beside this file."""
     environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"drawn": _drawn, "label": label, "emphasised": _emphasised}
-    return environment.get_template("report.html.j2").render(report=report, legend=LEGEND, today=date.today())
+        loader=PackageLoader("sam_distill.report", "."), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        autoescape=name.endswith(".html"), keep_trailing_newline=True,
+    )  # fmt: skip
+    filters = [_drawn, label, _emphasised, markdown, markdown_table]
+    environment.filters |= {each.__name__.lstrip("_"): each for each in filters}
+    return environment.get_template(f"{name}.j2").render(report=report, legend=LEGEND, today=date.today())
 
 
 def _drawn(picture: Picture) -> Markup:
@@ -94,40 +97,6 @@ def _drawn(picture: Picture) -> Markup:
 
 
 def _emphasised(text: str) -> Markup:
-    """A line of markdown with **bold** words and a link."""
-    parts = str(Markup.escape(text)).split("**")
-    html = "".join(f"<b>{part}</b>" if number % 2 else part for number, part in enumerate(parts))
-    before, _, rest = html.partition("[")
-    words, _, rest = rest.partition("](")
-    address, _, after = rest.partition(")")
-    return Markup(f'{before}<a href="{address}">{words}</a>{after}' if address else html)
-
-
-def _markdown(report: Report) -> Iterator[str]:
-    yield f"# {report.title}\n"
-    yield ", ".join(f"{number} {kind}" for kind, number in report.counts.items()) + f"; written on {date.today()}.\n"
-    for section in report.sections:
-        about = section.experiment
-        yield f"## {about.title}\n"
-        place = f" (paper, {about.place[0].lower()}{about.place[1:]})" if about.place else ""
-        yield from (f"{about.claim}{place}\n",) if about.claim else ()
-        yield from (f"{section.finding}\n",) if section.finding else ()
-        yield markdown(section.table)
-        yield from (f"{note}\n" for note in section.notes)
-        for picture in (*section.curves, *section.plots, *section.photos):
-            yield f"![{picture.caption}](pictures/{picture.file})\n"
-        if section.facts:
-            yield "What was run on what:\n"
-            header, *rows = section.facts
-            yield markdown_table([header, ["---"] * len(header), *rows])
-    if report.waiting:
-        yield "## In the paper, not run yet\n"
-    for section in report.waiting:
-        yield f"**{section.experiment.place}**: {section.experiment.claim}\n"
-        yield from (markdown(section.table),) if section.table.rows else ()
-    if report.unusable:
-        yield "## Runs without scores\n"
-        yield from (f"- {one.name} ({one.kind}): {one.why}" for one in report.unusable)
-        yield ""
-    yield "## How to read this\n"
-    yield from (f"- {line}" for line in LEGEND)
+    """A line of markdown with **bold** words and links."""
+    html = re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", str(Markup.escape(text)))
+    return Markup(re.sub(r"\[(.+?)\]\((.+?)\)", r'<a href="\2">\1</a>', html))

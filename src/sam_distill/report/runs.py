@@ -40,6 +40,9 @@ class Run:
     started: str = ""
 
     def setting(self, key: str) -> str:
+        """`run` is its name."""
+        if key == "run":
+            return self.name
         value = self.settings.get(key, self.metrics.get(key, ""))
         return shortest(value) if isinstance(value, float) else value
 

@@ -48,6 +48,10 @@ class Section:
     finding: str = ""
 
     @property
+    def pictures(self) -> Sequence[Picture]:
+        return [*self.curves, *self.plots, *self.photos]
+
+    @property
     def coverage(self) -> tuple[int, int]:
         """Of how many of the paper's rows there are runs, and how many it has."""
         cited = [row for row in self.table.rows if row.paper]

@@ -66,8 +66,8 @@ class Table:
 def tabulate(experiment: Experiment, runs: Sequence[Run]) -> Table:
     """The paper's rows first, in its order, then those of our settings that it has not."""
     groups: dict[tuple[str, ...], list[Run]] = {}
-    for run in sorted(runs, key=lambda run: [_number(_setting(run, key)) for key in experiment.keys]):
-        groups.setdefault(tuple(_setting(run, key) for key in experiment.keys), []).append(run)
+    for run in sorted(runs, key=lambda run: [_number(run.setting(key)) for key in experiment.keys]):
+        groups.setdefault(tuple(run.setting(key) for key in experiment.keys), []).append(run)
     names = [measure.name for measure in experiment.columns]
     ours = [_row(dict(zip(experiment.keys, key, strict=True)), group, names) for key, group in groups.items()]
     rows: list[Row] = []
@@ -105,7 +105,7 @@ def markdown(table: Table) -> str:
     for measure in table.measures:
         header += [f"{measure.label} (paper)"] * (measure.name in table.cited)
         header += [f"{measure.label} (ours)"]
-    lines = [[*header, "runs"], ["---"] * (len(header) + 1)]
+    lines = [[*header, "runs"]]
     for row in table.rows:
         cells = [row.settings.get(key, "") for key in table.keys]
         for measure in table.measures:
@@ -118,7 +118,10 @@ def markdown(table: Table) -> str:
 
 
 def markdown_table(lines: Sequence[Sequence[str]]) -> str:
-    return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |\n" for line in lines)
+    """lines: the header, and a line for each row."""
+    header, *rows = lines
+    cells = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |\n" for line in cells)
 
 
 def results_csv(experiment: Experiment, runs: Sequence[Run]) -> str:
@@ -160,10 +163,6 @@ def _row(settings: Mapping[str, str], runs: Sequence[Run], names: Sequence[str])
 def _cell(measure: Measure, ours: Estimate) -> str:
     spread = f" ({measure.number(ours.low)} to {measure.number(ours.high)})" if ours.spread else ""
     return measure.shown(ours.mean) + spread
-
-
-def _setting(run: Run, key: str) -> str:
-    return run.name if key == "run" else run.setting(key)
 
 
 def _text(value: object) -> str:
