@@ -1,8 +1,7 @@
 """Pixels in and masks out: the one resize used by caching, training, evaluation and prediction.
 
-An image is decoded, resized so that its long side is 1024, and laid into the top-left corner of the frame. Masks go
-the other way. Both follow segment-anything's own code to the last bit (utils/transforms.py, Sam.postprocess_masks).
-Decoding and resizing use Pillow and nothing else, so that loader workers start no threads of their own.
+To the last bit as segment-anything has it (utils/transforms.py, Sam.postprocess_masks). By Pillow and nothing else, so
+that loader workers start no threads of their own.
 """
 
 from __future__ import annotations

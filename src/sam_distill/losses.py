@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 from torch.nn import functional as F
+from torchvision.ops import sigmoid_focal_loss
 
 
 def embedding_mse(student: Tensor, teacher: Tensor, area: Tensor | None = None) -> Tensor:
@@ -62,12 +63,8 @@ def mask_focal(logits: Tensor, target: Tensor, area: Tensor | None = None) -> Te
 
     logits [B, P, M, h, w], target [B, P, M or 1, h, w] bool -> [B, P, M].
     """
-    logits, truth = logits.float(), target.float()
-    error = F.binary_cross_entropy_with_logits(logits, truth.expand_as(logits), reduction="none")
-    probability = logits.sigmoid()
-    miss = probability + truth - 2 * probability * truth  # 1 - the probability given to the truth
-    weight = 0.25 * truth + 0.75 * (1 - truth)
-    return _mean_in_area(weight * miss**2 * error, area)
+    truth = target.float().expand_as(logits)
+    return _mean_in_area(sigmoid_focal_loss(logits.float(), truth, alpha=0.25, gamma=2), area)
 
 
 def mask_dice(logits: Tensor, target: Tensor, area: Tensor | None = None) -> Tensor:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ ABSENT = -2  # ours: no token at all, so that numbers of points and prompts may 
 # SAM's mask tokens: token 0 for prompts without doubt; tokens 1-3 for whole, part and sub-part where there is
 SINGLE, MULTI, ALL = slice(0, 1), slice(1, 4), slice(0, 4)
 
+T = TypeVar("T")
 RunLengths = dict[str, Any]  # a mask as COCO compresses it: {"size": [H, W], "counts": bytes}
 
 
@@ -57,12 +58,10 @@ class Prompts:
 
     def __getitem__(self, images: slice) -> Prompts:
         """The prompts of some of the images."""
-        masks = None if self.masks is None else self.masks[images]
-        return Prompts(self.points[images], self.labels[images], masks)
+        return _map_tensors(self, lambda tensor: tensor[images])
 
     def to(self, device: torch.device | str) -> Prompts:
-        masks = None if self.masks is None else self.masks.to(device)
-        return Prompts(self.points.to(device), self.labels.to(device), masks)
+        return _map_tensors(self, lambda tensor: tensor.to(device))
 
 
 @dataclass(frozen=True)
@@ -135,14 +134,16 @@ class Batch:
         return len(self.keys)
 
     def to(self, device: torch.device | str) -> Batch:
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        return _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
-        return self._map(Tensor.pin_memory)
+        return _map_tensors(self, Tensor.pin_memory)
 
-    def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        tensors: dict[str, Any] = {n: change(v) for n, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **tensors)
+
+def _map_tensors(values: T, change: Callable[[Tensor], Tensor]) -> T:
+    """values: a dataclass."""
+    tensors: dict[str, Any] = {n: change(v) for n, v in vars(values).items() if isinstance(v, Tensor)}
+    return replace(values, **tensors)  # type: ignore[type-var]
 
 
 @dataclass(frozen=True)

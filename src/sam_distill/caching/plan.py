@@ -6,7 +6,6 @@ import shutil
 import time
 from datetime import timedelta
 from itertools import islice
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -35,7 +34,8 @@ def plan_cache(job: CacheJob) -> bool:
     if not sizes or not done:
         raise UserError("there are too few images that can be read: nothing to measure")
     each = (time.perf_counter() - started) / done
-    needed, free = images * sum(sizes) / len(sizes), _free(job.folder)
+    there = next(path for path in (job.folder, *job.folder.absolute().parents) if path.exists())
+    needed, free = images * sum(sizes) / len(sizes), shutil.disk_usage(there).free
     seconds = round(images * each / hardware.processes)
     table = Table("", "", show_header=False, title=f"What caching {images} images will take")
     table.add_row("disk", f"{needed / 1e9:.2f} GB, {needed / images / 1e3:.0f} kB per image; free: {free / 1e9:.1f} GB")
@@ -44,8 +44,3 @@ def plan_cache(job: CacheJob) -> bool:
     table.add_row("teacher", f"{job.teacher.checkpoint}, {hardware.num_format} on {hardware.kind}")
     Console().print(table)
     return needed < free
-
-
-def _free(folder: Path) -> int:
-    """Bytes free on the disk where `folder` is, or will be."""
-    return shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free

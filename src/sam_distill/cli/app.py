@@ -24,8 +24,6 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.utils import JobReturn
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
-from rich.table import Table
 
 from sam_distill.cli.jobs import Task, describe, name_folders, print_errors
 from sam_distill.cli.resume import run_folder_mistakes, with_resumed_options
@@ -214,16 +212,12 @@ def _fail(*lines: str, status: int = 1) -> int:
 
 
 def _print_help(known: dict[str, str]) -> None:
-    table = Table.grid(padding=(0, 2))
+    print(f"usage: {PROGRAM} <command> [key=value ...]\n")
     for name, description in known.items():
-        table.add_row(f"  {name}", description)
-    console = Console(highlight=False)
-    console.print(f"usage: {PROGRAM} <command> [key=value ...]\n", markup=False)
-    console.print(table)
-    console.print(
+        print(f"  {name:{max(map(len, known))}}  {description}")
+    print(
         f"\nexamples:\n  {PROGRAM} train strategy=decoupled encoder=tinyvit"
         f"\n  {PROGRAM} evaluate checkpoint=outputs/train/RUN data=photos"
         f"\n  {PROGRAM} train --help          the choices and keys of a command"
-        f"\n  {PROGRAM} train --cfg job       the configuration, without running",
-        markup=False,
+        f"\n  {PROGRAM} train --cfg job       the configuration, without running"
     )

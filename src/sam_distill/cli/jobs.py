@@ -95,7 +95,9 @@ def _execute(cfg: DictConfig, supplied: dict[str, Path], status: Status, log: Pa
         _seed(cfg.get("seed"))
         instantiate(cfg, _convert_="all", **supplied)
     except Exception as error:
-        cause = _unwrap(error)
+        cause: BaseException = error
+        while isinstance(cause, InstantiationException) and cause.__cause__ is not None:  # Hydra wraps it
+            cause = cause.__cause__
         if not isinstance(cause, UserError) and disk_is_full(cause):
             cause = UserError(
                 "the disk is full: make room" + (f", then resume={run_dir} goes on" if can_resume() else "")
@@ -155,13 +157,6 @@ def _seed(seed: int | None) -> None:
 
         for start in (random.seed, np.random.seed, torch.manual_seed):
             start(seed)
-
-
-def _unwrap(error: BaseException) -> BaseException:
-    """The error that Hydra's instantiate wrapped."""
-    while isinstance(error, InstantiationException) and error.__cause__ is not None:
-        error = error.__cause__
-    return error
 
 
 def describe(error: BaseException) -> str:

@@ -97,23 +97,19 @@ def segment(
 def _jobs(image: str, path: Path) -> list[tuple[Path, Path]]:
     """Each image and where its picture goes: to `path`, or into that folder if `image` is a folder or a glob."""
     source = Path(image).expanduser()
-    several = source.is_dir() or (glob.has_magic(image) and not source.exists())
-    if not several:
+    if not (source.is_dir() or (glob.has_magic(image) and not source.exists())):
         if path.suffix.lower() not in IMAGE_SUFFIXES:
             raise UserError(f"path={path}: pictures end in .png or .jpg")
-        jobs = [(source, path)]
-    else:
-        if path.suffix.lower() in IMAGE_SUFFIXES or path.is_file():
-            raise UserError(f"path={path}: image={image} is more than one, so path= is the folder for the results")
-        named = () if source.is_dir() else map(Path, sorted(glob.glob(str(source), recursive=True)))
-        files = image_files(source) if source.is_dir() else [file for file in named if is_image(file.name)]
-        if not files:
-            raise UserError(f"image={image}: there is no image; expected jpg, png, webp, bmp or tif files")
-        base = source if source.is_dir() else Path(os.path.commonpath([file.parent for file in files]))
-        names = [file.relative_to(base).as_posix() for file in files]
-        keys = unique_keys(names)
-        jobs = [(file, path / f"{key}.jpg") for file, key in zip(files, keys, strict=True)]
-    return jobs
+        return [(source, path)]
+    if path.suffix.lower() in IMAGE_SUFFIXES or path.is_file():
+        raise UserError(f"path={path}: image={image} is more than one, so path= is the folder for the results")
+    named = sorted(map(Path, glob.glob(str(source), recursive=True)))
+    files = image_files(source) if source.is_dir() else [file for file in named if is_image(file.name)]
+    if not files:
+        raise UserError(f"image={image}: there is no image; expected jpg, png, webp, bmp or tif files")
+    base = source if source.is_dir() else Path(os.path.commonpath([file.parent for file in files]))
+    keys = unique_keys([file.relative_to(base).as_posix() for file in files])
+    return [(file, path / f"{key}.jpg") for file, key in zip(files, keys, strict=True)]
 
 
 def _refuse_overwriting(jobs: Sequence[tuple[Path, Path]]) -> None:

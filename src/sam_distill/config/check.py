@@ -1,8 +1,4 @@
-"""Check a composed configuration against the signatures of what it builds, before anything is built.
-
-A node's `_target_` names a class or function, and that callable's typed signature is the only schema there is:
-unknown keys, missing ones, and values of the wrong type or range are all found here, each told in one line.
-"""
+"""Check a composed configuration before anything is built: the signatures of its `_target_`s are the only schema."""
 
 from __future__ import annotations
 

@@ -1,12 +1,9 @@
-"""Compose a command's jobs before Hydra's own run does, so that every mistake in them can be told at once.
-
-Hydra stops at the first bad override. Here each is tried by itself once composing them together has failed.
-"""
+"""Compose a command's jobs before Hydra does, which stops at the first bad override: here all of them are told."""
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from itertools import product
 from pathlib import Path
@@ -24,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sam_distill.config.check import nearest, one_line, parameters
 from sam_distill.config.signatures import resolve
+from sam_distill.config.sources import leaves
 from sam_distill.runs.overrides import quoted_override
 
 
@@ -166,7 +164,7 @@ class _Composer:
 
     def _explain(self, override: Override, error: Exception, cfg: DictConfig) -> str:
         key, value = str(override.key_or_group), override.value()
-        known = set(_dotted_names(cfg))
+        known = _dotted_names(cfg)
         if isinstance(error, MissingConfigException) and isinstance(value, str) and self._choices(override):
             return self._no_such_choice(override, value)
         if isinstance(value, dict) and (wrong := [name for name in value if f"{key}.{name}" not in known]):
@@ -235,15 +233,11 @@ def _reason(error: Exception) -> str:
     return one_line(error.__cause__ or error)
 
 
-def _dotted_names(node: DictConfig, prefix: str = "") -> Iterator[str]:
-    for key in node:
-        name = prefix + str(key)
-        if name == "hydra" or str(key).startswith("_"):
-            continue
-        yield name
-        child = node._get_node(key)
-        if isinstance(child, DictConfig) and not (child._is_none() or child._is_missing() or child._is_interpolation()):
-            yield from _dotted_names(child, name + ".")
+def _dotted_names(cfg: DictConfig) -> set[str]:
+    """Of all nodes and values, Hydra's own left out."""
+    paths = [key.split(".") for key, _ in leaves(OmegaConf.to_container(cfg, resolve=False))]
+    names = {tuple(path[:end]) for path in paths for end in range(1, len(path) + 1) if path[0] != "hydra"}
+    return {".".join(name) for name in names if not name[-1].startswith("_")}
 
 
 def _parameters_of(cfg: DictConfig, parent: str) -> set[str]:

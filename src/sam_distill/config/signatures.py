@@ -1,6 +1,4 @@
-"""Signatures of this package's classes and functions, and of Lightning's Trainer, without torch and the like, which
-take seconds to import.
-"""
+"""Signatures of this package's code and of Lightning's Trainer, without torch and the like: they import for seconds."""
 
 from __future__ import annotations
 

@@ -82,7 +82,8 @@ def coco_json(path: Path) -> list[AnnotatedImage]:
         content = json.loads(path.read_bytes())
         for one in content["images"]:
             name = PurePosixPath(one.get("file_name") or one["coco_url"])  # LVIS has COCO's address alone
-            images[one["id"]] = AnnotatedImage(name, _size(one), [])
+            size = one.get("height"), one.get("width")
+            images[one["id"]] = AnnotatedImage(name, size if all(size) else None, [])
         for number, one in enumerate(content["annotations"]):
             if one["image_id"] not in images:
                 raise ValueError(f"annotation {number} is of an image {one['image_id']}, which is not among its images")
@@ -121,10 +122,6 @@ def annotations_by_file(files: Sequence[Path], annotated: Sequence[AnnotatedImag
         if known < depth:
             found[file] = depth, image
     return {file: image for file, (_, image) in found.items()}
-
-
-def _size(image: dict[str, Any]) -> Size | None:
-    return (image["height"], image["width"]) if image.get("height") and image.get("width") else None
 
 
 def _compressed(segmentation: Any, size: tuple[int, int]) -> RunLengths:

@@ -1,11 +1,9 @@
 """The embedded default: enough to distil something that works, with no download and no dataset.
 
-scikit-image and matplotlib, which we depend on anyway, carry a few photographs. Four of them, whole and in close-ups,
-are the validation set; the others are what the training images are made of. So few photographs teach little, but they
-hold thousands of surfaces. Most training images are therefore scenes after the "dead leaves" model (Lee, Mumford and
-Huang, 2001: objects that hide one another have the statistics of natural images): shapes cut out of photographs or
-painted, shaded and with a soft shadow, heaped before a surface or a landscape. The teacher says what an object is, so a
-scene need not look true; it needs edges, surfaces and occlusions as photographs have them.
+scikit-image and matplotlib carry a few photographs. Four of them, whole and in close-ups, are the validation set; of
+the others the training images are made. Most are scenes after the "dead leaves" model (Lee, Mumford and Huang, 2001:
+objects that hide one another have the statistics of natural images): shaded shapes with soft shadows, cut out of
+photographs or painted. The teacher says what an object is, so a scene need not look true.
 
 Licences, as the packages state them. Public domain or "no known copyright restrictions": astronaut and
 hubble_deep_field (NASA), rocket (SpaceX), coins, ihc. CC0: brick, camera (Lav Varshney),

@@ -1,7 +1,7 @@
 """SA-1B as it is published: tars of sa_N.jpg and sa_N.json, streamed as they are.
 
-When a source is made, the headers of its tars are read (seeks, no image data), unless they have been before: they tell
-what is there, what to hold out, and where a resumed run goes on. Training then reads each tar from front to back.
+The tars' headers tell what is there, what to hold out, and where a resumed run goes on. Training then reads each tar
+from front to back.
 """
 
 from __future__ import annotations

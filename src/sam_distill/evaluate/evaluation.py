@@ -76,8 +76,11 @@ def judge(
             f"not one prompt counts: {images} images are too small for them, or the {protocol.reference}'s masks are"
             " all empty"
         )
+    looked_at = sum(len(batch) for batch, _, _ in answers)
+    embeddings = torch.stack([embedding.float().sum(0) for _, embedding, _ in answers]).sum(0)
     with hardware.autocast():
-        metrics |= result.intervals() | _blind_baseline(Judge(protocol).to(hardware.kind), teacher.sam, answers)
+        baseline = blind(Judge(protocol).to(hardware.kind), teacher.sam, answers, embeddings, looked_at)
+    metrics |= result.intervals() | baseline | ({"blind/images": looked_at} if baseline else {})
     if annotated:
         metrics |= {f"teacher/{n}": value for n, value in of_teacher.compute().items() if n.startswith("miou/")}
     metrics |= about
@@ -113,13 +116,6 @@ def loader(
         stream, batch_size=batch_size, collate_fn=collate, num_workers=hardware.num_workers,
         pin_memory=hardware.kind == "cuda", worker_init_fn=begin_worker,
     )  # fmt: skip
-
-
-def _blind_baseline(judge: Judge, teacher: Sam, answers: list[Answer]) -> dict[str, Any]:
-    images = sum(len(batch) for batch, _, _ in answers)
-    total = torch.stack([embedding.float().sum(0) for _, embedding, _ in answers]).sum(0)
-    scores = blind(judge, teacher, answers, total, images)
-    return scores | ({"blind/images": images} if scores else {})
 
 
 def _print_scores(metrics: Mapping[str, Any], protocol: Protocol, run_dir: Path) -> None:

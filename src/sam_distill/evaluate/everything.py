@@ -1,7 +1,6 @@
 """Everything: do student and teacher find the same things in an image, without being asked for any? (Paper, Figure 6.)
 
-Both segment everything, by the same grid of points and thresholds. Each of the teacher's masks is compared with the
-student's nearest; and the student's masks, the most trusted first, are judged as detections of the teacher's.
+Each of the teacher's masks is compared with the student's nearest; and the student's are judged as detections of them.
 """
 
 from __future__ import annotations

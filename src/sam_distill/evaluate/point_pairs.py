@@ -12,7 +12,6 @@ from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from sam_distill.evaluate.protocol import Protocol, Target
 from sam_distill.evaluate.views import SamView, Token
@@ -59,14 +58,10 @@ class PointPairs(Protocol):
             others = points_at(draw, points, batch.sizes, wanted, wanted)
             fits = ((others - points).norm(dim=-1, keepdim=True) - wanted).abs()[..., 0] < 2
             if self.outside:
-                fits &= ~_on_the_thing(teacher, points, others)
+                of_the_first = teacher.low_res(point_prompts(points.unsqueeze(2))) > 0
+                fits &= ~at_points(of_the_first, others)
             signs = upload([FOREGROUND, BACKGROUND], points.device).expand(*points.shape[:2], 2)
             labels = signs.masked_fill(~fits[..., None], ABSENT)
             prompts = point_prompts(torch.stack([points, others], 2), labels)
             targets.append(Target(kind, prompts, teacher.masks(prompts)))
         return targets
-
-
-def _on_the_thing(teacher: SamView, points: Tensor, others: Tensor) -> Tensor:
-    """[B, P] bool: whether the teacher's mask for the first point alone holds the second."""
-    return at_points(teacher.low_res(point_prompts(points.unsqueeze(2))) > 0, others)

@@ -1,12 +1,6 @@
 """Image encoders behind one interface: [B, 3, S, S] -> [B, 256, 64, 64], for any S that is a multiple of 64.
 
-All backbones come from timm; this is the only module that knows it. Each encoder is a backbone and a neck:
-
-    tinyvit            TinyViT with the last down-sampling at stride 1, as MobileSAM has it (paper, section 4.1)
-    vit_b, vit_l, ...  SAM's own ViT with windowed attention
-    efficientvit       MSRA's EfficientViT (Liu et al., the one the paper cites)
-    efficientvit_mit   MIT's EfficientViT (Cai et al., the one EfficientViT-SAM uses)
-    timm               any backbone of timm that gives feature maps
+Each is a backbone of timm's and a neck; this is the only module that knows timm's networks.
 """
 
 from __future__ import annotations
@@ -75,7 +69,7 @@ class ImageEncoder(nn.Module):
 
 
 class TinyViT(ImageEncoder):
-    """TinyViT 5M/11M/21M (Wu et al., ECCV 2022), its last stage kept at stride 16."""
+    """TinyViT 5M/11M/21M (Wu et al., ECCV 2022), its last stage at stride 16 as MobileSAM has it (section 4.1)."""
 
     def __init__(self, size: Literal["5m", "11m", "21m"] = "5m", pretrained: Pretrained = True) -> None:
         name = f"tiny_vit_{size}_224"
@@ -142,7 +136,7 @@ class TimmEncoder(ImageEncoder):
 
 
 class EfficientViT(TimmEncoder):
-    """MSRA's EfficientViT with cascaded group attention (Liu et al., CVPR 2023): strides 16, 32, 64."""
+    """MSRA's EfficientViT, which the paper cites (Liu et al., CVPR 2023): strides 16, 32, 64."""
 
     def __init__(
         self,
@@ -154,7 +148,7 @@ class EfficientViT(TimmEncoder):
 
 
 class EfficientViTMIT(TimmEncoder):
-    """MIT's EfficientViT with multi-scale linear attention (Cai et al., ICCV 2023): strides 8, 16, 32."""
+    """MIT's EfficientViT, which EfficientViT-SAM uses (Cai et al., ICCV 2023): strides 8, 16, 32."""
 
     def __init__(
         self,

@@ -49,7 +49,10 @@ class PromptEncoder(nn.Module):
 
     def forward(self, prompts: Prompts) -> tuple[Tensor, Tensor]:
         """Tokens [B, P, N, 256] and dense embeddings, [B, P, 4096, 256] or, without masks, [1, 1, 1, 256]."""
-        return self._tokens(prompts), self._dense(prompts.masks)
+        dense = self.no_mask_embed.weight.view(1, 1, 1, EMBED_DIM)
+        if prompts.masks is not None:
+            dense = self.embed_masks(prompts.masks.flatten(0, 1)).unflatten(0, prompts.masks.shape[:2])
+        return self._tokens(prompts), dense
 
     def dense_positions(self) -> Tensor:
         """[4096, 256]: the positional encoding of the centres of the image embedding's cells, row by row."""
@@ -66,11 +69,6 @@ class PromptEncoder(nn.Module):
         for label, embedding in enumerate(self.point_embeddings):
             tokens = tokens + torch.where(labels == label, cast(Tensor, embedding.weight), nothing)
         return tokens
-
-    def _dense(self, masks: Tensor | None) -> Tensor:
-        if masks is None:
-            return self.no_mask_embed.weight.view(1, 1, 1, EMBED_DIM)
-        return self.embed_masks(masks.flatten(0, 1)).unflatten(0, masks.shape[:2])
 
     def embed_masks(self, masks: Tensor) -> Tensor:
         """Logits [n, 1, 256, 256] -> [n, 4096, 256]."""

@@ -1,7 +1,6 @@
 """Named checkpoints, fetched once and checked: `fetch("mobile_sam")` is a path to a file with the right sha256.
 
-The table is weights.yaml, beside this file. A download shows its progress, resumes where it stopped, and gets its final
-name only when its hash is right; several processes may ask for the same file at once.
+The table is weights.yaml. A download resumes where it stopped, and gets its final name only when its hash is right.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Masks at the size of the original, computed only where they are and strip by strip, never as a whole picture.
-
-Up-sampling is linear and separable, so any rectangle of it is a product of three small matrices.
-"""
+"""Masks at the size of the original, but only where they are: any rectangle is a product of three small matrices."""
 
 from __future__ import annotations
 

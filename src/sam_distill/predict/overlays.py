@@ -72,12 +72,8 @@ def comparison(
 
     prompt, labels: see `Comparison`, in pixels of `image`; the masks have its size.
     """
-    panels = [
-        prompted(image, prompt, labels),
-        prompted(image, prompt, labels, teacher, TEACHER),
-        prompted(image, prompt, labels, student, STUDENT),
-    ]
-    return side_by_side(panels, captions)
+    masks = [(None, TEACHER), (teacher, TEACHER), (student, STUDENT)]
+    return side_by_side([prompted(image, prompt, labels, mask, colour) for mask, colour in masks], captions)
 
 
 def prompted(

@@ -79,8 +79,8 @@ def write_experiment(section: Section, folder: Path) -> None:
 def _render(report: Report, name: str) -> str:
     """By one of the templates beside this file."""
     environment = Environment(
-        loader=PackageLoader("sam_distill.report", "."), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-        autoescape=name.endswith(".html"), keep_trailing_newline=True,
+        loader=PackageLoader("sam_distill.report", "."), undefined=StrictUndefined, autoescape=name.endswith(".html"),
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
     filters = [_drawn, label, _emphasised, markdown, markdown_table]
     environment.filters |= {each.__name__.lstrip("_"): each for each in filters}

@@ -109,12 +109,13 @@ def _section(about: Experiment, runs: Sequence[Run], committed: Committed | None
     caption = "Learning curves: the mean of each setting's runs, in their range"
     drawn = [(x, against(table, about, x)) for x in about.plots]
     drawn += [(about.across, across(table, about))] if about.across else []
+    plots = [(re.sub(r"\W+", "_", x), svg, f"{score}, against {label(x)}") for x, svg in drawn if svg]
     return Section(
         experiment=about,
         table=table,
         runs=runs,
         curves=[Picture(f"{about.id}_curves.svg", curves, caption)] if curves else [],
-        plots=[Picture(f"{about.id}_{_safe(x)}.svg", svg, f"{score}, against {label(x)}") for x, svg in drawn if svg],
+        plots=[Picture(f"{about.id}_{name}.svg", svg, said) for name, svg, said in plots],
         photos=[*_masks(about, runs), *(_illustrations(about.id, committed) if committed else ())],
         facts=_facts(runs),
         notes=[*([about.note] if about.note else []), *notes],
@@ -162,7 +163,3 @@ def _facts(runs: Sequence[Run]) -> list[list[str]]:
     known_facts = [name for name in _FACTS if any(run.setting(name) for run in runs)]
     header = ["run", *(label(name) for name in known_facts)]
     return [header, *([run.name, *(run.setting(name) for name in known_facts)] for run in runs)] if runs else []
-
-
-def _safe(name: str) -> str:
-    return re.sub(r"\W+", "_", name)

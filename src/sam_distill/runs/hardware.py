@@ -70,14 +70,21 @@ class Hardware:
     @property
     def device_name(self) -> str:
         """The model of the GPU or processor."""
-        return torch.cuda.get_device_name() if self.kind == "cuda" else _processor()
+        if self.kind == "cuda":
+            return torch.cuda.get_device_name()
+        names = (line.partition(": ")[2] for line in _cpu_info().splitlines() if line.startswith("model name"))
+        return next(names, platform.processor())
 
     @property
     def num_format(self) -> Literal["fp32", "bf16", "fp16"]:
         """The precision in force."""
         if self.precision != "auto":
             return self.precision
-        native = {"cuda": _gpu_has_bf16, "cpu": _cpu_has_bf16, "mps": lambda: False}[self.kind]()
+        if self.kind == "cuda":
+            native = torch.cuda.get_device_capability()[0] >= 8
+        else:  # emulated bf16 is slower than fp32, so ask for the instructions
+            avx512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+            native = self.kind == "cpu" and avx512 and "avx512_bf16" in _cpu_info()
         return "bf16" if native else "fp32"
 
     @property
@@ -105,20 +112,6 @@ class Hardware:
         """The same precision outside a trainer."""
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.num_format]
         return torch.autocast(self.kind, dtype=dtype, enabled=self.num_format != "fp32")
-
-
-def _processor() -> str:
-    names = (line.partition(": ")[2] for line in _cpu_info().splitlines() if line.startswith("model name"))
-    return next(names, platform.processor())
-
-
-def _gpu_has_bf16() -> bool:
-    return torch.cuda.get_device_capability()[0] >= 8
-
-
-def _cpu_has_bf16() -> bool:
-    """Emulated bf16 is slower than fp32, so ask for the instructions."""
-    return torch.backends.cpu.get_cpu_capability().startswith("AVX512") and "avx512_bf16" in _cpu_info()
 
 
 def _cpu_info() -> str:

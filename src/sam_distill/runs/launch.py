@@ -83,9 +83,11 @@ def _check_launcher(hardware: Hardware) -> None:
 
 def _start(hardware: Hardware, run_dir: Path) -> list[subprocess.Popen[bytes]]:
     """Replay the command line for each further device of this node, in the environment that Lightning looks for."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        free_port = probe.getsockname()[1]
     os.environ |= {
         "MASTER_ADDR": os.environ.get("MASTER_ADDR", "127.0.0.1"),
-        "MASTER_PORT": os.environ.get("MASTER_PORT") or str(_free_port()),
+        "MASTER_PORT": os.environ.get("MASTER_PORT") or str(free_port),
         "NODE_RANK": os.environ.get("NODE_RANK", "0"),
         "WORLD_SIZE": str(hardware.processes),
         "LOCAL_RANK": "0",
@@ -93,12 +95,6 @@ def _start(hardware: Hardware, run_dir: Path) -> list[subprocess.Popen[bytes]]:
     command = [sys.executable, os.path.abspath(sys.argv[0]), *sys.argv[1:], f'hydra.run.dir="{run_dir}"']
     ranks = range(1, hardware.devices)
     return [subprocess.Popen(command, env=os.environ | {"LOCAL_RANK": str(rank)}) for rank in ranks]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _watch(children: list[subprocess.Popen[bytes]], parent: int, run_dir: Path, finished: threading.Event) -> None:

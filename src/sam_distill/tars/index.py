@@ -1,7 +1,6 @@
 """What tars hold, read off their headers once and kept in $SAM_DISTILL_HOME/index, a file for each.
 
-SA-1B has eleven million names. They stay in those files, and are looked up when a tar's turn comes: memory does not
-grow with the data set, and all ranks and loader workers share what the system caches of the files.
+SA-1B has eleven million names. They are looked up there when a tar's turn comes: memory does not grow with the data.
 """
 
 from __future__ import annotations
@@ -108,10 +107,11 @@ def read_headers(file: IO[bytes], size: int | None, address: str) -> TarIndex:
                 if file.read(tarfile.BLOCKSIZE).strip(b"\0"):  # neither the end of the archive nor that of the file
                     raise tarfile.ReadError("damaged header")
     except (tarfile.TarError, OSError) as error:
-        if size and not names and (packed := _compression(file)):
-            problem = f"{address} is compressed with {packed}: unpack it, or read it by a command, pipe:..."
-        else:
-            problem = f"the rest of {address} after {len(names)} files ({one_line(error)})"
+        problem = f"the rest of {address} after {len(names)} files ({one_line(error)})"
+        if size and not names:
+            file.seek(0)
+            if packed := compression(file.read(8)):
+                problem = f"{address} is compressed with {packed}: unpack it, or read it by a command, pipe:..."
         return TarIndex.of(list(names), problem)
     in_vain = f"{links} images of {address}, which are links: tar --dereference --hard-dereference takes what they mean"
     return TarIndex.of(list(names), in_vain if links else None)
@@ -120,11 +120,6 @@ def read_headers(file: IO[bytes], size: int | None, address: str) -> TarIndex:
 def sha256_of(address: str) -> str:
     """In hexadecimal digits. The address need not be UTF-8."""
     return hashlib.sha256(address.encode(errors="surrogateescape")).hexdigest()
-
-
-def _compression(file: IO[bytes]) -> str | None:
-    file.seek(0)
-    return compression(file.read(8))
 
 
 def cached_index(identity: str, stamp: str, read: Callable[[], TarIndex], min_images: int = 0) -> TarIndex:

@@ -15,7 +15,7 @@ from pytorch_lightning.callbacks import WeightAveraging
 from pytorch_lightning.loggers import WandbLogger
 from torch import Tensor
 
-from sam_distill.data.base import DataSource, SkippedSamples
+from sam_distill.data.base import DataSource
 from sam_distill.files import write_json
 from sam_distill.loggers.history import History, write_curves
 from sam_distill.loggers.wandb import validation_media
@@ -89,9 +89,7 @@ class ProgressiveResizing(pl.Callback):
                 module.student.image_size = side
                 return
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Batch, index: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
         assert isinstance(module, Distillation)
         module.student.image_size = self.own
 
@@ -124,13 +122,6 @@ class Averaged(WeightAveraging):
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Nothing is put in place of the weights: the last checkpoint, from which a run may go on, needs both."""
-
-
-def _merge_over_ranks(skipped_samples: SkippedSamples, device: torch.device) -> None:
-    """All ranks know the samples that any of them could not read."""
-    unreadable = skipped_samples.unreadable.to(device, torch.uint8)
-    torch.distributed.all_reduce(unreadable, torch.distributed.ReduceOp.MAX)
-    skipped_samples.unreadable |= unreadable.cpu().bool()
 
 
 class RunFolder(pl.Callback):
@@ -185,8 +176,10 @@ class RunFolder(pl.Callback):
         step = trainer.global_step
         if step == 0:
             self.before = {f"before/{n}": value for n, value in module.metrics.items() if "miou" in n} | module.blind()
-        if trainer.world_size > 1:
-            _merge_over_ranks(self.source.skipped_samples, module.device)
+        if trainer.world_size > 1:  # all ranks know the samples that any of them could not read
+            unreadable = self.source.skipped_samples.unreadable.to(module.device, torch.uint8)
+            torch.distributed.all_reduce(unreadable, torch.distributed.ReduceOp.MAX)
+            self.source.skipped_samples.unreadable |= unreadable.cpu().bool()
         if not trainer.is_global_zero:
             return
         metrics = module.metrics | module.judge.intervals() | self.before | self.facts

@@ -108,7 +108,10 @@ def fit(setup: Setup, options: Options, run_dir: Path) -> dict[str, Any]:
     """
     strategy, student, teacher, source = setup.strategy, setup.student, setup.teacher, setup.source
     hardware, resume = setup.hardware, None if options.resume is None else Path(options.resume)
-    checkpoint = None if resume is None else _last_checkpoint(resume)
+    checkpoint = None if resume is None else resume / "checkpoints" / "last.ckpt"
+    if checkpoint is not None and not checkpoint.is_file():
+        why = "the run may have stopped before its first checkpoint"
+        raise UserError(f"resume={resume}: there is no {checkpoint}; {why}")
     processes = hardware.processes
     sync_batchnorm = hardware.sync_batchnorm and processes > 1
     if strategy.finetunes and options.init is None and resume is None:
@@ -265,13 +268,6 @@ def _option(key: str, path: Path) -> str:
     """For a shell and for Hydra, whatever characters the path has."""
     plain = re.fullmatch(r"[\w./-]+", str(path))
     return f"{key}={path}" if plain else shlex.quote(quoted_override(key, str(path)))
-
-
-def _last_checkpoint(run_dir: Path) -> Path:
-    path = run_dir / "checkpoints" / "last.ckpt"
-    if not path.is_file():
-        raise UserError(f"resume={run_dir}: there is no {path}; the run may have stopped before its first checkpoint")
-    return path
 
 
 def _check_same_run(run_dir: Path, facts: Mapping[str, Any], source: DataSource) -> None:

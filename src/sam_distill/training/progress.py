@@ -1,7 +1,4 @@
-"""The bar of a training, on a terminal. Elsewhere there are log lines.
-
-Lightning's bars count the batches of an epoch, which has no end here, and its rich one draws in a thread, see below.
-"""
+"""The bar of a training. Lightning's own count the batches of an epoch, which has no end here."""
 
 from __future__ import annotations
 
