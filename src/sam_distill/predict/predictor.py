@@ -21,7 +21,7 @@ from sam_distill.types import FRAME, LOW_RES, MULTI, SINGLE, Prompts
 
 ImageLike = np.ndarray | Tensor | Image.Image | str | Path
 Answer = tuple[np.ndarray, np.ndarray, np.ndarray]
-_PROMPT = {"point_coords", "point_labels", "box", "mask_input", "multimask_output", "return_logits"}
+_PROMPT = ("point_coords", "point_labels", "box", "mask_input")
 
 
 class SamPredictor:
@@ -99,8 +99,9 @@ class SamPredictor:
         Returns masks [C, H, W] bool (float32 logits if return_logits), predicted IoUs [C], and low-res logits
         [C, 256, 256], with C = 3 if multimask_output, else 1.
         """
-        prompt = (point_coords, point_labels, box, mask_input)
-        return self._answer(self._only("predict"), *prompt, multimask_output, return_logits)
+        self._only("predict")
+        prompt = zip(_PROMPT, (point_coords, point_labels, box, mask_input), strict=True)
+        return self.predict_batch([dict(prompt)], multimask_output, return_logits)[0]
 
     def predict_best(
         self, points: Sequence[Sequence[float]], labels: Sequence[int], box: Sequence[float] | None
@@ -126,11 +127,11 @@ class SamPredictor:
         """
         if len(prompts) != len(self.original_sizes):
             raise ValueError(f"{len(prompts)} prompts for {len(self.original_sizes)} images: give one for each")
-        unknown = {name for prompt in prompts for name in prompt} - _PROMPT
-        if unknown:
-            raise ValueError(f"a prompt has no {', '.join(sorted(unknown))}; it may have {', '.join(sorted(_PROMPT))}")
         options = {"multimask_output": multimask_output, "return_logits": return_logits}
-        return [self._answer(index, **{**options, **prompt}) for index, prompt in enumerate(prompts)]
+        known = {*_PROMPT, *options}
+        if unknown := {name for prompt in prompts for name in prompt} - known:
+            raise ValueError(f"a prompt has no {', '.join(sorted(unknown))}; it may have {', '.join(sorted(known))}")
+        return [self._answer(index, {**options, **prompt}) for index, prompt in enumerate(prompts)]
 
     def predict_torch(
         self,
@@ -168,19 +169,10 @@ class SamPredictor:
         self.features = self.model.encode(torch.stack(padded), torch.tensor(sizes, device=self.device))
         self.original_sizes, self.input_sizes = original_sizes, sizes
 
-    def _answer(
-        self,
-        index: int,
-        point_coords: np.ndarray | None = None,
-        point_labels: np.ndarray | None = None,
-        box: np.ndarray | None = None,
-        mask_input: np.ndarray | None = None,
-        multimask_output: bool = True,
-        return_logits: bool = False,
-    ) -> Answer:
-        """`predict` for one of the images."""
+    def _answer(self, index: int, asked: Mapping[str, Any]) -> Answer:
+        """`predict` for one of the images. asked: its arguments."""
+        point_coords, point_labels, box, mask_input = (asked.get(name) for name in _PROMPT)
         check_one(point_coords, point_labels, box, mask_input)
-        self._features("predict")
         size = self.original_sizes[index]
         points = None if point_coords is None else self.transform.apply_coords(point_coords, size)[None]
         labels = None if point_labels is None else np.asarray(point_labels)[None]
@@ -190,7 +182,7 @@ class SamPredictor:
             None if part is None else torch.as_tensor(part.astype(np.float32), device=self.device)
             for part in (points, labels, boxes, masks)
         ]
-        answer = self._decode(index, given, multimask_output, return_logits)
+        answer = self._decode(index, given, asked["multimask_output"], asked["return_logits"])
         found, iou, low_res = (tensor[0].cpu().numpy() for tensor in answer)
         return found, iou, low_res
 
