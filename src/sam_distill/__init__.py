@@ -1,7 +1,5 @@
 """Distil Segment Anything into a small image encoder."""
 
-from __future__ import annotations
-
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 

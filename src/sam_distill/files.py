@@ -1,7 +1,5 @@
 """Files that are there whole, or not at all. Quick to import: no torch."""
 
-from __future__ import annotations
-
 import csv
 import errno
 import hashlib

@@ -4,8 +4,6 @@ To the last bit as segment-anything has it (utils/transforms.py, Sam.postprocess
 that loader workers start no threads of their own.
 """
 
-from __future__ import annotations
-
 from io import BytesIO
 from pathlib import Path
 

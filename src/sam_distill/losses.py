@@ -3,8 +3,6 @@
 Areas weigh cells, to keep the padding of the frame out, or down: [B, 1, h, w], 1 or True inside the image.
 """
 
-from __future__ import annotations
-
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import sigmoid_focal_loss

@@ -1,7 +1,5 @@
 """IoU between masks, and how sure its mean is."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

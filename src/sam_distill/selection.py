@@ -4,8 +4,6 @@ Images are chosen by a hash of their keys, so that a choice depends neither on t
 and images=100 is part of images=1000.
 """
 
-from __future__ import annotations
-
 import hashlib
 import logging
 from collections import Counter

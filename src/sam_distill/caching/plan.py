@@ -1,7 +1,5 @@
 """What writing a cache will take, measured on a few batches before it is begun."""
 
-from __future__ import annotations
-
 import shutil
 import time
 from datetime import timedelta

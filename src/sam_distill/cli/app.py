@@ -4,8 +4,6 @@ Exit status: 0 the job was done, 1 it failed, 2 the command line or a file of co
 143 terminated (SIGTERM).
 """
 
-from __future__ import annotations
-
 import argparse
 import difflib
 import os

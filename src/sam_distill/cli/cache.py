@@ -1,7 +1,5 @@
 """`sam-distill cache`."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 from typing import Annotated

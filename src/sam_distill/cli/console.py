@@ -1,7 +1,5 @@
 """The log on the console."""
 
-from __future__ import annotations
-
 import logging
 import sys
 

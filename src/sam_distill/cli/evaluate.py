@@ -1,7 +1,5 @@
 """`sam-distill evaluate`."""
 
-from __future__ import annotations
-
 import logging
 import os
 from functools import partial

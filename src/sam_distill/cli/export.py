@@ -1,7 +1,5 @@
 """`sam-distill export`: a model for use elsewhere, whole and checked, or nothing."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 from typing import Annotated, Literal

@@ -1,7 +1,5 @@
 """One job of a command: build it, call it, keep its record. A launcher such as joblib's runs it in another process."""
 
-from __future__ import annotations
-
 import gc
 import logging
 import random

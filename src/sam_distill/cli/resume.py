@@ -1,7 +1,5 @@
 """Where a run may begin, and how one goes on: `resume=RUN_DIR` alone is enough, in its own folder with its options."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path

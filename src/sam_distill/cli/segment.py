@@ -1,7 +1,5 @@
 """`sam-distill segment`: one thing or everything, in one image or many."""
 
-from __future__ import annotations
-
 import glob
 import json
 import logging

@@ -1,7 +1,5 @@
 """Whose answers a student learns, or is judged by."""
 
-from __future__ import annotations
-
 from sam_distill.data.base import DataSource
 from sam_distill.data.cache import Cache
 from sam_distill.teachers import CachedTeacher, LiveTeacher, Teacher

@@ -1,7 +1,5 @@
 """`sam-distill train`, which is `python train.py`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Any, Literal
 

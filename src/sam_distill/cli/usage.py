@@ -1,7 +1,5 @@
 """What `sam-distill COMMAND --help` shows: its choices and its keys, with the comments that conf/ has beside them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Check a composed configuration before anything is built: the signatures of its `_target_`s are the only schema."""
 
-from __future__ import annotations
-
 import difflib
 import functools
 import inspect

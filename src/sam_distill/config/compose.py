@@ -1,7 +1,5 @@
 """Compose a command's jobs before Hydra does, which stops at the first bad override: here all of them are told."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Sequence
 from contextlib import suppress

@@ -1,7 +1,5 @@
 """Signatures of this package's code and of Lightning's Trainer, without torch and the like: they import for seconds."""
 
-from __future__ import annotations
-
 import builtins
 import pkgutil
 import sys

@@ -1,7 +1,5 @@
 """Which file, or the command line, gave a key of a composed configuration: Hydra doesn't keep it, messages need it."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from functools import lru_cache

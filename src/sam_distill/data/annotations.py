@@ -1,7 +1,5 @@
 """Annotations in SA-1B's JSON, and in COCO's and LVIS's: run lengths or polygons, rasterised a few at a time."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """What every data source offers: an endless, resumable training stream and a small fixed validation set."""
 
-from __future__ import annotations
-
 import logging
 import zlib
 from abc import ABC, abstractmethod

@@ -8,8 +8,6 @@ A tar is written under a temporary name and renamed when whole. Its line for the
 several processes can write at once and a killed one loses only the tar in hand.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import tarfile

@@ -6,8 +6,6 @@ they agree to 0.994 and better (experiments/scale). So a 3:2 image takes 0.72 MB
 keeps the whole square, 4.19 MB.
 """
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch

@@ -1,7 +1,5 @@
 """Images in a folder and its subfolders."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Sequence

@@ -11,8 +11,6 @@ chelsea (Stefan van der Walt), coffee (Rachel Michetti), grass, gravel, retina.
 grace_hopper, of which matplotlib says nothing, is the US Navy's official portrait: public domain as a federal work.
 """
 
-from __future__ import annotations
-
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Annotated

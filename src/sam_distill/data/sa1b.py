@@ -4,8 +4,6 @@ The tars' headers tell what is there, what to hold out, and where a resumed run 
 from front to back.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace

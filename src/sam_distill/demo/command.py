@@ -1,7 +1,5 @@
 """`sam-distill demo`."""
 
-from __future__ import annotations
-
 import logging
 import os
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A page in the browser: click on an image, and see the masks of a student and its teacher. The only Gradio code."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

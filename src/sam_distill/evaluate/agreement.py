@@ -1,7 +1,5 @@
 """Agreement: do student and teacher cut out the same thing for the same prompt? (Paper, section 3.2.)"""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal

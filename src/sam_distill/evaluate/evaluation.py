@@ -1,7 +1,5 @@
 """Judge a finished model by a protocol."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping
 from pathlib import Path

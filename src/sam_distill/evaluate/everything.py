@@ -3,8 +3,6 @@
 Each of the teacher's masks is compared with the student's nearest; and the student's are judged as detections of them.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import io

@@ -5,8 +5,6 @@ the mask that is farthest from its border, each further one likewise in the larg
 back, so that models without such an input can be judged alike.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any

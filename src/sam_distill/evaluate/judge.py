@@ -1,7 +1,5 @@
 """A protocol's comparisons summed up over batches, with a row per prompt and a few pictures: validation, `evaluate`."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial

@@ -4,8 +4,6 @@ The paper leaves open how points are chosen, in which pixels distances are count
 lie on the thing as well. Ours are options; the defaults are the plainest reading.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal

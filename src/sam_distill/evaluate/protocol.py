@@ -1,7 +1,5 @@
 """What every way to judge a student by prompts shares: the same prompts for both models, their masks compared."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace

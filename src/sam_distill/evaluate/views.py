@@ -1,7 +1,5 @@
 """Who is judged: a model that looks at a batch of images, and can then be asked for masks."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass

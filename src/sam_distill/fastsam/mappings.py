@@ -7,8 +7,6 @@ All take masks [N, H, W] bool (N may be 0), points [K, 2] int64 (x, y) within th
 BACKGROUND, in the order given; the answer is [H, W] bool.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Literal
 

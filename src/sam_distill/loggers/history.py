@@ -1,7 +1,5 @@
 """history.csv, and the curves that are drawn of it."""
 
-from __future__ import annotations
-
 import csv
 from collections.abc import Mapping
 from dataclasses import dataclass

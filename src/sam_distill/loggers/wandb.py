@@ -1,7 +1,5 @@
 """Weights & Biases, beside history.csv, which every run writes."""
 
-from __future__ import annotations
-
 import netrc
 import os
 import secrets

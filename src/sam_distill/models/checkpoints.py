@@ -5,8 +5,6 @@ under `image_encoder.`), the same as .safetensors, and Lightning's .ckpt. What a
 off the description that rides in `state_dict._metadata`, where strict loaders don't look.
 """
 
-from __future__ import annotations
-
 import difflib
 import json
 import re

@@ -3,8 +3,6 @@
 Each is a backbone of timm's and a neck; this is the only module that knows timm's networks.
 """
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Sequence
 from contextlib import nullcontext

@@ -1,7 +1,5 @@
 """Layers that more than one part of SAM uses."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F

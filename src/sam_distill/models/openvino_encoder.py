@@ -1,7 +1,5 @@
 """An image encoder in OpenVINO, the fastest of the runtimes on a desktop's CPU."""
 
-from __future__ import annotations
-
 from functools import cache
 from typing import Any
 

@@ -1,7 +1,5 @@
 """ImageNet weights for timm's backbones: from the model hub, from a package by pip, or from a file."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """SAM's prompt encoder, batched over images and prompts. Parameter names are the official ones."""
 
-from __future__ import annotations
-
 import math
 from typing import cast
 

@@ -1,7 +1,5 @@
 """Segment Anything: an image encoder, a prompt encoder and a mask decoder, under their official names."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F

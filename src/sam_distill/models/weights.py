@@ -3,8 +3,6 @@
 The table is weights.yaml. A download resumes where it stopped, and gets its final name only when its hash is right.
 """
 
-from __future__ import annotations
-
 import difflib
 import http.client
 import logging

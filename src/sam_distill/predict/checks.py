@@ -1,7 +1,5 @@
 """Prompts as users give them: those that would be answered with nonsense are refused, and the right call is named."""
 
-from __future__ import annotations
-
 import warnings
 from math import prod
 from typing import Any

@@ -1,7 +1,5 @@
 """Where the mask generator looks: grids of points, and crops of the image in layers."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import product
 from math import ceil

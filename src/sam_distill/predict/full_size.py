@@ -1,7 +1,5 @@
 """Masks at the size of the original, but only where they are: any rectangle is a product of three small matrices."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Pictures: masks and prompts over images, and the paper's rows image | teacher | student (Figures 4 and 5)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from colorsys import hsv_to_rgb
 from typing import Any

@@ -1,7 +1,5 @@
 """Masks for prompts on images, with segment-anything's signatures: moving over is changing one import."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Specks and pinholes of masks."""
 
-from __future__ import annotations
-
 import numpy as np
 from skimage.measure import label
 

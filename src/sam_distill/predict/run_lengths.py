@@ -1,7 +1,5 @@
 """Masks as runs of pixels, counted down the columns, and COCO's two notations for that."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any

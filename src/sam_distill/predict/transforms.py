@@ -1,7 +1,5 @@
 """segment-anything's `ResizeLongestSide`: images and prompts into the frame, as scripts written for it do."""
 
-from __future__ import annotations
-
 import numpy as np
 from PIL import Image
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Make prompts of points and boxes as SAM takes them, and boxes of masks."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

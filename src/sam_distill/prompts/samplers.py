@@ -1,7 +1,5 @@
 """What to ask while training: each sampler draws `count` prompts for every image of a batch, never in the padding."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ A draw depends on (seed, image key, epoch) alone, not on the batch, the rank or 
 sweeps see the same prompts, and a resumed run goes on as if it had never stopped.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 

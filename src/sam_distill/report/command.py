@@ -1,7 +1,5 @@
 """`sam-distill report`: run folders in, one page out."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 

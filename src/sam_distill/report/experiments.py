@@ -1,7 +1,5 @@
 """What an experiment is about: experiments.yaml, and for runs of none what they differ in."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache

@@ -1,7 +1,5 @@
 """Write a report: report.html, which holds all it shows, and report.md with its pictures beside it."""
 
-from __future__ import annotations
-
 import base64
 import re
 from collections import Counter

@@ -1,7 +1,5 @@
 """Plots as SVG, in colours that a page can exchange for its own."""
 
-from __future__ import annotations
-
 import io
 import re
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Find runs, and read what each has left. What is damaged or unfinished is named, and never stops the others."""
 
-from __future__ import annotations
-
 import csv
 import json
 import math

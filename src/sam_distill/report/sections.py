@@ -1,7 +1,5 @@
 """The sections of a report: for each experiment its table, plots and pictures."""
 
-from __future__ import annotations
-
 import io
 import re
 from collections.abc import Iterator, Sequence

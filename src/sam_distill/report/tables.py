@@ -1,7 +1,5 @@
 """The table "paper | ours" of an experiment: its runs grouped by setting, beside the paper's rows; and results.csv."""
 
-from __future__ import annotations
-
 import csv
 import io
 from collections.abc import Mapping, Sequence

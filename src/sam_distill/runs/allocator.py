@@ -1,7 +1,5 @@
 """Have the C library keep the memory that it frees, for the next step."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import platform

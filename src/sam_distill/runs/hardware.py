@@ -1,7 +1,5 @@
 """What to run on, and how precisely."""
 
-from __future__ import annotations
-
 import platform
 import resource
 import sys

@@ -4,8 +4,6 @@ joblib kills its workers when the first process is interrupted, or when one of t
 process waits, and the workers end the job in hand as ever, begin no other and stay.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import signal

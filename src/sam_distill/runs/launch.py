@@ -4,8 +4,6 @@ Lightning (2.6) would start them, too, but within five seconds of one's failure 
 process included, which then can't say or record why.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import socket

@@ -1,7 +1,5 @@
 """Options as Hydra reads them from a command line."""
 
-from __future__ import annotations
-
 
 def quoted_override(key: str, value: str) -> str:
     """KEY="VALUE", whatever characters the value has."""

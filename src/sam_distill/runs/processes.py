@@ -1,7 +1,5 @@
 """The processes of a data-parallel run, as the environment describes them, and loader workers. No torch: quick."""
 
-from __future__ import annotations
-
 import os
 import signal
 import threading

@@ -1,7 +1,5 @@
 """status.json: how a run stands. Whichever of its processes fails first says why. Quick to import: no torch."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

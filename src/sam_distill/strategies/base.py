@@ -1,7 +1,5 @@
 """What a distillation strategy is."""
 
-from __future__ import annotations
-
 import re
 from abc import ABC, abstractmethod
 

@@ -1,7 +1,5 @@
 """Coupled distillation: encoder and decoder learn masks together."""
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
 from torch import nn

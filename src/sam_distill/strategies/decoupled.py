@@ -1,7 +1,5 @@
 """Decoupled distillation: the encoder learns the teacher's embedding."""
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 
 from pydantic import Field

@@ -1,7 +1,5 @@
 """Decoder finetuning: the optional second stage of decoupled distillation."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

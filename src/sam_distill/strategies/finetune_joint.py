@@ -1,7 +1,5 @@
 """Joint finetuning: the other second stage that the paper names."""
 
-from __future__ import annotations
-
 from torch import nn
 
 from sam_distill.models.sam import Sam

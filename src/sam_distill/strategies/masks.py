@@ -1,7 +1,5 @@
 """The loss that all strategies on masks share, against the teacher's masks or annotations."""
 
-from __future__ import annotations
-
 from abc import ABC
 from typing import Annotated, Literal
 

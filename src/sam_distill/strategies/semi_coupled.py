@@ -1,7 +1,5 @@
 """Semi-coupled distillation: the encoder learns masks through a frozen decoder."""
 
-from __future__ import annotations
-
 from torch import nn
 
 from sam_distill.models.sam import Sam

@@ -4,8 +4,6 @@ fsspec's own caches are of no use here: filecache has the reader wait for the wh
 several processes, and a full disk ends the reading.
 """
 
-from __future__ import annotations
-
 import io
 import logging
 from contextlib import suppress

@@ -5,8 +5,6 @@ with requests as one stream: fsspec asks for block after block, which took twice
 knows no ranges, and heeds no proxy. All other addresses (s3, gs, hf, ...) are fsspec's.
 """
 
-from __future__ import annotations
-
 import io
 import logging
 import os

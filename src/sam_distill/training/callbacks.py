@@ -1,7 +1,5 @@
 """What happens beside training: throughput, the run folder's files, progress lines and pictures."""
 
-from __future__ import annotations
-
 import logging
 import math
 import time

@@ -1,7 +1,5 @@
 """Loaders over a data source."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytorch_lightning as pl

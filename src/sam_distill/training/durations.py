@@ -1,7 +1,5 @@
 """Lengths of training in any unit: `8 epochs`, `50000 steps`, `400000 images`."""
 
-from __future__ import annotations
-
 import math
 import re
 from typing import Annotated, Any

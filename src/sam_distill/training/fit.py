@@ -1,7 +1,5 @@
 """Train a student: build the LightningModule and its surroundings, run them, leave a complete run folder."""
 
-from __future__ import annotations
-
 import copy
 import json
 import logging

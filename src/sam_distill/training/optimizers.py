@@ -1,7 +1,5 @@
 """The optimizers, with a warm-up and a cosine, and the parameters that take no weight decay."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass

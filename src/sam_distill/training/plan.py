@@ -1,7 +1,5 @@
 """What a training will take, measured on a few steps before it is begun."""
 
-from __future__ import annotations
-
 import time
 from datetime import timedelta
 from itertools import pairwise

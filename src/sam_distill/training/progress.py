@@ -1,7 +1,5 @@
 """The bar of a training. Lightning's own count the batches of an epoch, which has no end here."""
 
-from __future__ import annotations
-
 import time
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Where the time of a training step goes: data, teacher, encoder, decoder, loss, optimizer."""
 
-from __future__ import annotations
-
 import time
 from collections import defaultdict
 from collections.abc import Callable

@@ -4,8 +4,6 @@ Lightning (2.6) stops after a batch, be it in the midst of a step that accumulat
 that makes a GPU wait at every step; it saves nothing then.
 """
 
-from __future__ import annotations
-
 import logging
 import signal
 import time

@@ -4,8 +4,6 @@ torch.nn.SyncBatchNorm, which Lightning's `sync_batchnorm` puts in, neither runs
 that have an activation inside.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
