@@ -15,12 +15,13 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from sam_distill.errors import UserError, one_line
 from sam_distill.files import atomic_write
 from sam_distill.models.checkpoints import Checkpoint, fingerprint, load_sam
 from sam_distill.models.encoders import Neck
 from sam_distill.models.inference import optimize_for_inference
 from sam_distill.models.sam import Sam
-from sam_distill.types import ALL, EMBED_DIM, GRID, Batch, Masks, Prompts, UserError
+from sam_distill.types import ALL, EMBED_DIM, GRID, Batch, Masks, Prompts
 
 log = logging.getLogger(__name__)
 
@@ -137,10 +138,8 @@ class CachedTeacher(Teacher):
         try:
             sam.load_state_dict(torch.load(self.checkpoint, map_location="cpu", weights_only=True))
         except Exception as error:  # torch.load raises whatever a broken file makes it raise
-            reason = " ".join(str(error).split())[:120]
-            raise UserError(
-                f"{self.checkpoint} can't be read ({reason}): the sam-distill cache that wrote it, run again, mends it"
-            ) from error
+            advice = "the sam-distill cache that wrote it, run again, mends it"
+            raise UserError(f"{self.checkpoint} can't be read ({one_line(error)}): {advice}") from error
         return sam.requires_grad_(False).eval()
 
     @property

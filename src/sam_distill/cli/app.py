@@ -5,7 +5,6 @@ Exit status: 0 the job was done, 1 it failed, 2 the command line or a file of co
 """
 
 import argparse
-import difflib
 import os
 import re
 import secrets
@@ -29,6 +28,7 @@ from sam_distill.cli.usage import print_usage
 from sam_distill.config.check import check, forwarded_options
 from sam_distill.config.compose import compose_jobs
 from sam_distill.config.sources import task_overrides
+from sam_distill.errors import did_you_mean
 from sam_distill.runs import joblib_workers, processes
 from sam_distill.runs.allocator import keep_freed_memory
 
@@ -55,8 +55,7 @@ def main(argv: Sequence[str] | None = None, conf_dir: Path | None = None) -> int
         name, *rest = arguments
         if name in known:
             return run(name, rest, conf_dir)
-        guess = difflib.get_close_matches(name, known, 1)
-        hint = f"did you mean {guess[0]}?" if guess else f"commands: {', '.join(known)}"
+        hint = did_you_mean(name, known, f"commands: {', '.join(known)}")
         return _fail(f"{name}: no such command; {hint}", status=2)
     except BrokenPipeError:  # the reader of our output, such as `head`, has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

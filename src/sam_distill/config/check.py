@@ -100,7 +100,7 @@ def _check_call(node: DictConfig, key: str, expected: Any) -> Iterator[Mistake]:
     try:
         target = resolve(name)
     except Exception as error:  # whatever importing a module may raise
-        yield Mistake(_join(key, "_target_"), name, f"can't be imported: {one_line(error)}")
+        yield Mistake(_join(key, "_target_"), name, f"can't be imported: {first_line(error)}")
         target = _unknown  # what lies within is still checked
     partial = bool(node.get("_partial_"))
     made = target if inspect.isclass(target) else _signature(target).return_annotation
@@ -148,7 +148,7 @@ def _check_value(
     except InterpolationToMissingValueError:
         return  # the missing value is reported where it is
     except OmegaConfBaseException as error:
-        yield Mistake(key, _raw(parent)[field], f"can't be resolved: {one_line(error)}")
+        yield Mistake(key, _raw(parent)[field], f"can't be resolved: {first_line(error)}")
         return
     if isinstance(value, (DictConfig, ListConfig)) and _holds_nodes(plain):
         entry = _entry(expected, type(plain))
@@ -285,6 +285,6 @@ def _join(key: str, field: str) -> str:
     return f"{key}.{field}" if key else field
 
 
-def one_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type where it has none."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

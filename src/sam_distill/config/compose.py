@@ -17,7 +17,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sam_distill.config.check import nearest, one_line, parameters
+from sam_distill.config.check import first_line, nearest, parameters
 from sam_distill.config.signatures import resolve
 from sam_distill.config.sources import leaves
 from sam_distill.runs.overrides import quoted_override
@@ -96,7 +96,7 @@ class _Composer:
             except HydraException as error:
                 rest = _rest_of_list(text, words)
                 del words[: len(rest)]
-                self.mistakes.append(_unreadable(text, rest, one_line(error)))
+                self.mistakes.append(_unreadable(text, rest, first_line(error)))
         return parsed
 
     def refuse_sweeps(self, parsed: list[Override]) -> None:
@@ -228,7 +228,7 @@ def _unreadable(text: str, rest: list[str], reason: str) -> str:
 def _reason(error: Exception) -> str:
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
         return f"{error.problem_mark.name}, line {error.problem_mark.line + 1}: {error.problem}"
-    return one_line(error.__cause__ or error)
+    return first_line(error.__cause__ or error)
 
 
 def _dotted_names(cfg: DictConfig) -> set[str]:

@@ -17,7 +17,6 @@ from sam_distill.evaluate.views import OtherModel, View
 from sam_distill.files import write_json
 from sam_distill.models.sam import Sam
 from sam_distill.runs.hardware import Hardware
-from sam_distill.runs.processes import begin_worker
 from sam_distill.runs.progress import CountProgress
 from sam_distill.teachers import Teacher
 from sam_distill.types import Sample, UserError
@@ -109,11 +108,7 @@ def loader(
     source: DataSource, split: Split, hardware: Hardware, batch_size: int, truth: bool = False
 ) -> DataLoader[Sample]:
     """truth: images come with their annotations."""
-    stream = EvalStream(source, split, truth)
-    return DataLoader(
-        stream, batch_size=batch_size, collate_fn=collate, num_workers=hardware.num_workers,
-        pin_memory=hardware.kind == "cuda", worker_init_fn=begin_worker,
-    )  # fmt: skip
+    return hardware.loader(EvalStream(source, split, truth), batch_size=batch_size, collate_fn=collate)
 
 
 def _print_scores(metrics: Mapping[str, Any], protocol: Protocol, run_dir: Path) -> None:

@@ -16,11 +16,11 @@ from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
+from sam_distill.errors import UserError, one_line
 from sam_distill.evaluate.judge import Judge, Picture
 from sam_distill.evaluate.protocol import COLUMNS, prompt_rows
 from sam_distill.predict.overlays import prompted
 from sam_distill.runs import status
-from sam_distill.types import UserError
 
 STEP = "trainer/global_step"  # what Lightning's logger calls the x-axis
 SUMMARIES = {  # of a run's history, beside the last value
@@ -86,8 +86,8 @@ class WandB:
         try:
             run = logger.experiment
         except wandb.Error as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"W&B: {reason}; WANDB_MODE=offline keeps the run here, to be synced later") from error
+            advice = "WANDB_MODE=offline keeps the run here, to be synced later"
+            raise UserError(f"W&B: {one_line(error)}; {advice}") from error
         for metric, best in SUMMARIES.items():
             run.define_metric(metric, step_metric=STEP, summary=f"{best},last")
         return [logger]

@@ -5,7 +5,6 @@ under `image_encoder.`), the same as .safetensors, and Lightning's .ckpt. What a
 off the description that rides in `state_dict._metadata`, where strict loaders don't look.
 """
 
-import difflib
 import json
 import re
 from collections import OrderedDict
@@ -18,11 +17,12 @@ from pydantic import AfterValidator
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from sam_distill.errors import UserError, did_you_mean
 from sam_distill.files import atomic_write, compression, file_sha256
 from sam_distill.models import weights
 from sam_distill.models.encoders import ImageEncoder, SamViT, TinyViT, build_encoder
 from sam_distill.models.sam import Sam
-from sam_distill.types import FRAME, UserError
+from sam_distill.types import FRAME
 
 DESCRIPTION = "sam_distill"  # where a file keeps our description of it
 STUDENT = "student."  # prefix of the student's tensors in Lightning's checkpoints
@@ -115,8 +115,7 @@ def find_checkpoint(checkpoint: str | Path) -> Path:
         if str(checkpoint) in weights.names("fastsam"):
             raise UserError(f"{checkpoint} is no SAM: only sam-distill evaluate takes it")
         known = [*weights.names("sam"), *weights.names("fastsam")]
-        nearest = difflib.get_close_matches(str(checkpoint), known, n=1)
-        hint = f"did you mean {nearest[0]}?" if nearest else f"the names known are {', '.join(known)}"
+        hint = did_you_mean(str(checkpoint), known, f"the names known are {', '.join(known)}")
         raise UserError(f"no checkpoint {checkpoint}: it is neither a file, a run folder nor a name ({hint})")
     return path
 

@@ -3,7 +3,6 @@
 Each is a backbone of timm's and a neck; this is the only module that knows timm's networks.
 """
 
-import difflib
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -15,9 +14,10 @@ from timm.models.vision_transformer_sam import VisionTransformerSAM
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sam_distill.errors import UserError, did_you_mean
 from sam_distill.models.layers import DepthwiseConv2d, LayerNorm2d
 from sam_distill.models.pretrained import with_imagenet_weights
-from sam_distill.types import EMBED_DIM, FRAME, GRID, UserError
+from sam_distill.types import EMBED_DIM, FRAME, GRID
 
 Pretrained = bool | str  # ImageNet weights: from wherever they can be had, none, or those of a file
 
@@ -121,8 +121,7 @@ class TimmEncoder(ImageEncoder):
 
     def __init__(self, name: str, pretrained: Pretrained = True, neck: Literal["fine", "coarse"] = "fine") -> None:
         if not timm.is_model(name.split(".")[0]):
-            nearest = difflib.get_close_matches(name, timm.list_models(), n=3)
-            hint = f"did you mean {', '.join(nearest)}?" if nearest else "`timm.list_models()` names them all"
+            hint = did_you_mean(name, timm.list_models(), "`timm.list_models()` names them all", most=3)
             raise UserError(f"encoder.name={name}: timm has no such model; {hint}")
         backbone = with_imagenet_weights(name, partial(_feature_maps, name), pretrained)
         super().__init__(backbone, backbone.feature_info.channels())  # type: ignore[operator, union-attr]

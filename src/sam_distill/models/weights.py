@@ -3,7 +3,6 @@
 The table is weights.yaml. A download resumes where it stopped, and gets its final name only when its hash is right.
 """
 
-import difflib
 import http.client
 import logging
 import os
@@ -27,8 +26,8 @@ from filelock import FileLock
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from sam_distill.errors import UserError, did_you_mean
 from sam_distill.files import file_sha256
-from sam_distill.types import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -75,8 +74,7 @@ def fetch(name: str) -> Path:
     The hash is computed once per file; afterwards its size and a note beside it vouch for it.
     """
     if name not in names():
-        near = difflib.get_close_matches(name, names(), 1)
-        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(names())}"
+        hint = did_you_mean(name, names(), f"known are {', '.join(names())}")
         raise UserError(f"no weights are called {name!r}; {hint}")
     checkpoint = _table()[name]
     if not checkpoint.sources:

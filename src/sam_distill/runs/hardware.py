@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
+from torch.utils.data import DataLoader
 
 from sam_distill.runs import processes
 from sam_distill.types import UserError
@@ -93,6 +94,11 @@ class Hardware:
         if self.kind == "cpu":  # the training itself wants the cores
             return 1 if cores > 1 else 0
         return max(1, min(12, cores - 1))
+
+    def loader(self, dataset: Any, **options: Any) -> DataLoader[Any]:
+        """By this many workers, into memory that a GPU reads fast."""
+        workers: dict[str, Any] = {"num_workers": self.num_workers, "worker_init_fn": processes.begin_worker}
+        return DataLoader(dataset, pin_memory=self.kind == "cuda", **workers | options)
 
     def trainer_arguments(self) -> dict[str, Any]:
         """For Lightning's Trainer."""

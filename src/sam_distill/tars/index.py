@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from sam_distill.errors import one_line
 from sam_distill.files import atomic_write, compression
 from sam_distill.models.weights import home
 from sam_distill.selection import digests, is_image_member
@@ -38,10 +39,6 @@ def companion(member: str, kind: str) -> str:
 def short_key(member: str) -> str:
     """The key of an image, unless another has the same."""
     return member.rpartition(".")[0]
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:160] or type(error).__name__
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 from webdataset.shardlists import expand_urls
 from webdataset.tariterators import tar_file_iterator
 
+from sam_distill.errors import UserError, one_line
 from sam_distill.selection import digests, how_many, lowest
-from sam_distill.tars.index import TarIndex, companion, one_line, short_key
+from sam_distill.tars.index import TarIndex, companion, short_key
 from sam_distill.tars.local_copy import LocalCopy, finish_copy
 from sam_distill.tars.tar import HttpTar, LocalTar, PipedTar, RemoteTar, Tar
-from sam_distill.types import UserError
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ class Shard:
                         break
                 finish_copy(file)
         except (tarfile.TarError, OSError, UserError) as error:  # hours into a run, too: the other tars are still there
-            log.warning("%s: %s", self.tar, " ".join(str(error).split()))
+            log.warning("%s: %s", self.tar, one_line(error))
 
 
 def index_tars(path: str | list[str], option: str, local: str | None = None) -> tuple[list[Shard], list[str]]:

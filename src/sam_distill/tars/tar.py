@@ -21,8 +21,8 @@ import fsspec
 import requests
 from fsspec.spec import AbstractBufferedFile
 
-from sam_distill.tars.index import TarIndex, cached_index, file_stamp, one_line, read_headers, sha256_of
-from sam_distill.types import UserError
+from sam_distill.errors import UserError, one_line
+from sam_distill.tars.index import TarIndex, cached_index, file_stamp, read_headers, sha256_of
 
 log = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from lightning_fabric.plugins import TorchCheckpointIO
 
+from sam_distill.errors import UserError, one_line
 from sam_distill.files import atomic_write
-from sam_distill.types import UserError
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -25,8 +25,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         try:
             return super().load_checkpoint(path, map_location, weights_only)
         except Exception as error:  # torch.load raises whatever a torn file makes it raise
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-            raise UserError(
-                f"resume: {path} can't be read ({reason}); init=RUN_DIR starts a new run from the student that a run"
-                " has saved"
-            ) from error
+            advice = "init=RUN_DIR starts a new run from the student that a run has saved"
+            reason = f"{type(error).__name__}: {one_line(error)}"
+            raise UserError(f"resume: {path} can't be read ({reason}); {advice}") from error

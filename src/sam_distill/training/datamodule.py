@@ -1,13 +1,10 @@
 """Loaders over a data source."""
 
-from typing import Any
-
 import pytorch_lightning as pl
 from torch.utils.data import DataLoader
 
 from sam_distill.data.base import DataSource, collate
 from sam_distill.runs.hardware import Hardware
-from sam_distill.runs.processes import begin_worker
 from sam_distill.types import Sample, UserError
 
 
@@ -31,22 +28,13 @@ class DistillationData(pl.LightningDataModule):
             world_size=self.trainer.world_size,
             batch_size=self.batch_size,
         )
-        return DataLoader(
-            stream,
-            batch_size=self.batch_size,
-            collate_fn=collate,
-            num_workers=self.hardware.num_workers,
-            persistent_workers=self.hardware.num_workers > 0,
-            worker_init_fn=begin_worker,
-            pin_memory=self.hardware.kind == "cuda",
-        )
+        options = {"batch_size": self.batch_size, "persistent_workers": self.hardware.num_workers > 0}
+        return self.hardware.loader(stream, collate_fn=collate, **options)
 
     def val_dataloader(self) -> DataLoader[Sample]:
         assert self.trainer is not None
         samples = self.source.val_samples()
         if not samples:
             raise UserError("not one of the validation images can be read")
-        share: Any = samples[self.trainer.global_rank :: self.trainer.world_size]
-        return DataLoader(
-            share, batch_size=self.batch_size, collate_fn=collate, pin_memory=self.hardware.kind == "cuda"
-        )
+        share = samples[self.trainer.global_rank :: self.trainer.world_size]
+        return self.hardware.loader(share, batch_size=self.batch_size, collate_fn=collate, num_workers=0)
