@@ -33,11 +33,7 @@ MANIFEST = "manifest.json"
 
 
 class Cache(Sa1b):
-    """What `sam-distill cache` has written to `path`. The images held out are those that its source held out.
-
-    images, fraction: train on so many of the others, chosen by hash.
-    shuffle_buffer: images, still encoded, that a loader worker shuffles at a time (0.9 MB each).
-    """
+    """What `sam-distill cache` has written to `path`. The images held out are those that its source held out."""
 
     kinds = (".embedding", ".json")
     path: str

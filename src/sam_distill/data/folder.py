@@ -34,11 +34,7 @@ class ImageFile:
 
 
 class Folder(IndexedSource[ImageFile]):
-    """Every jpg, png, webp, bmp and tif below `path`; those whose keys hash lowest are held out for validation.
-
-    images, fraction: train on so many of the rest, chosen by hash as well.
-    annotations: a JSON of COCO or LVIS with the masks of these images, to judge by.
-    """
+    """Every jpg, png, webp, bmp and tif below `path`; those whose keys hash lowest are held out for validation."""
 
     def __init__(
         self,

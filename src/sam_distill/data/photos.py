@@ -36,13 +36,7 @@ Pixels = NDArray[np.float32]  # [h, w, 3] in 0..1
 
 
 class Photos(IndexedSource[str]):
-    """Photographs and collages of photographs, each drawn on the fly from its key and the seed.
-
-    images: training images; a larger number adds to a smaller one's. Each costs the teacher one encoding.
-    fraction: train on this part of them.
-    val_images: the four held-out photographs first, then close-ups of them.
-    seed: draws other training images; the validation images are always the same.
-    """
+    """Photographs and collages of photographs, each drawn on the fly from its key and, but for validation, the seed."""
 
     def __init__(
         self,

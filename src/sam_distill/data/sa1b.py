@@ -27,15 +27,9 @@ log = logging.getLogger(__name__)
 
 
 class Sa1b(DataSource[Shard]):
-    """Tars in SA-1B's layout.
-
-    path, val_path: a folder, a tar, a glob, a brace pattern, an address (http(s), s3, gs, hf; also with braces), a
-    `pipe:` command that writes a tar, or a list of these.
+    """Tars in SA-1B's layout; conf/data/sa1b.yaml says what each option means.
 
     Validation takes the first images of several tars, evenly spaced, out of `path`, unless it has its own `val_path`.
-    images, fraction: train on so many of the rest, chosen by hash; tars without a chosen image are not read.
-    shuffle_buffer: images, still encoded, that a loader worker shuffles at a time (1.1 MB each in SA-1B).
-    local: a folder where tars from elsewhere are kept once they have been read.
     """
 
     kinds: tuple[str, ...] = ()  # companions that are read with every image

@@ -15,11 +15,7 @@ from sam_distill.types import LOW_RES, valid_area
 
 @dataclass
 class Agreement(Protocol):
-    """Points are uniform over the image; boxes are the tight boxes of the teacher's masks at those points.
-
-    points: prompts of each kind per image.
-    kinds: point, box, or both.
-    """
+    """Points are uniform over the image; boxes are the tight boxes of the teacher's masks at those points."""
 
     points: Annotated[int, Field(gt=0)] = 4
     kinds: Annotated[Sequence[Literal["point", "box"]], Field(min_length=1)] = ("point", "box")

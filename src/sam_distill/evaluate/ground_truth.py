@@ -26,10 +26,7 @@ from sam_distill.types import ABSENT, BACKGROUND, FOREGROUND, upload
 
 @dataclass
 class GroundTruth(Protocol):
-    """annotations: so many per image, drawn by (seed, image key); null: all of them.
-
-    clicks: the numbers of clicks after which the mask is judged.
-    """
+    """So many annotations per image, drawn by (seed, image key), are asked for by clicks and by boxes."""
 
     reference = "annotation"
     annotations: Annotated[int, Field(gt=0)] | None = 8

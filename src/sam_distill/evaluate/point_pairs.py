@@ -20,13 +20,7 @@ from sam_distill.types import ABSENT, BACKGROUND, FOREGROUND, upload
 
 @dataclass
 class PointPairs(Protocol):
-    """The foreground point is uniform over the image; the background point lies in a random direction.
-
-    distances: between the two, in pixels; an image too small for one is left out of it.
-    pairs: per image and distance.
-    pixels: that distances are counted in: of the original, or of the 1024 frame.
-    outside: leave out pairs whose second point lies on the teacher's mask for the first one alone.
-    """
+    """The foreground point is uniform over the image; the background point lies in a random direction."""
 
     distances: Annotated[Sequence[Annotated[int, Field(gt=0)]], Field(min_length=1)] = (100, 200, 300, 400, 500)
     pairs: Annotated[int, Field(gt=0)] = 1

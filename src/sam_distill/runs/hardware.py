@@ -22,11 +22,8 @@ _OWN_OPTIONS = {  # arguments of Lightning's Trainer that are options of their o
 
 
 class Hardware:
-    """accelerator: auto takes a GPU if there is one. devices, nodes: how many; more than one device means DDP.
-    precision: auto is bf16 wherever the hardware computes it natively, else fp32 (of which GPUs make TF32 in products).
-    workers: processes that decode images, per device; auto leaves a core to the training process. Tars are dealt out to
-        them, so there the order of images depends on their number.
-    sync_batchnorm: with several devices, BatchNorm's statistics are those of all their batches together.
+    """conf/trainer/auto.yaml says what each option means; of fp32 GPUs make TF32 in products.
+
     lightning: further arguments of Lightning's Trainer, for training. None stands for what they are without.
     """
 

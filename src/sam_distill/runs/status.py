@@ -4,7 +4,7 @@ import json
 import os
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import datetime
 from importlib import metadata
@@ -135,17 +135,17 @@ def now() -> str:
 
 def read(run_dir: Path) -> dict[str, Any]:
     """status.json, empty if there is none that can be read."""
-    try:
-        content = json.loads((run_dir / "status.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    return _mapping(run_dir / "status.json", json.loads)
 
 
 def config(run_dir: Path) -> dict[str, Any]:
     """The resolved configuration that a job has left in its folder; empty if there is none that can be read."""
+    return _mapping(run_dir / "config.yaml", yaml.safe_load)
+
+
+def _mapping(file: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
     try:
-        content = yaml.safe_load((run_dir / "config.yaml").read_text())
+        content = parse(file.read_text())
     except (OSError, ValueError, yaml.YAMLError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -10,11 +10,7 @@ from sam_distill.strategies.masks import MaskStrategy
 
 
 class Coupled(MaskStrategy):
-    """Image encoder and mask decoder learn from masks together, as SAM itself was trained (paper, Figure 2, left).
-
-    decoder: where the mask decoder starts: scratch, or as a copy of the teacher's.
-    prompt_encoder: frozen, the teacher's; or it trains, too (its embeddings of points and boxes, all that is in use).
-    """
+    """Image encoder and mask decoder learn from masks together, as SAM itself was trained (paper, Figure 2, left)."""
 
     def __init__(
         self,

@@ -24,11 +24,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 class AdamW:
     """Makes a torch.optim.AdamW and its schedule for the parts that train; not an optimizer itself, nor is `Muon`.
 
-    lr: peak learning rate. weight_decay: on matrices and filters only.
-    warmup: share of the steps over which the rate climbs linearly. final: rate at the end, as a share of lr.
-    clip: largest norm of the gradient; 0 for none.
-    eps: added to the root of the mean squared gradient. The embeddings' mean squared error has gradients around 1e-7.
-    scale: factors on lr for parts of the student, such as {mask_decoder: 0.1}; 1 for those not named.
+    conf/optim/adamw.yaml says what each option means.
     """
 
     lr: Annotated[float, Field(gt=0)] = 1e-3
