@@ -101,7 +101,7 @@ def _jobs(image: str, path: Path) -> list[tuple[Path, Path]]:
         return [(source, path)]
     if path.suffix.lower() in IMAGE_SUFFIXES or path.is_file():
         raise UserError(f"path={path}: image={image} is more than one, so path= is the folder for the results")
-    named = sorted(map(Path, glob.glob(str(source), recursive=True)))
+    named = map(Path, sorted(glob.glob(str(source), recursive=True)))
     files = image_files(source) if source.is_dir() else [file for file in named if is_image(file.name)]
     if not files:
         raise UserError(f"image={image}: there is no image; expected jpg, png, webp, bmp or tif files")

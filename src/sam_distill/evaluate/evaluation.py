@@ -74,9 +74,9 @@ def judge(
             " all empty"
         )
     looked_at = sum(len(batch) for batch, _, _ in answers)
-    embeddings = torch.stack([embedding.float().sum(0) for _, embedding, _ in answers]).sum(0)
+    summed = torch.stack([embedding.float().sum(0) for _, embedding, _ in answers]).sum(0)
     with hardware.autocast():
-        baseline = blind(Judge(protocol).to(hardware.kind), teacher.sam, answers, embeddings, looked_at)
+        baseline = blind(Judge(protocol).to(hardware.kind), teacher.sam, answers, summed, looked_at)
     metrics |= result.intervals() | baseline | ({"blind/images": looked_at} if baseline else {})
     if annotated:
         metrics |= {f"teacher/{n}": value for n, value in of_teacher.compute().items() if n.startswith("miou/")}
