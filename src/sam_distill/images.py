@@ -114,8 +114,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def _to_8_bit(gray: np.ndarray, ranges: tuple[int, ...]) -> Image.Image:
     """[H, W] float32 of unstated range, scaled to 0..255 by the first of `ranges` that holds its values, or by its top.
 
-    So a dark 16-bit image stays dark, and a float image may be in 0..1 as well as in 0..255.
+    So a dark 16-bit image stays dark, and a float image may be in 0..1 as well as in 0..255; resizing may have
+    overshot by a tenth.
     """
     gray = np.nan_to_num(gray).clip(min=0)
-    top = next((top for top in ranges if gray.max() <= top), gray.max())
-    return Image.fromarray(np.uint8(gray * (255 / top) + 0.5))
+    top = next((top for top in ranges if gray.max() <= 1.1 * top), gray.max())
+    return Image.fromarray(np.uint8(gray.clip(max=top) * (255 / top) + 0.5))

@@ -130,7 +130,7 @@ class CachedTeacher(Teacher):
     def __init__(self, path: str) -> None:
         self.checkpoint = str(Path(path).expanduser() / TEACHER_FILE)
         if not Path(self.checkpoint).is_file():
-            raise UserError(f"{path} holds no cache: there is no {TEACHER_FILE} in it")
+            raise UserError(f"{path} holds no whole cache: there is no {TEACHER_FILE} in it")
 
     @cached_property
     def sam(self) -> Sam:

@@ -76,6 +76,10 @@ def test_cache_and_check(cached: Path, images: Path, capfd: pytest.CaptureFixtur
     spoilt.mkdir()
     for file in cached.iterdir():
         (spoilt / file.name).write_bytes(file.read_bytes())
+    (spoilt / "teacher.pt").write_bytes(b"x")
+    assert app.main(["cache", f"path={spoilt}", "check=true"]) == 1
+    assert "teacher.pt can't be read" in capfd.readouterr().err
+    (spoilt / "teacher.pt").write_bytes((cached / "teacher.pt").read_bytes())
     tar = spoilt / "cache-000002.tar"
     tar.write_bytes(tar.read_bytes()[:-1] + b"x")
     assert app.main(["cache", f"path={spoilt}", "check=true"]) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import random
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
+from rich.console import Console
 
 from sam_distill.cli import app
 from sam_distill.runs import status as run_status
@@ -31,6 +33,8 @@ class Fuse:
 
 
 def job(*, fuse: Fuse, seed: int, how: str, run_dir: Path) -> None:
+    if how == "table":
+        Console().print("a table")
     drawn.append(random.random())
     arguments.append(list(sys.argv))
     assert json.loads((run_dir / "status.json").read_text())["status"] == "running"
@@ -117,6 +121,17 @@ def test_another_run_is_writing_there(
     assert status() == before
 
 
+@pytest.mark.parametrize("name", ["status.json", "config.yaml", "metrics.json", "student.pt"])
+def test_files_of_ones_own_are_not_written_over(
+    toy: Callable[..., int], capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """hydra.run.dir=. in the folder of another project."""
+    Path(name).write_text('{"mine": 1}')
+    assert toy("hydra.run.dir=.") == 2
+    assert f"holds a {name}, but no record of a run" in capsys.readouterr().err
+    assert Path(name).read_text() == '{"mine": 1}'
+
+
 def test_a_sweep_does_not_write_over_students(toy: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
     assert toy("-m", "hydra.sweep.dir=sweep", "seed=0") == 0
     Path("sweep/0/student.pt").touch()
@@ -177,6 +192,20 @@ def test_where_no_log_can_be_written(toy: Callable[..., int], capsys: pytest.Cap
     err = capsys.readouterr().err
     assert "in job\n" in err
     assert err.endswith("\nerror: ZeroDivisionError: split lines\n")
+
+
+@pytest.mark.parametrize("how", ["well", "table"])
+def test_the_reader_of_the_output_leaves(
+    toy: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], how: str
+) -> None:
+    """`| head` has seen enough: the job is done all the same, and as well where stdout was closed at once."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    for place, stdout in {"left": os.fdopen(writer, "w"), "closed": None}.items():
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert toy(f"hydra.run.dir={place}", f"how={how}") == 0
+        assert status(place)["status"] == "finished"
+    assert capfd.readouterr().err == ""
 
 
 def test_interrupted(toy: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
@@ -272,10 +301,10 @@ def on_devices(*, trainer: int, fuse: Fuse, seed: int, how: str) -> None:
 
 def test_only_the_first_process_keeps_the_records(toy: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> None:
     Path("run").mkdir()
-    Path("run/status.json").write_text('{"status": "running"}')
+    Path("run/status.json").write_text('{"status": "running", "command": ["toy"]}')
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert toy("hydra.run.dir=run", "hydra.job.name=train_ddp_process_1") == 0
-    assert status() == {"status": "running"}
+    assert status() == {"status": "running", "command": ["toy"]}
     assert not Path("run/config.yaml").exists()
 
 

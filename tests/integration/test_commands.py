@@ -14,12 +14,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageDraw
 from pycocotools import mask as coco
 
 from sam_distill.cli import app
 from sam_distill.data.annotations import draw_annotations
 from sam_distill.models import weights
+from sam_distill.types import Sample
 
 ROOT = Path(__file__).parents[2]
 QUICK = ["image_size=64", "batch_size=2", "trainer=cpu", "trainer.workers=0", "encoder.pretrained=false",
@@ -175,7 +177,8 @@ def test_segment_everything_in_a_folder(
     for number in (0, 1):
         written = json.loads((out / f"{number}.json").read_text())
         assert written["image"] == {"image_id": number, "width": 96, "height": 64, "file_name": f"{number}.png"}
-        masks = draw_annotations((out / f"{number}.json").read_bytes(), "0", "0", 4, 0, 0)
+        sample = Sample("0", torch.empty(0), (64, 96), json=(out / f"{number}.json").read_bytes())
+        masks = draw_annotations(sample, "0", 4, 0)
         assert masks[0].any(), "the annotations are read as SA-1B's"
         assert {
             "id",

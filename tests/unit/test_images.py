@@ -112,6 +112,12 @@ def test_deep_gray_is_scaled_not_clipped(format: str, dtype: type, top: float) -
     assert np.abs(np.array(image).astype(int) - RAMP[..., None]).max() <= 1
 
 
+def test_floats_may_overshoot() -> None:
+    """As those of a bicubic resize do: an image of 0..1 is not taken for a black one of 0..255."""
+    image, _ = decode(encoded(Image.fromarray((RAMP / 255 * 1.05).astype(np.float32)), "TIFF"))
+    assert np.abs(np.array(image).astype(int) - (RAMP[..., None] * 1.05).clip(max=255)).max() <= 1
+
+
 def test_transparent_parts_become_white() -> None:
     for mode, clear in {"RGBA": (10, 20, 30, 0), "LA": (10, 0)}.items():
         image, _ = decode(encoded(Image.new(mode, (8, 8), clear)))

@@ -29,7 +29,7 @@ from sam_distill.runs import processes
 from sam_distill.runs.hardware import Hardware
 from sam_distill.runs.progress import CountProgress
 from sam_distill.runs.status import only_process
-from sam_distill.teachers import LiveTeacher, check_finite, save_teacher
+from sam_distill.teachers import CachedTeacher, LiveTeacher, check_finite, save_teacher
 from sam_distill.types import FRAME, Sample, UserError
 
 log = logging.getLogger(__name__)
@@ -214,7 +214,7 @@ class _Writer:
 
 
 def verify(folder: Path) -> dict[str, int]:
-    """Compare every tar with its line in the manifest. A UserError names those that differ."""
+    """Compare every tar with its line in the manifest, and read the teacher. A UserError names what is wrong."""
     manifest = read_manifest(folder)
     wrong = []
     with CountProgress(len(manifest["shards"]), "Verifying") as progress:
@@ -231,6 +231,7 @@ def verify(folder: Path) -> dict[str, int]:
     if missing:
         message = f"{missing} of {manifest['tars']} tars have not been written yet; the others are whole"
         raise UserError(f"{folder}: {message}. Run the same sam-distill cache again: it goes on where it stopped")
+    _ = CachedTeacher(str(folder)).sam  # a UserError if that can't be read
     return {"images": manifest["images"], "tars": manifest["tars"]}
 
 

@@ -1,7 +1,7 @@
 """Run a command: `sam-distill <command> [overrides]`. Compose, check all, then build and call; mistakes are one line.
 
 Exit status: 0 the job was done, 1 it failed, 2 the command line or a file of conf/ is wrong, 130 interrupted (Ctrl-C),
-143 terminated (SIGTERM).
+143 terminated (SIGTERM), 129 the terminal is gone (SIGHUP).
 """
 
 import argparse
@@ -22,6 +22,7 @@ from hydra.core.utils import JobReturn
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from sam_distill.cli.console import go_on_unread
 from sam_distill.cli.jobs import Task, describe, name_folders, print_errors
 from sam_distill.cli.resume import run_folder_mistakes, with_resumed_options
 from sam_distill.cli.usage import print_usage
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None, conf_dir: Path | None = None) -> int
         hint = did_you_mean(name, known, f"commands: {', '.join(known)}")
         return _fail(f"{name}: no such command; {hint}", status=2)
     except BrokenPipeError:  # the reader of our output, such as `head`, has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        go_on_unread()
         return 1
 
 

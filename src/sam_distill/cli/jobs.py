@@ -16,7 +16,9 @@ from hydra.errors import InstantiationException
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
 
+from sam_distill.cli.console import go_on_unread
 from sam_distill.cli.resume import LAST, occupied
 from sam_distill.config.check import RUN_DIR, keeps_run_folder
 from sam_distill.config.sources import task_overrides
@@ -76,6 +78,7 @@ class Task:
             log = log.with_suffix(f".{processes.name()}.log")
             _log_to_file_only(log)
         supplied = {RUN_DIR: run_dir} if has_folder else {}
+        Console.on_broken_pipe = go_on_unread  # type: ignore[method-assign]  # rich would end the job instead
         try:
             with writing(run_dir) if first and recorded else nullcontext():
                 return _execute(cfg, supplied, status, log, f"{which}: " if swept else "")
@@ -118,7 +121,8 @@ def _execute(cfg: DictConfig, supplied: dict[str, Path], status: Status, log: Pa
         return False
     except BaseException as stop:  # a signal or sys.exit
         code = 130 if isinstance(stop, KeyboardInterrupt) else getattr(stop, "code", None)
-        signalled = {130: "interrupted", 143: "interrupted by SIGTERM"}.get(code) if isinstance(code, int) else None
+        names = {128 + number: f"interrupted by {number.name}" for number in processes.STOP_SIGNALS}
+        signalled = (names | {130: "interrupted"}).get(code) if isinstance(code, int) else None
         if first and status.end(signalled or describe(stop)) and signalled:
             print_errors(signalled + (f"; resume={run_dir} goes on from the last checkpoint" if can_resume() else ""))
         raise SystemExit(code) from stop

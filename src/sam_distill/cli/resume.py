@@ -15,6 +15,7 @@ from sam_distill.runs import processes, status
 from sam_distill.runs.overrides import quoted_override
 
 LAST = Path("checkpoints", "last.ckpt")  # in a run's folder
+_RECORDS = ("status.json", "config.yaml", "metrics.json", "history.csv", "prompts.csv", "student.pt")
 
 # What a resumed run may do differently, and does; training sees to it that images and batches stay what they were.
 _MAY_CHANGE = (
@@ -58,6 +59,9 @@ def occupied(run_dir: Path, command: str) -> str:
     """Why `command` may not begin a run in this folder, where it would write over another; "" if it may."""
     record = status.read(run_dir)
     other = (record.get("command") or [command])[0]
+    foreign = "" if record.get("command") else next((name for name in _RECORDS if (run_dir / name).exists()), "")
+    if foreign:
+        return f"{run_dir} holds a {foreign}, but no record of a run, which would write over it: choose another folder"
     if other != command:
         return f"{run_dir} holds a run of sam-distill {other}: choose another folder"
     if (run_dir / LAST).is_file():

@@ -27,18 +27,18 @@ def _readable(name: str) -> Iterator[None]:
         raise UserError(f"{name}: the annotations can't be read ({type(error).__name__}: {error})") from None
 
 
-def draw_annotations(content: bytes, key: str, name: str, count: int, seed: int, epoch: int) -> Tensor:
-    """`count` masks drawn from an image's JSON, without repetition: [count, 256, 256] bool in the frame.
+def draw_annotations(sample: Sample, name: str, count: int, seed: int) -> Tensor:
+    """`count` masks drawn from a sample's JSON, without repetition: [count, 256, 256] bool in the frame.
 
     Empty masks at the end where there are fewer. A cell is in a mask if at least half of it is. Each epoch draws anew.
     name: of the file, for the UserError that says that it is damaged.
     """
     drawn = np.zeros((count, LOW_RES, LOW_RES), bool)
     with _readable(name):
-        found = json.loads(content)["annotations"]
-        order = generator(seed, key, epoch, "annotations").permutation(len(found))[:count]
+        found = json.loads(sample.json)["annotations"]
+        order = generator(seed, sample.key, sample.epoch, "annotations").permutation(len(found))[:count]
         for place, index in enumerate(order):
-            drawn[place] = _at_low_res(found[index]["segmentation"])
+            drawn[place] = _at_low_res(found[index]["segmentation"], sample.original_size)
     return torch.from_numpy(drawn)
 
 
@@ -131,9 +131,11 @@ def _compressed(segmentation: Any, size: tuple[int, int]) -> RunLengths:
     return segmentation
 
 
-def _at_low_res(segmentation: dict[str, Any]) -> np.ndarray:
-    """[256, 256] bool."""
+def _at_low_res(segmentation: dict[str, Any], original_size: Size) -> np.ndarray:
+    """[256, 256] bool. A mask may be of another resolution than its image, but not of another shape."""
     height, width = segmentation["size"]
+    if np.abs(np.subtract(frame_size((height, width)), frame_size(original_size))).max() > FRAME / 100:
+        raise ValueError(f"a mask of {[height, width]} pixels for an image of {original_size}")
     original = Image.fromarray(coco.decode(_compressed(segmentation, (height, width))) * np.uint8(255))
     frame = Image.new("L", (FRAME, FRAME))
     frame.paste(original.resize(frame_size((height, width))[::-1], Image.Resampling.BILINEAR))

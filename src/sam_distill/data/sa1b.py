@@ -138,12 +138,11 @@ class Sa1b(DataSource[Shard]):
 
     def with_annotations(self, sample: Sample, encoded: EncodedSample) -> Sample:
         """With its JSON, the last of its companions, and, in training, with masks drawn from it if they are wanted."""
-        json = encoded.contents[-1]
+        sample = replace(sample, json=encoded.contents[-1])
         if self.annotations is None or encoded.index == NOT_TRAINED_ON:
-            return replace(sample, json=json)
-        name, (count, seed) = f"{companion(encoded.member, '.json')} in {encoded.shard.tar}", self.annotations
-        drawn = draw_annotations(json, sample.key, name, count, seed, encoded.epoch)
-        return replace(sample, annotations=drawn, json=json)
+            return sample
+        name = f"{companion(encoded.member, '.json')} in {encoded.shard.tar}"
+        return replace(sample, annotations=draw_annotations(sample, name, *self.annotations))
 
 
 def _raise_missing(shard: Shard, member: str) -> Sample:

@@ -17,7 +17,7 @@ LIGHTNING = "pytorch_lightning.trainer.trainer.Trainer"
 _OWN_OPTIONS = {  # arguments of Lightning's Trainer that are options of their own
     "max_epochs": "budget", "max_steps": "budget", "accumulate_grad_batches": "accumulate", "logger": "logger",
     "val_check_interval": "validate_every", "check_val_every_n_epoch": "validate_every", "num_nodes": "trainer.nodes",
-    "default_root_dir": "hydra.run.dir",
+    "default_root_dir": "hydra.run.dir", "limit_val_batches": "data.val_images",
 }  # fmt: skip
 
 

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from sam_distill.runs.processes import STOP_SIGNALS
+
 _NAME = "LokyProcess-"  # and a number from 1
 _has_job = False
 _stopped = False  # by a signal
@@ -33,7 +35,7 @@ def signals_end_all() -> Iterator[None]:
             os.kill(pid, number)
 
     is_main = threading.current_thread() is threading.main_thread()  # only there Python allows it
-    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM) if is_main}
+    before = {number: signal.signal(number, end) for number in STOP_SIGNALS if is_main}
     try:
         yield
     finally:
@@ -50,7 +52,7 @@ def is_worker() -> bool:
 def set_up_worker() -> None:
     """Before the jobs of a worker."""
     _take_a_gpu(int(multiprocessing.current_process().name.removeprefix(_NAME)))
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOP_SIGNALS:
         signal.signal(number, _on_signal)
 
 

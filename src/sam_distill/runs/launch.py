@@ -21,7 +21,7 @@ from sam_distill.runs import processes, status
 from sam_distill.runs.hardware import Hardware
 from sam_distill.types import UserError
 
-STOPPED = {128 + signal.SIGINT: "interrupted", 128 + signal.SIGTERM: "terminated"}  # exit statuses
+STOPPED = {128 + number for number in processes.STOP_SIGNALS}  # exit statuses
 PATIENCE = 10.0  # seconds that processes have to end by themselves once one of them has
 
 _LOST_CONNECTION = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")

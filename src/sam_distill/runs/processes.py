@@ -62,14 +62,19 @@ def shared_name() -> str | None:
     return None
 
 
+# Ctrl-C, a scheduler's end, a terminal that is gone (unless nohup has that ignored).
+STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM]
+STOP_SIGNALS += [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []
+
+
 def begin_worker(worker: int) -> None:
     """What the worker processes of a loader do first: leave signals to the process they work for, and end with it.
 
     Ctrl-C and a scheduler's SIGTERM reach all processes, but that one decides what happens then. If it is killed, a
     worker would wait for ever for somebody to take what it has read, and hold its memory and its master's locks.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_exit_with, args=(os.getppid(),), daemon=True).start()
 
 

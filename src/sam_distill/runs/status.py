@@ -40,8 +40,8 @@ class Status:
     def begin(self, config: str) -> None:
         if self.first and self.recorded:
             self._content["version"] = version()
+            self._write()  # first: with it the folder is a run's
             write_text(self.run_dir / "config.yaml", config)
-            self._write()
 
     def end(self, why: str | None) -> bool:
         """Whether to print `why`: not if another process has failed before, of which this failure is a consequence."""

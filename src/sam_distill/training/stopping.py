@@ -1,4 +1,4 @@
-"""Checkpoints, and a clean stop: on Ctrl-C or SIGTERM all ranks finish the step in hand, and a checkpoint is saved.
+"""Checkpoints, and a clean stop: on Ctrl-C, SIGTERM or SIGHUP all ranks finish the step in hand and save a checkpoint.
 
 Lightning (2.6) stops after a batch, be it in the midst of a step that accumulates gradients, on SIGTERM only, and for
 that makes a GPU wait at every step; it saves nothing then.
@@ -17,6 +17,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor
 
+from sam_distill.runs.processes import STOP_SIGNALS
 from sam_distill.training.lightning_module import ends_step
 from sam_distill.types import upload
 
@@ -93,7 +94,7 @@ class Stopping(pl.Callback):
 
     def _install_handlers(self) -> None:
         """In place of Lightning's handlers, which it puts back to what they were when it ends."""
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in STOP_SIGNALS:
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:

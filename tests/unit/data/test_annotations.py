@@ -13,7 +13,8 @@ from pycocotools import mask as coco
 from sam_distill.data.annotations import draw_annotations
 from sam_distill.data.base import collate
 from sam_distill.data.sa1b import Sa1b
-from sam_distill.types import UserError
+from sam_distill.images import Size
+from sam_distill.types import Sample, UserError
 
 
 def annotation(height: int, width: int, box: tuple[int, int, int, int], as_list: bool = False) -> dict:
@@ -33,10 +34,15 @@ def content(*annotations: dict) -> bytes:
     return json.dumps({"annotations": annotations}).encode()
 
 
+def draw(*annotations: dict, key: str = "a", epoch: int = 0, count: int = 5, size: Size = (64, 64)) -> torch.Tensor:
+    sample = Sample(key, torch.empty(0), size, epoch, json=content(*annotations))
+    return draw_annotations(sample, f"{key}.json", count, seed=0)
+
+
 @pytest.mark.parametrize("as_list", [False, True], ids=["compressed", "list"])
 def test_a_mask_lies_where_it_lies_in_the_image(as_list: bool) -> None:
     """An image of 300 x 400 pixels fills 768 x 1024 of the frame, 192 x 256 cells."""
-    found = draw_annotations(content(annotation(300, 400, (100, 150, 400, 300), as_list)), "a", "a.json", 2, 0, 0)
+    found = draw(annotation(300, 400, (100, 150, 400, 300), as_list), count=2, size=(300, 400))
     expected = torch.zeros(256, 256, dtype=torch.bool)
     expected[96:192, 64:256] = True
     assert torch.equal(found[0], expected)
@@ -44,12 +50,20 @@ def test_a_mask_lies_where_it_lies_in_the_image(as_list: bool) -> None:
 
 
 def test_draws_repeat_nothing_and_change_with_the_epoch() -> None:
-    many = content(*(annotation(64, 64, (4 * i, 0, 4 * i + 4, 64)) for i in range(16)))
-    first, again = (draw_annotations(many, "a", "a.json", 5, 0, 0) for _ in range(2))
+    many = [annotation(64, 64, (4 * i, 0, 4 * i + 4, 64)) for i in range(16)]
+    first, again = (draw(*many) for _ in range(2))
     assert torch.equal(first, again)
     assert len({column.int().argmax().item() for column in first.any(1)}) == 5
-    assert not torch.equal(first, draw_annotations(many, "a", "a.json", 5, 0, 1))
-    assert not torch.equal(first, draw_annotations(many, "b", "b.json", 5, 0, 0))
+    assert not torch.equal(first, draw(*many, epoch=1))
+    assert not torch.equal(first, draw(*many, key="b"))
+
+
+def test_a_mask_has_the_shape_of_its_image() -> None:
+    """The image may have been scaled since it was annotated, but not turned or cropped."""
+    mask = annotation(301, 400, (100, 150, 400, 300))
+    assert draw(mask, size=(150, 200)).any()
+    with pytest.raises(UserError, match=r"a.json: .*a mask of \[301, 400\] pixels for an image of \(400, 301\)"):
+        draw(mask, size=(400, 301))
 
 
 @pytest.mark.parametrize(
@@ -57,7 +71,7 @@ def test_draws_repeat_nothing_and_change_with_the_epoch() -> None:
 )
 def test_damage_is_told_in_one_line(damaged: bytes) -> None:
     with pytest.raises(UserError, match=r"^sa_1.json: the annotations can't be read"):
-        draw_annotations(damaged, "sa_1", "sa_1.json", 1, 0, 0)
+        draw_annotations(Sample("sa_1", torch.empty(0), (4, 4), json=damaged), "sa_1.json", 1, 0)
 
 
 @pytest.mark.parametrize("json_first", [False, True])

@@ -68,6 +68,7 @@ time.sleep(300)
         worker = int(_eventually(lambda: (tmp_path / "worker").read_text()))
         os.kill(worker, signal.SIGINT)
         os.kill(worker, signal.SIGTERM)
+        os.kill(worker, signal.SIGHUP)
         time.sleep(0.1)
         assert not _has_ended(worker), "such signals are left to the master"
     finally:

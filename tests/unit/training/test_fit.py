@@ -9,7 +9,6 @@ import logging
 import os
 import shlex
 import shutil
-import signal
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -37,6 +36,7 @@ from sam_distill.models.encoders import SamViT, TinyViT
 from sam_distill.models.sam import Sam
 from sam_distill.prompts.samplers import Boxes, Points
 from sam_distill.runs.hardware import Hardware
+from sam_distill.runs.processes import STOP_SIGNALS
 from sam_distill.strategies.coupled import Coupled
 from sam_distill.strategies.decoupled import Decoupled
 from sam_distill.strategies.finetune_decoder import FinetuneDecoder
@@ -142,6 +142,8 @@ def test_a_profiler_is_heard() -> None:
 def test_what_has_an_option_of_its_own_is_no_argument_of_the_trainer() -> None:
     with pytest.raises(UserError, match=r"trainer.max_steps: give budget=\.\.\. instead"):
         Hardware("cpu", max_steps=3)
+    with pytest.raises(UserError, match=r"trainer.limit_val_batches: give data.val_images=\.\.\. instead"):
+        Hardware("cpu", limit_val_batches=0)  # no score, no student
 
 
 def test_a_compiled_student_is_saved_under_official_names(
@@ -383,7 +385,7 @@ def test_stopped_between_two_batches_of_a_step(tmp_path: Path, live: LiveTeacher
 
 
 class Called(Decoupled):
-    """Decoupled, until a scheduler wants the machine back."""
+    """Decoupled, until the terminal is closed."""
 
     def __init__(self, at: int) -> None:
         super().__init__()
@@ -392,7 +394,7 @@ class Called(Decoupled):
     def step(self, sam: Sam, batch: Batch) -> StepOutput:
         self.left -= 1
         if not self.left:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), STOP_SIGNALS[-1])  # SIGHUP, unless these tests ignore it, too
         out = super().step(sam, batch)
         return replace(out, logs={"luck": torch.rand(())})
 
