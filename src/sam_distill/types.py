@@ -166,7 +166,11 @@ def upload(values: Tensor | Sequence[float], device: torch.device | str) -> Tens
 
 
 def valid_area(sizes: Tensor, side: int) -> Tensor:
-    """[B, 1, side, side] bool: True for cells whose centre lies in the valid area of a frame (sizes: [B, 2] (h, w))."""
+    """[B, 1, side, side] bool: True for cells whose centre lies in the valid area of a frame (sizes: [B, 2] (h, w)).
+
+    One row and column at least: an image that is thinner than a cell is not nothing.
+    """
+    sizes = sizes.clamp_min(FRAME // side)
     centres = (torch.arange(side, device=sizes.device) + 0.5) * (FRAME / side)
     rows = centres < sizes[:, 0, None]
     columns = centres < sizes[:, 1, None]

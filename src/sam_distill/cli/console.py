@@ -19,10 +19,7 @@ class ToStdout(logging.StreamHandler):
             super().emit(record)
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's own name)
-        if isinstance(sys.exc_info()[1], BrokenPipeError):
-            go_on_unread()
-        else:
-            super().handleError(record)
+        go_on_unread() if isinstance(sys.exc_info()[1], BrokenPipeError) else super().handleError(record)
 
     def format(self, record: logging.LogRecord) -> str:
         """Names of files may hold what the terminal can't show, even bytes that are no text."""

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import wandb
-from PIL import Image, ImageOps
+from PIL import Image
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
@@ -19,7 +19,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from sam_distill.errors import UserError, one_line
 from sam_distill.evaluate.judge import Judge, Picture
 from sam_distill.evaluate.protocol import COLUMNS, prompt_rows
-from sam_distill.predict.overlays import prompted
+from sam_distill.predict.overlays import contained, prompted
 from sam_distill.runs import status
 
 STEP = "trainer/global_step"  # what Lightning's logger calls the x-axis
@@ -130,7 +130,7 @@ def _image(picture: Picture, reference: str) -> wandb.Image:
 def _squared(image: Image.Image) -> Image.Image:
     """As large as fits into SIDE x SIDE pixels; Pillow keeps a mask, of mode 1, to 0 and 1."""
     square = Image.new(image.mode, (SIDE, SIDE))
-    square.paste(ImageOps.contain(image, square.size, Image.Resampling.BILINEAR))
+    square.paste(contained(image, SIDE, Image.Resampling.BILINEAR))
     return square
 
 

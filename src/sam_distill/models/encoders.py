@@ -50,6 +50,7 @@ class ImageEncoder(nn.Module):
 
     spec: dict[str, Any]
     fine_neck = False
+    img_size = FRAME  # of what ResizeLongestSide makes, under segment-anything's name
 
     def __init__(self, backbone: nn.Module, widths: Sequence[int]) -> None:
         super().__init__()

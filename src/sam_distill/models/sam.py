@@ -15,6 +15,8 @@ PIXEL_STD = (58.395, 57.12, 57.375)
 class Sam(nn.Module):
     """image_size: side S of the square the image encoder sees. Prompts and masks stay in the 1024 frame."""
 
+    mask_threshold = 0.0  # of logits, under segment-anything's name
+
     def __init__(
         self,
         image_encoder: nn.Module,

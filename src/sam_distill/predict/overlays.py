@@ -5,7 +5,7 @@ from colorsys import hsv_to_rgb
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as coco
 
 from sam_distill.types import FOREGROUND
@@ -91,7 +91,7 @@ def prompted(
 
 def side_by_side(panels: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image:
     """A row of pictures, of the same long side, each under its caption."""
-    panels = [ImageOps.contain(panel, (_PANEL, _PANEL), Image.Resampling.LANCZOS) for panel in panels]
+    panels = [contained(panel, _PANEL, Image.Resampling.LANCZOS) for panel in panels]
     font = ImageFont.load_default(15)
     widths = [max(panel.width, int(font.getlength(text)) + 5) for panel, text in zip(panels, captions, strict=True)]
     width = sum(widths) + _GAP * (len(panels) - 1)
@@ -103,6 +103,12 @@ def side_by_side(panels: Sequence[Image.Image], captions: Sequence[str]) -> Imag
         row.paste(panel, (x, _CAPTION))
         x += column_width + _GAP
     return row
+
+
+def contained(picture: Image.Image, side: int, resample: Image.Resampling) -> Image.Image:
+    """With this long side. ImageOps.contain makes nothing of what is very thin."""
+    width, height = (max(1, round(length * side / max(picture.size))) for length in picture.size)
+    return picture.resize((width, height), resample)
 
 
 def column(rows: Sequence[Image.Image]) -> Image.Image:

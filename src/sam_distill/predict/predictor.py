@@ -31,6 +31,8 @@ class SamPredictor:
     """
 
     def __init__(self, sam_model: Sam) -> None:
+        if not isinstance(sam_model, Sam):
+            raise TypeError(f"a model of sam_distill is expected, such as load_sam({str(sam_model)[:60]!r})")
         self.model = sam_model.eval()
         self.transform = ResizeLongestSide()
         self.reset_image()
@@ -159,6 +161,10 @@ class SamPredictor:
     @torch.no_grad()
     def _encode(self, frames: Sequence[Tensor], original_sizes: list[Size]) -> None:
         """frames: of each image [3, h, w] in 0..255."""
+        if any(parameter.dtype != torch.float32 for parameter in self.model.parameters()):
+            raise TypeError(
+                "the model's weights are no longer float32: .float() mends it; torch.autocast computes in bf16"
+            )
         sizes = [(frame.shape[1], frame.shape[2]) for frame in frames]
         padded = [
             F.pad(frame, (0, FRAME - width, 0, FRAME - height))

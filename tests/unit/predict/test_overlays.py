@@ -20,6 +20,12 @@ def test_only_the_mask_is_tinted_and_its_outline_is_white() -> None:
     assert inside[0, 0] > 150 > 70 > inside[0, 1]  # pink
 
 
+def test_a_very_thin_image_has_a_column_of_its_own() -> None:
+    mask = np.ones((5000, 1), bool)
+    row = comparison(Image.new("RGB", (1, 5000)), mask, mask, [0.0, 9.0], [1], ["", "", ""])
+    assert row.height > 384
+
+
 def test_prompts_are_drawn_where_they_are() -> None:
     pixels = np.asarray(overlay(GREY, points=[(30, 20), (5, 5)], labels=[1, 0], box=(10, 5, 55, 35))).astype(int)
     assert pixels[20, 30, 1] > 200 > pixels[20, 30, 0]  # foreground: green

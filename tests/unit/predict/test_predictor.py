@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -82,6 +83,8 @@ def test_every_public_member_is_there(predictors: tuple[Any, Any]) -> None:
     ours, theirs = predictors
     gone = {"orig_h", "orig_w", "input_h", "input_w"}  # always None there
     assert {name for name in dir(theirs) if not name.startswith("_")} - gone <= set(dir(ours))
+    assert ours.model.mask_threshold == theirs.model.mask_threshold
+    assert ours.model.image_encoder.img_size == theirs.model.image_encoder.img_size
     assert ours.is_image_set
     assert ours.device == theirs.device
     assert (ours.original_size, ours.input_size) == (tuple(theirs.original_size), tuple(theirs.input_size))
@@ -238,6 +241,10 @@ def test_wrong_use_is_told(teacher: Sam, photograph: np.ndarray) -> None:
             predictor.set_image(image)
     with pytest.raises(ValueError, match="RGB or BGR"):
         predictor.set_image(photograph, "HSV")
+    with pytest.raises(TypeError, match=r"load_sam\('mobile_sam'\)"):
+        SamPredictor("mobile_sam")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"\.float\(\) mends it"):
+        SamPredictor(copy.deepcopy(teacher).half()).set_image(photograph)
     with pytest.raises(ValueError, match="long side of 1024"):
         predictor.set_torch_image(torch.zeros(1, 3, 100, 200), (100, 200))
     with pytest.raises(ValueError, match="an image has pixels"):

@@ -6,13 +6,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
 import pytest
+from torch.utils.data import DataLoader, IterableDataset
 
 from sam_distill.runs import processes
+from sam_distill.runs.processes import begin_worker
+from sam_distill.types import UserError
 
 T = TypeVar("T")
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "4", "RANK": "2", "LOCAL_RANK": "0"}
@@ -75,6 +78,18 @@ time.sleep(300)
         master.kill()
         master.wait()
     _eventually(lambda: _has_ended(worker))
+
+
+class Unsendable(IterableDataset):
+    def __iter__(self) -> Iterator[Callable[[], None]]:
+        yield lambda: None
+
+
+def test_what_a_loader_worker_cannot_hand_over_is_told() -> None:
+    """Here it can't be pickled; as a rule /dev/shm is full, of which Docker gives 64 MB."""
+    loader = DataLoader(Unsendable(), None, num_workers=1, worker_init_fn=begin_worker, timeout=30)
+    with pytest.raises(UserError, match=r"a loader worker can't hand over a batch \(.*pickle.*trainer.workers=0"):
+        next(iter(loader))
 
 
 def _eventually(what: Callable[[], T]) -> T:
