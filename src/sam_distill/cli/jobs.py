@@ -78,7 +78,7 @@ class Task:
             log = log.with_suffix(f".{processes.name()}.log")
             _log_to_file_only(log)
         supplied = {RUN_DIR: run_dir} if has_folder else {}
-        Console.on_broken_pipe = go_on_unread  # type: ignore[method-assign]  # rich would end the job instead
+        Console.on_broken_pipe = go_on_unread  # type: ignore[assignment, method-assign]  # rich would end the job instead
         try:
             with writing(run_dir) if first and recorded else nullcontext():
                 return _execute(cfg, supplied, status, log, f"{which}: " if swept else "")

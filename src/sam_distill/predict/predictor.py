@@ -162,9 +162,7 @@ class SamPredictor:
     def _encode(self, frames: Sequence[Tensor], original_sizes: list[Size]) -> None:
         """frames: of each image [3, h, w] in 0..255."""
         if any(parameter.dtype != torch.float32 for parameter in self.model.parameters()):
-            raise TypeError(
-                "the model's weights are no longer float32: .float() mends it; torch.autocast computes in bf16"
-            )
+            raise TypeError("the weights are no longer float32: .float() mends it; torch.autocast computes in bf16")
         sizes = [(frame.shape[1], frame.shape[2]) for frame in frames]
         padded = [
             F.pad(frame, (0, FRAME - width, 0, FRAME - height))

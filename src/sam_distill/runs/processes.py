@@ -3,15 +3,14 @@
 import multiprocessing.queues
 import os
 import signal
+import sys
 import threading
 import time
-from multiprocessing.reduction import ForkingPickler
-from typing import Any
-
-from sam_distill.errors import UserError
 
 # srun's, torchrun's, and those of Lightning's own contract for processes that someone else starts
 _RANKS = ("SLURM_PROCID", "RANK", "LOCAL_RANK", "NODE_RANK")
+# Ctrl-C, a scheduler's end, a terminal that is gone (unless nohup has that ignored)
+STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP][: 2 + (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)]
 
 
 def launcher() -> str | None:
@@ -67,32 +66,24 @@ def shared_name() -> str | None:
     return None
 
 
-# Ctrl-C, a scheduler's end, a terminal that is gone (unless nohup has that ignored).
-STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM]
-STOP_SIGNALS += [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []
-
-
 def begin_worker(worker: int) -> None:
     """What the worker processes of a loader do first: leave signals to the process they work for, and end with it.
 
     Ctrl-C and a scheduler's SIGTERM reach all processes, but that one decides what happens then. If it is killed, a
     worker would wait for ever for somebody to take what it has read, and hold its memory and its master's locks.
     """
-    multiprocessing.queues.Queue._on_queue_feeder_error = _tell_master  # type: ignore[method-assign, assignment]
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end_unsent)  # type: ignore[attr-defined]
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_exit_with, args=(os.getppid(),), daemon=True).start()
 
 
-def _tell_master(queue: Any, error: Exception, unsent: tuple[int, Any]) -> None:
-    """In place of a batch that can't be sent: Python would drop it, and the master miss it, or wait for it for ever."""
-    from torch._utils import ExceptionWrapper
-
-    hint = "where /dev/shm is full, trainer.workers=0 does without it, and docker run --shm-size=8g makes it larger"
-    why = UserError(f"a loader worker can't hand over a batch ({' '.join(str(error).split())}): {hint}")
-    queue._sem.acquire()
-    with queue._wlock:  # now: put would come after what is waiting, such as the word that this worker has done all
-        queue._send_bytes(ForkingPickler.dumps((unsent[0], ExceptionWrapper((UserError, why, None), "in a worker"))))
+def _end_unsent(error: Exception, _: object) -> None:
+    """A batch that can't be handed over: Python would drop it, and the master miss it, or wait for it for ever."""
+    why, hint = " ".join(str(error).split()), "trainer.workers=0 needs none, docker run --shm-size=8g gives more"
+    print(f"error: a loader worker can't hand over a batch ({why}); if /dev/shm is full: {hint}", file=sys.stderr)
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def _exit_with(parent: int) -> None:
