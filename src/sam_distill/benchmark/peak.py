@@ -1,7 +1,5 @@
 """What the machine can do at most, and how much of it a model reaches."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial

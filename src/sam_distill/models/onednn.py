@@ -3,8 +3,6 @@
 PyTorch has oneDNN's operators for that, but calls them from its compiler only, which takes minutes.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
