@@ -9,8 +9,9 @@ import time
 
 # srun's, torchrun's, and those of Lightning's own contract for processes that someone else starts
 _RANKS = ("SLURM_PROCID", "RANK", "LOCAL_RANK", "NODE_RANK")
-# Ctrl-C, a scheduler's end, a terminal that is gone (unless nohup has that ignored)
-STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP][: 2 + (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)]
+STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM]  # Ctrl-C, a scheduler's end
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # which nohup has ignored
+    STOP_SIGNALS.append(signal.SIGHUP)  # the terminal is gone
 
 
 def launcher() -> str | None:
