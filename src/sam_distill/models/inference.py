@@ -152,6 +152,7 @@ def _with_fused_layers(encoder: nn.Module) -> nn.Module:
     return fused if same else encoder  # if someone else wants what the layer gave, too
 
 
+@torch.inference_mode(False)  # there changes in place are not counted
 @torch.no_grad()
 def _neighbours(encoder: nn.Module, first: Layers, second: Layers) -> list[tuple[str, str]]:
     """Names of a `first` and a `second` layer that takes exactly what the first one gives, whenever they run."""

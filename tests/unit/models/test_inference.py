@@ -30,8 +30,8 @@ def test_embeddings_stay_the_same(encoder: ImageEncoder) -> None:
     images = torch.randint(256, (2, 3, 1024, 1024), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
     sizes = torch.tensor([[1024, 700], [333, 1024]])
     before = {key: value.clone() for key, value in sam.state_dict().items()}
-    fast = optimize_for_inference(sam)
     with torch.inference_mode():
+        fast = optimize_for_inference(sam)
         expected, found = sam.encode(images, sizes), fast.encode(images, sizes)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
