@@ -28,8 +28,7 @@ def optimize_for_inference(sam: Sam, runtime: Runtime = "torch") -> Sam:
     """A copy with the same embeddings, to 1e-4: BatchNorm is folded into convolutions, TinyViT attends without detours,
     and on x86 a layer and its activation are one.
 
-    It can neither be trained nor saved. runtime: what computes the image encoder; OpenVINO does so on a CPU, 1.3 times
-    as fast.
+    It can neither be trained nor saved. runtime: what computes the image encoder.
     """
     with_batch_norms = _has_batch_norms(sam.image_encoder)
     sam = simplified(sam)

@@ -1,4 +1,4 @@
-"""An image encoder in OpenVINO, the fastest of the runtimes on a desktop's CPU."""
+"""An image encoder in OpenVINO, on a CPU."""
 
 from functools import cache
 from typing import Any
