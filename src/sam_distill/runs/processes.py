@@ -7,6 +7,8 @@ import sys
 import threading
 import time
 
+from sam_distill.errors import one_line
+
 # srun's, torchrun's, and those of Lightning's own contract for processes that someone else starts
 _RANKS = ("SLURM_PROCID", "RANK", "LOCAL_RANK", "NODE_RANK")
 STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM]  # Ctrl-C, a scheduler's end
@@ -81,9 +83,9 @@ def begin_worker(worker: int) -> None:
 
 def _end_unsent(error: Exception, _: object) -> None:
     """A batch that can't be handed over: Python would drop it, and the master miss it, or wait for it for ever."""
-    why, hint = " ".join(str(error).split()), "trainer.workers=0 needs none, docker run --shm-size=8g gives more"
-    print(f"error: a loader worker can't hand over a batch ({why}); if /dev/shm is full: {hint}", file=sys.stderr)
-    sys.stderr.flush()
+    why, hint = one_line(error), "trainer.workers=0 needs none, docker run --shm-size=8g gives more"
+    line = f"error: a loader worker can't hand over a batch ({why}); if /dev/shm is full: {hint}"
+    print(line, file=sys.stderr, flush=True)
     os._exit(1)
 
 
