@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from sam_distill.errors import UserError, one_line
 from sam_distill.files import atomic_write
+from sam_distill.inference.optimize import optimize_for_inference
 from sam_distill.models.checkpoints import Checkpoint, fingerprint, load_sam
 from sam_distill.models.encoders import Neck
-from sam_distill.models.inference import optimize_for_inference
 from sam_distill.models.sam import Sam
 from sam_distill.types import ALL, EMBED_DIM, GRID, Batch, Masks, Prompts
 

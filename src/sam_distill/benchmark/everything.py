@@ -12,7 +12,7 @@ from sam_distill.benchmark.peers import MISSING, peer_of
 from sam_distill.benchmark.tables import Finding
 from sam_distill.benchmark.timing import Contender, race
 from sam_distill.evaluate.everything import Records, nearest
-from sam_distill.models.inference import optimize_for_inference
+from sam_distill.inference.optimize import optimize_for_inference
 from sam_distill.models.sam import Sam
 from sam_distill.predict.mask_generator import SamAutomaticMaskGenerator
 

@@ -25,7 +25,7 @@ from sam_distill.export.contract import Settings, contracts
 from sam_distill.export.formats import FORMATS, load_format
 from sam_distill.fastsam.model import FastSam
 from sam_distill.images import frame_size, to_frame
-from sam_distill.models.inference import optimize_for_inference
+from sam_distill.inference.optimize import optimize_for_inference
 from sam_distill.models.sam import Sam
 from sam_distill.predict.predictor import SamPredictor
 from sam_distill.prompts.forms import point_prompts

@@ -18,8 +18,8 @@ from pydantic import Field
 from sam_distill.data.folder import image_files
 from sam_distill.files import atomic_write, write_text
 from sam_distill.images import decode
+from sam_distill.inference.optimize import Runtime, optimize_for_inference
 from sam_distill.models.checkpoints import Checkpoint, load_sam
-from sam_distill.models.inference import Runtime, optimize_for_inference
 from sam_distill.predict.mask_generator import SamAutomaticMaskGenerator
 from sam_distill.predict.overlays import coloured, overlay
 from sam_distill.predict.predictor import SamPredictor

@@ -9,12 +9,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from timm.layers import resample_abs_pos_embed_nhwc
+from timm.models.vision_transformer_sam import VisionTransformerSAM
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sam_distill.export import contract
 from sam_distill.export.contract import ANSWER, EMBEDDING, HAS_MASK_INPUT, MASK_INPUT, Normalize
-from sam_distill.models.inference import fix_positions, simplified
+from sam_distill.inference.simplify import simplified
 from sam_distill.models.prompt_encoder import PromptEncoder
 from sam_distill.models.sam import PIXEL_MEAN, PIXEL_STD, Sam
 from sam_distill.types import ABSENT, ALL, BOX_BOTTOM_RIGHT, BOX_TOP_LEFT, NOT_A_POINT, Prompts
@@ -87,9 +89,34 @@ def dense_prompt(prompt_encoder: PromptEncoder, mask: Tensor, has_mask: Tensor) 
 def prepared(sam: Sam) -> Sam:
     """A copy of `sam` that computes the same in layers that exporters and runtimes like."""
     sam = simplified(sam).cpu().float()
-    fix_positions(sam)
+    _fix_positions(sam)
     layer: Any
     for layer in sam.image_encoder.modules():
         if hasattr(layer, "fused_attn"):  # as a kernel of its own, ONNX lacks it for SAM's ViT, and XNNPACK at all
             layer.fused_attn = False
     return sam
+
+
+def _fix_positions(sam: Sam) -> None:
+    """Have SAM's ViT bring its positions in the size of its pictures, before an export."""
+    for layer in sam.image_encoder.modules():
+        if isinstance(layer, VisionTransformerSAM):
+            vit: Any = layer
+            grid = [sam.image_size // vit.patch_embed.patch_size[0]] * 2
+            vit.pos_drop, vit.pos_embed = Positions(resample_abs_pos_embed_nhwc(vit.pos_embed, grid)), None
+
+
+class Positions(nn.Module):
+    """Adds what a ViT's patches get for their places, [1, h, w, C].
+
+    timm's own code, once exported, resizes that in every run, which few runtimes can.
+    """
+
+    positions: Tensor
+
+    def __init__(self, positions: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("positions", positions)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.positions

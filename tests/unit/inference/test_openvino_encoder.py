@@ -3,8 +3,8 @@ import sys
 import pytest
 import torch
 
+from sam_distill.inference.optimize import optimize_for_inference
 from sam_distill.models.encoders import ImageEncoder, TimmEncoder, TinyViT
-from sam_distill.models.inference import optimize_for_inference
 from sam_distill.models.sam import Sam
 from sam_distill.types import UserError
 

@@ -2,8 +2,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sam_distill.inference.optimize import optimize_for_inference
+from sam_distill.inference.simplify import WindowBlock
 from sam_distill.models.encoders import EfficientViT, EfficientViTMIT, ImageEncoder, SamViT, TimmEncoder, TinyViT
-from sam_distill.models.inference import WindowBlock, optimize_for_inference
 from sam_distill.models.sam import Sam
 
 
