@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from timm.models import _registry
@@ -15,7 +16,15 @@ from sam_distill.models import weights
 from sam_distill.models.checkpoints import load_sam
 from sam_distill.models.sam import Sam
 
+torch.manual_seed(0)  # for networks that are made while tests are collected
 torch.set_num_threads(1)  # pytest-xdist runs two processes, and OpenMP's threads would fight for the cores
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """A test and its fixtures draw the same numbers, whatever ran before."""
+    torch.manual_seed(0)
+    np.random.seed(0)
 
 
 @pytest.fixture(scope="session")

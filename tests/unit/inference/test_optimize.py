@@ -36,7 +36,8 @@ def test_embeddings_stay_the_same(encoder: ImageEncoder) -> None:
         expected, found = sam.encode(images, sizes), fast.encode(images, sizes)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        assert cosine(fast.encode(images, sizes), expected) > 0.999
+        lost, lost_before = (1 - cosine(model.encode(images, sizes), expected) for model in (fast, sam))
+    assert lost < max(1e-3, 1.5 * lost_before)
     assert all(torch.equal(value, before[key]) for key, value in sam.state_dict().items()), "a copy"
     assert not any(parameter.requires_grad for parameter in fast.parameters())
 
