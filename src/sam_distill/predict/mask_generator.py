@@ -7,7 +7,7 @@ even drawn, stability and boxes are computed where a mask is and nowhere else, a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -23,8 +23,9 @@ from sam_distill.predict.full_size import FullSize, Patch, box_of
 from sam_distill.predict.predictor import ImageLike, SamPredictor, to_pil
 from sam_distill.predict.regions import without_small_regions
 from sam_distill.predict.run_lengths import Runs, runs_of
+from sam_distill.predict.similar_points import SimilarPoints
 from sam_distill.prompts.forms import point_prompts
-from sam_distill.types import FRAME, LOW_RES, MULTI
+from sam_distill.types import MULTI
 
 T = TypeVar("T")
 
@@ -60,10 +61,9 @@ class SamAutomaticMaskGenerator:
         but one at least.
     min_mask_region_area: fill holes and remove islands of fewer pixels.
     output_mode: of a record's `segmentation`: binary_mask ([H, W] bool), uncompressed_rle or coco_rle, which is small.
-    fast: ask every fourth row and column first, then between them, and leave out points that lie in the smallest good
-        mask of two points before them: most get what those got. (TinySAM's idea, which takes any confident mask, and
-        so loses what is within it.) Not segment-anything's. A third of the points are asked, an eighth of the masks
-        lost.
+    fast: ask every fourth row and column first, then between them, and leave out points whose image embedding is like
+        that of a point before them and that lie in its smallest good mask, if it has any: they get what that one got.
+        (TinySAM leaves out all that lie in a confident mask, and so loses what is within it.) Not segment-anything's.
     """
 
     def __init__(
@@ -139,52 +139,41 @@ class SamAutomaticMaskGenerator:
     def _look(self, image: Image.Image, crop: Box, grid: np.ndarray) -> list[Found]:
         """The masks of one crop."""
         size = image.height, image.width
-        self.predictor.set_image(image.crop(crop))
-        canvas = FullSize(self.predictor.input_size, crop, size, self.predictor.device)
-        points = grid * self.predictor.original_size[::-1]
-        if self.fast:
-            points = points[coarse_to_fine(grid)]
-        answered = np.zeros((LOW_RES, LOW_RES), int)  # by how many points, of a cell
+        predictor = self.predictor
+        predictor.set_image(image.crop(crop))
+        canvas = FullSize(predictor.input_size, crop, size, predictor.device)
+        points = grid * predictor.original_size[::-1]
+        framed = predictor.transform.apply_coords(points, predictor.original_size)
+        similar = SimilarPoints(predictor.get_image_embedding(), framed) if self.fast else None
+        to_ask = coarse_to_fine(grid) if self.fast else np.arange(len(grid))
         found: list[Found] = []
-        for start in range(0, len(points), self.points_per_batch):
-            batch = points[start : start + self.points_per_batch]
-            if self.fast:
-                batch = batch[self._at(batch, answered) < 2]
-            if len(batch):
-                found += self._ask(batch, canvas, answered)
+        while len(to_ask):
+            asked, to_ask = to_ask[: self.points_per_batch], to_ask[self.points_per_batch :]
+            for point, masks in zip(asked, self._ask(points[asked], framed[asked], canvas), strict=True):
+                found += masks
+                if similar is not None:
+                    to_ask = to_ask[~similar.to(point, [mask.patch for mask in masks])[to_ask]]
         return _distinct(found, [mask.box for mask in found], [mask.iou for mask in found], self.box_nms_thresh)
 
-    def _at(self, points: np.ndarray, cells: np.ndarray) -> np.ndarray:
-        """What `cells`, [256, 256], say at points, [n, 2] in the crop: [n]."""
-        framed = self.predictor.transform.apply_coords(points, self.predictor.original_size)
-        x, y = (framed * (LOW_RES / FRAME)).astype(int).clip(0, LOW_RES - 1).T
-        return cells[y, x]
-
-    def _ask(self, points: np.ndarray, canvas: FullSize, answered: np.ndarray) -> Iterator[Found]:
-        """Three masks for each point, [n, 2] in the crop, as far as they are good; marks the smallest in `answered`."""
+    def _ask(self, points: np.ndarray, framed: np.ndarray, canvas: FullSize) -> list[list[Found]]:
+        """For each point, [n, 2] in the crop and in the frame, those of its three masks that are good."""
         predictor, least = self.predictor, self.pred_iou_thresh if self.pred_iou_thresh > 0 else None
-        framed = predictor.transform.apply_coords(points, predictor.original_size).astype(np.float32)
-        prompts = point_prompts(torch.from_numpy(framed)[None, :, None].to(predictor.device))
+        prompts = point_prompts(torch.from_numpy(framed.astype(np.float32))[None, :, None].to(predictor.device))
         masks = predictor.model.decode(predictor.get_image_embedding(), prompts, MULTI, least)
         trusted = masks.iou[0] > (-torch.inf if least is None else least)
-        asked, iou = trusted.nonzero()[:, 0].tolist(), masks.iou[0][trusted].tolist()
+        indices, ious = trusted.nonzero()[:, 0].tolist(), masks.iou[0][trusted].tolist()
         with torch.autocast(predictor.device.type, enabled=False):
             patches = canvas.patches(masks.low_res[0][trusted], min(0.0, -self.stability_score_offset))
             measured = [canvas.measure(patch, self.stability_score_offset) for patch in patches]
         corner = np.array(canvas.crop[:2])
-        cells = (masks.low_res[0][trusted] > 0).cpu().numpy() if self.fast else None
-        smallest: dict[int, np.ndarray] = {}  # of each point
-        for number, (index, trust, patch) in enumerate(zip(asked, iou, patches, strict=True)):
-            stability, box = measured[number]
+        good: list[list[Found]] = [[] for _ in points]
+        for index, iou, patch, (stability, box) in zip(indices, ious, patches, measured, strict=True):
             x0, y0, x1, y1 = (int(side) for side in box + np.tile(corner, 2))
             unstable = self.stability_score_thresh > 0 and not stability >= self.stability_score_thresh
             if not unstable and not is_cut_off((x0, y0, x1, y1), canvas.crop, canvas.image_size):
                 x, y = (points[index] + corner).tolist()
-                yield Found(canvas, patch, (x0, y0, x1, y1), trust, stability, (x, y))
-                if cells is not None and (index not in smallest or cells[number].sum() < smallest[index].sum()):
-                    smallest[index] = cells[number]
-        for mask in smallest.values():
-            answered += mask
+                good[index].append(Found(canvas, patch, (x0, y0, x1, y1), iou, stability, (x, y)))
+        return good
 
     def _without_small_regions(self, masks: Sequence[tuple[Found, Runs]]) -> list[tuple[Found, Runs]]:
         """Without small regions, and without what is now a duplicate; masks that needed no mending are preferred."""
