@@ -1,6 +1,6 @@
 """What `sam-distill COMMAND --help` shows: its choices and its keys, with the comments that conf/ has beside them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -21,17 +21,19 @@ def print_usage(cfg: DictConfig) -> None:
     if choices:
         console.print("\nChoices (group=choice), and what is chosen now:")
         others = {g: ", ".join(option for option in sources.options(g) if option != c) for g, c in choices}
-        console.print(_table((g, c, f"{sources.comment(g)}: {others[g]}") for g, c in choices))
+        console.print(_table(console, ((g, c, f"{sources.comment(g)}: {others[g]}") for g, c in choices)))
     console.print("\nKeys (key=value), and their values with these choices:")
     given = leaves(OmegaConf.to_container(cfg, resolve=False))
     keys = [(key, value) for key, value in given if not key.startswith("hydra.") and "._" not in f".{key}"]
     keys.sort(key=lambda leaf: "." in leaf[0])
-    console.print(_table((key, value, sources.comment(key)) for key, value in keys))
+    console.print(_table(console, ((key, value, sources.comment(key)) for key, value in keys)))
     console.print(f"\n{cfg.hydra.help.footer}", markup=False, soft_wrap=True)
 
 
-def _table(rows: Iterator[tuple[str, Any, str]]) -> Table:
+def _table(console: Console, rows: Iterable[tuple[str, Any, str]]) -> Table:
+    cells = [(f"  {key}={show(value)}", comment.strip(": ")) for key, value, comment in rows]
     table = Table.grid(padding=(0, 2))
-    for key, value, comment in rows:
-        table.add_row(Text(f"  {key}={show(value)}", overflow="fold"), Text(comment.strip(": ")))
+    table.add_column(width=min(console.width // 2, max((len(cell) for cell, _ in cells), default=0)), overflow="fold")
+    for cell, comment in cells:
+        table.add_row(Text(cell), Text(comment))
     return table

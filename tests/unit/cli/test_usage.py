@@ -38,3 +38,13 @@ def test_help_lists_the_commands_own_recipes(
         (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("  experiment="))
         assert own in line
         assert other not in line
+
+
+def test_help_shows_values_whole_on_a_narrow_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert app.main(["segment", "--help"]) == 0
+    said = capsys.readouterr().out
+    assert "  generator.stability_score_thresh=0.95  " in said
+    assert "look at 4 crops of the image as well," in " ".join(said.split())
