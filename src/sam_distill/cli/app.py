@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from sam_distill.cli.console import go_on_unread
 from sam_distill.cli.jobs import Task, describe, name_folders, print_errors
-from sam_distill.cli.resume import run_folder_mistakes, with_resumed_options
+from sam_distill.cli.resume import NOT_READ, run_folder_mistakes, with_resumed_options
 from sam_distill.cli.usage import print_usage
 from sam_distill.config.check import check, forwarded_options
 from sam_distill.config.compose import compose_jobs
@@ -129,7 +129,9 @@ def _run(command: str, argv: list[str], conf_dir: Path, folders: tuple[str, str]
     only_shows = args.shows or args.cfg or args.info
     if not (args.help or only_shows):
         unreadable = {line.partition("=")[0] for line in mistakes}  # such a key is not missing as well
-        mistakes += [line for job in jobs for line in check(job) if line.partition("=")[0] not in unreadable]
+        for job in jobs:
+            ignored = unreadable | NOT_READ if job.get("resume") else unreadable
+            mistakes += [line for line in check(job) if line.partition("=")[0] not in ignored]
         mistakes = list(_of_another_command(jobs, command)) or mistakes
         mistakes += _conflicts(jobs, command, swept, argv)
         mistakes += [] if swept else [line for job in jobs for line in run_folder_mistakes(job, command)]

@@ -22,6 +22,7 @@ _MAY_CHANGE = (
     "resume", "plan", "scale", "budget", "validate_every", "step_times", "compile", "logger", "trainer", "optim",
     "batch_size", "accumulate", "data.path", "data.local", "data.shuffle_buffer", "teacher.memory_gb",
 )  # fmt: skip
+NOT_READ = frozenset({"init"})  # by a resumed run, whose checkpoint has the weights: those it began with may be gone
 
 
 def with_resumed_options(argv: list[str]) -> list[str]:
@@ -80,6 +81,8 @@ def _changed(cfg: DictConfig, run_dir: Path) -> Iterator[str]:
             continue
         with suppress(OmegaConfBaseException):  # known only when the job runs
             value = OmegaConf.select(cfg, key)
+            if key == "teacher.checkpoint" and Path(value).expanduser().is_file():
+                continue  # it may have moved; training compares its hash
             now = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
             old, new = then[key], now
             if key.endswith("_target_"):  # a class may have moved since

@@ -119,7 +119,7 @@ def fit(setup: Setup, options: Options, run_dir: Path) -> dict[str, Any]:
     if "annotations" in requirements(strategy, setup.prompts):
         source.annotate(setup.prompts.count, options.seed)
     strategy.prepare(student)
-    if options.init is not None and not options.plan:  # whose run may still have to come
+    if options.init is not None and resume is None and not options.plan:  # its run may still have to come, or be gone
         load_weights(student, options.init)
     if options.compile:
         student.image_encoder.compile()  # in place: parameters keep their names

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from sam_distill.cli import app
 from sam_distill.cli.resume import run_folder_mistakes, with_resumed_options
 from sam_distill.files import write_json
 from sam_distill.runs import status
@@ -35,6 +36,13 @@ def test_folders_without_a_record_of_a_run(tmp_path: Path, content: str) -> None
     assert "no status.json there can be read" in complaints(tmp_path, str(tmp_path))[0]
     write_json(tmp_path / "status.json", {"command": ["train"]})
     assert complaints(tmp_path, str(tmp_path)) == []
+
+
+def test_what_a_run_began_with_may_be_gone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_json(tmp_path / "status.json", {"command": ["train", f"init={tmp_path / 'gone'}"]})
+    assert app.main(["train", f"resume={tmp_path}", "batch_size=0"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: batch_size=0")
 
 
 def train(*, run_dir: Path, **_: object) -> None:
@@ -86,7 +94,7 @@ def test_where_a_run_is_going_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_what_cannot_change_on_the_way(tmp_path: Path) -> None:
     write_json(tmp_path / "status.json", {"command": ["train"]})
     before = {"seed": 0, "strategy": {"_target_": "a.Decoupled"}, "optim": {"_target_": "b.AdamW", "lr": 1e-3},
-              "data": {"path": "a", "images": None}, "budget": "1 epoch", "init": None,
+              "data": {"path": "a", "images": None}, "budget": "1 epoch", "init": None, "teacher": {"checkpoint": "b.pt"},
               "sizes": {128: 0.3}}  # fmt: skip
     (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(before)))
 
@@ -97,6 +105,8 @@ def test_what_cannot_change_on_the_way(tmp_path: Path) -> None:
 
     free = {"_target_": "b.AdamW", "lr": 3e-4}
     assert changed(budget="2 epochs", optim=free, data={"path": "b", "images": None}, trainer={"devices": 1}) == []
+    assert changed(teacher={"checkpoint": __file__}) == [], "the file may have moved; its hash is compared later"
+    assert changed(teacher={"checkpoint": "sam_vit_h"}) == ["teacher.checkpoint=sam_vit_h"]
     assert changed(optim=free | {"_target_": "since.moved.AdamW"}) == []
     assert changed(optim=free | {"_target_": "b.Muon"}) == ["optim=Muon"]
     assert changed(strategy={"_target_": "a.Coupled"}, seed="${nowhere:}") == ["strategy=Coupled"]

@@ -485,7 +485,7 @@ def test_a_resumed_run_takes_new_rates_but_no_other_images(
     finished: tuple[Path, Sam], tmp_path: Path, live: LiveTeacher
 ) -> None:
     shutil.copytree(finished[0], tmp_path / "run")
-    there: dict[str, Any] = {"resume": str(finished[0])}
+    there: dict[str, Any] = {"resume": str(finished[0]), "init": "what it began with is gone"}
     run(tmp_path / "run", live, student(live), budget="8 steps", optim=AdamW(lr=1e-5, weight_decay=0.5), **there)
     assert history(tmp_path / "run", "train/lr")[7] <= 1e-5
     groups = torch.load(tmp_path / "run/checkpoints/last.ckpt")["optimizer_states"][0]["param_groups"]
