@@ -37,9 +37,8 @@ def evaluate(
 ) -> None:
     """Judge `checkpoint` by `teacher`; conf/evaluate.yaml says what each option means."""
     del scale  # only experiments read it
-    trained_on = _data_path(Path(checkpoint).expanduser())
-    if split == "all" and trained_on and trained_on == _data_path(run_dir):
-        log.warning("split=all judges on images that %s was trained on, too; split=val does not", checkpoint)
+    if doubt := _seen_in_training(checkpoint, split, run_dir):
+        log.warning(doubt)
     if split == "val" and data.shortage:
         log.warning(data.shortage)
     options: dict[str, Any] = {"source": data, "split": split, "hardware": trainer, "batch_size": batch_size}
@@ -50,8 +49,24 @@ def evaluate(
         judge(student=student, teacher=teacher_for(teacher, data), protocol=protocol, run_dir=run_dir, **options)
 
 
-def _data_path(run_dir: Path) -> list[str]:
-    """What data.path named in a run folder's config.yaml; empty if there is no such thing."""
+def _seen_in_training(checkpoint: str, split: Split, run_dir: Path) -> str:
+    """Why the images to judge on may be some that the run was trained on; empty if they are not, or nobody knows."""
+    (path, held_out), (path_now, held_out_now) = _data(Path(checkpoint).expanduser()), _data(run_dir)
+    if not path or path != path_now:
+        return ""
+    if split == "all":
+        return f"split=all judges on images that {checkpoint} was trained on, too; split=val does not"
+    if held_out != held_out_now:
+        return (
+            f"split=val holds {held_out_now} images out, but {checkpoint} was trained with data.val_images={held_out}:"
+            " say that here, too, or some of them may be images that it was trained on"
+        )
+    return ""
+
+
+def _data(run_dir: Path) -> tuple[list[str], int | None]:
+    """What data.path and data.val_images were in a run folder's config.yaml; [] and None if there is no such thing."""
     data = status.config(run_dir).get("data")
-    path = data.get("path") if isinstance(data, dict) else None
-    return [os.path.abspath(p) for p in ([path] if isinstance(path, str) else path or [])]
+    data = data if isinstance(data, dict) else {}
+    path = data.get("path")
+    return [os.path.abspath(p) for p in ([path] if isinstance(path, str) else path or [])], data.get("val_images")
