@@ -18,6 +18,7 @@ from sam_distill.benchmark.models import exported_encoders
 from sam_distill.cli import app
 from sam_distill.data.photos import photo
 from sam_distill.export import formats, onnx
+from sam_distill.files import write_json
 from sam_distill.models.checkpoints import save_sam
 from sam_distill.models.encoders import TimmEncoder
 from sam_distill.models.sam import Sam
@@ -115,6 +116,9 @@ def test_what_differs_is_not_written(place: Path, capfd: pytest.CaptureFixture[s
 def test_mistakes_are_one_line(place: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     nonesuch = dataclasses.replace(formats.FORMATS["onnx"], packages=("nonesuch",))
     monkeypatch.setitem(formats.FORMATS, "onnx", nonesuch)
+    Path("run").mkdir()
+    write_json(Path("run/status.json"), {"command": ["train"]})
+    Path("run/student.pt").touch()
     for overrides, complaint in {
         ("format=onnx", "path=a"): "format=onnx needs nonesuch: pip install 'sam-distill[export]'",
         (
@@ -130,10 +134,11 @@ def test_mistakes_are_one_line(place: Path, capfd: pytest.CaptureFixture[str], m
             "quantize=fp16",
             "path=./student.pt",
         ): "path=./student.pt is the checkpoint itself: give",
+        ("format=sam", "path=run/student.pt"): "path=run/student.pt belongs to a run, which needs it as it is: give",
         ("format=web", "path=."): "path=. holds other files than an export: give it a folder of its own",
     }.items():
         assert run(*overrides) == 1
         (line,) = capfd.readouterr().err.splitlines()
         assert line.startswith("error: ")
         assert complaint in line
-    assert sorted(file.name for file in place.iterdir()) == ["photo.jpg", "student.pt"]
+    assert sorted(file.name for file in place.iterdir()) == ["photo.jpg", "run", "student.pt"]

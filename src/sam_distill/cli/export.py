@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from sam_distill.cli.resume import is_record
 from sam_distill.data.base import DataSource
 from sam_distill.export import check
 from sam_distill.export.contract import Normalize, Quantize, Settings
@@ -37,6 +38,8 @@ def export(
     target = Path(path).expanduser()
     if target.is_file() and target.samefile(find_checkpoint(checkpoint)):
         raise UserError(f"path={path} is the checkpoint itself: give another")
+    if target.is_file() and is_record(target):
+        raise UserError(f"path={path} belongs to a run, which needs it as it is: give another")
     if format in FORMATS:
         load_format(format)
         sam = load_sam(checkpoint).requires_grad_(False)

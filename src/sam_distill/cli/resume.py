@@ -72,6 +72,13 @@ def occupied(run_dir: Path, command: str) -> str:
     return ""
 
 
+def is_record(file: Path) -> bool:
+    """Whether a run keeps this file: its student, its last checkpoint, its scores."""
+    file = file.absolute()
+    run_dir = file.parents[1] if file.match(str(LAST)) else file.parent
+    return (run_dir != file.parent or file.name in _RECORDS) and bool(status.read(run_dir).get("command"))
+
+
 def _changed(cfg: DictConfig, run_dir: Path) -> Iterator[str]:
     """What is not as its config.yaml has it, and can't change in a run's midst. Options that are new don't count."""
     then, choices = dict(leaves(status.config(run_dir))), status.read(run_dir).get("choices", {})

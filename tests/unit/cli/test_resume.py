@@ -7,7 +7,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from sam_distill.cli import app
-from sam_distill.cli.resume import run_folder_mistakes, with_resumed_options
+from sam_distill.cli.resume import is_record, run_folder_mistakes, with_resumed_options
 from sam_distill.files import write_json
 from sam_distill.runs import status
 
@@ -94,8 +94,8 @@ def test_where_a_run_is_going_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_what_cannot_change_on_the_way(tmp_path: Path) -> None:
     write_json(tmp_path / "status.json", {"command": ["train"]})
     before = {"seed": 0, "strategy": {"_target_": "a.Decoupled"}, "optim": {"_target_": "b.AdamW", "lr": 1e-3},
-              "data": {"path": "a", "images": None}, "budget": "1 epoch", "init": None, "teacher": {"checkpoint": "b.pt"},
-              "sizes": {128: 0.3}}  # fmt: skip
+              "data": {"path": "a", "images": None}, "budget": "1 epoch", "init": None, "sizes": {128: 0.3},
+              "teacher": {"checkpoint": "b.pt"}}  # fmt: skip
     (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(before)))
 
     def changed(**options: object) -> list[str]:
@@ -116,3 +116,12 @@ def test_what_cannot_change_on_the_way(tmp_path: Path) -> None:
     write_json(tmp_path / "status.json", {"command": ["train"], "choices": {"strategy": "decoupled"}})
     (line,) = complaints(tmp_path, str(tmp_path), **before | {"strategy": {"_target_": "a.Coupled"}})
     assert "began with Decoupled; strategy=decoupled goes on with it" in line, "a default may have changed since"
+
+
+def test_which_files_a_run_keeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    kept = ["student.pt", "checkpoints/last.ckpt", "metrics.json", str(tmp_path / "student.pt")]
+    assert not any(is_record(Path(name)) for name in kept), "of no run"
+    write_json(tmp_path / "status.json", {"command": ["train"]})
+    assert all(is_record(Path(name)) for name in kept)
+    assert not any(is_record(Path(name)) for name in ("student.safetensors", "last.ckpt", "pictures/student.pt"))
