@@ -1,5 +1,6 @@
 """Compose a command's jobs before Hydra does, which stops at the first bad override: here all of them are told."""
 
+import re
 import shlex
 from collections.abc import Sequence
 from contextlib import suppress
@@ -222,6 +223,9 @@ def _unreadable(text: str, rest: list[str], reason: str) -> str:
         return f"{together}: torn apart at its spaces; leave them out, or quote it: {shlex.quote(together)}"
     if _open_brackets(text) > 0:
         return f"{text}: a bracket is not closed"
+    if "(" in value and re.fullmatch(r"[-+\d.e,\s()\[\]]+", value):  # as Python has it
+        listed = value.translate(str.maketrans("()", "[]"))
+        return f"{text}: lists have square brackets: {shlex.quote(f'{key}={listed}')}"
     return f"{text}: can't be read ({reason}); quote it: " + shlex.quote(quoted_override(key, value))
 
 

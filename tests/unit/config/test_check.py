@@ -180,6 +180,13 @@ def test_a_list_torn_apart_by_the_shell_is_one_mistake(conf: Path) -> None:
     assert mistakes(conf, "+optim.betas=[0.8,", "seed=1") == ["+optim.betas=[0.8,: a bracket is not closed"]
 
 
+@pytest.mark.parametrize("given", ["(0.8, 0.9)", "[(1,2),(3,4)]"])
+def test_a_list_as_python_has_it_is_told_its_brackets(conf: Path, given: str) -> None:
+    (line,) = mistakes(conf, f"+optim.betas={given}")
+    expected = given.replace("(", "[").replace(")", "]")
+    assert line == f"+optim.betas={given}: lists have square brackets: '+optim.betas={expected}'"
+
+
 @pytest.mark.parametrize("value", ["a_{0..9}.tar", "it's (1).jpg", 'a (1) "b".jpg'])
 def test_the_advice_to_quote_works_in_a_shell(conf: Path, value: str) -> None:
     (line,) = mistakes(conf, f"image={value}")
