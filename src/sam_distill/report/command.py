@@ -37,7 +37,7 @@ def report(*, runs: str, only: str, path: str) -> None:
             write_experiment(chosen[0], folder)
     except OSError as error:
         raise UserError(f"path={path}: cannot be written ({error.strerror})") from error
-    log.info("%s", ", ".join(f"{number} runs {kind}" for kind, number in page.counts.items()))
+    log.info("runs: %s", ", ".join(f"{number} {kind}" for kind, number in page.counts.items()))
     for one in page.unusable:
         log.info("  %s: %s (%s)", one.kind, one.name, one.why)
     log.info("report  %s", folder / "report.html")
