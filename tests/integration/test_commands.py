@@ -147,15 +147,21 @@ def test_segment_says_in_one_line_what_it_cannot_do(
     images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    command = ["segment", f"image={images / '3.png'}", "trainer=cpu", "checkpoint=pocket_sam"]
+    command = ["segment", "trainer=cpu", "checkpoint=pocket_sam"]
     for options, complaint in {
         ("box=[30,20,10,40]", "path=a.png"): "error: box=[30, 20, 10, 40]: expected [x0,y0,x1,y1] with x0 < x1",
         ("box=[30,20,10,40]", "path=new/a.png"): "error: box=[30, 20, 10, 40]: expected [x0,y0,x1,y1] with x0 < x1",
         ("box=[3,2,10,400]", "path=new/a.png"): "error: (10, 400) lies outside ",
         ("box=[3,2,10,40]", "path=/proc/a/b.png"): "error: path=/proc/a/b.png: cannot be written (",
         ("box=[3,2,10,40]", "path=a.psd"): "error: path=a.psd: pictures end in .png or .jpg",
+        (
+            "box=[3,2,10,40]",
+            "path=a.png",
+            "image=https://x.org/a.jpg",
+        ): "error: image=https://x.org/a.jpg is an address",
     }.items():
-        assert app.main([*command, *options]) == 1
+        image = [] if any(option.startswith("image=") for option in options) else [f"image={images / '3.png'}"]
+        assert app.main([*command, *image, *options]) == 1
         (line,) = capfd.readouterr().err.splitlines()
         assert line.startswith(complaint)
     assert [path.name for path in tmp_path.iterdir()] == ["images"]

@@ -94,6 +94,8 @@ def segment(
 
 def _jobs(image: str, path: Path) -> list[tuple[Path, Path]]:
     """Each image and where its picture goes: to `path`, or into that folder if `image` is a folder or a glob."""
+    if "://" in image:
+        raise UserError(f"image={image} is an address: download it, and give the file")
     source = Path(image).expanduser()
     if not (source.is_dir() or (glob.has_magic(image) and not source.exists())):
         if path.suffix.lower() not in IMAGE_SUFFIXES:
