@@ -1,7 +1,5 @@
 """Where the teacher's answer comes from: they fill in the batch what a strategy requires."""
 
-from __future__ import annotations
-
 import json
 import logging
 from abc import ABC, abstractmethod
@@ -57,7 +55,7 @@ class Teacher(ABC):
     def sha256(self) -> str:
         """Of the checkpoint that its answers come from."""
 
-    def __deepcopy__(self, _: object) -> Teacher:
+    def __deepcopy__(self, _: object) -> "Teacher":
         return self  # weight averaging copies the module that holds us
 
     @torch.no_grad()

@@ -10,8 +10,6 @@ Legend, used in every docstring of this package:
     top-left corner; the rest is padding. Prompts and low-res masks live in the frame whatever S is.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -56,11 +54,11 @@ class Prompts:
         """[B, P] bool: False where an image has fewer prompts than P."""
         return (self.labels != ABSENT).any(-1)
 
-    def __getitem__(self, images: slice) -> Prompts:
+    def __getitem__(self, images: slice) -> "Prompts":
         """The prompts of some of the images."""
         return _map_tensors(self, lambda tensor: tensor[images])
 
-    def to(self, device: torch.device | str) -> Prompts:
+    def to(self, device: torch.device | str) -> "Prompts":
         return _map_tensors(self, lambda tensor: tensor.to(device))
 
 
@@ -133,10 +131,10 @@ class Batch:
     def __len__(self) -> int:
         return len(self.keys)
 
-    def to(self, device: torch.device | str) -> Batch:
+    def to(self, device: torch.device | str) -> "Batch":
         return _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
 
-    def pin_memory(self) -> Batch:
+    def pin_memory(self) -> "Batch":
         return _map_tensors(self, Tensor.pin_memory)
 
 

@@ -1,7 +1,5 @@
 """`sam-distill bench`."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Benchmarks of what lies between a disk and a training step."""
 
-from __future__ import annotations
-
 import io
 import os
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Benchmark of segmenting everything: as fast as can be, and the same masks."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

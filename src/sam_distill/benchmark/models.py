@@ -1,7 +1,5 @@
 """Benchmarks of what a model costs: image encoder and mask decoder."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import replace

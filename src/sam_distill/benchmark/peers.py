@@ -1,7 +1,5 @@
 """MobileSAM's own code, which holds segment-anything's: what we are compared with, where it is installed."""
 
-from __future__ import annotations
-
 import importlib
 import warnings
 from dataclasses import dataclass

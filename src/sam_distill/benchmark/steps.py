@@ -1,7 +1,5 @@
 """What the training loop costs beside the training step itself."""
 
-from __future__ import annotations
-
 import time
 from itertools import pairwise
 

@@ -1,7 +1,5 @@
 """What a benchmark found, on the screen, as JSON and as markdown."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path

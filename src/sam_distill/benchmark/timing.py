@@ -1,7 +1,5 @@
 """Who is faster, measured side by side: contenders take turns, so that a noisy machine disturbs all of them alike."""
 
-from __future__ import annotations
-
 import ctypes
 import gc
 import platform
@@ -43,7 +41,7 @@ class Timing:
     memory: int | None
 
     @classmethod
-    def of(cls, name: str, ours: bool, times: Sequence[float], memory: int | None = None) -> Timing:
+    def of(cls, name: str, ours: bool, times: Sequence[float], memory: int | None = None) -> "Timing":
         low, median, high = map(float, np.quantile(times, (0.25, 0.5, 0.75)))
         return cls(name, ours, median, low, high, len(times), memory)
 

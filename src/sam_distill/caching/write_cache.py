@@ -1,7 +1,5 @@
 """Write a distillation cache: the teacher runs once over all images, with decoders before it and a writer behind it."""
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import shutil
@@ -56,7 +54,7 @@ class ImagesToCache:
 class ToCache(IterableDataset[ImagesToCache]):
     """Batches of images, tar by tar; loader workers take the batches in turn, so that they arrive in order."""
 
-    def __init__(self, job: CacheJob, todo: list[int]) -> None:
+    def __init__(self, job: "CacheJob", todo: list[int]) -> None:
         self.source, self.blocks, self.todo = job.source, job.blocks, todo
         self.batch_size, self.quality = job.batch_size, job.quality
 
@@ -165,7 +163,7 @@ class _Writer:
         self._pool = ThreadPoolExecutor(1)
         self._pending: deque[Future[None]] = deque()
 
-    def __enter__(self) -> _Writer:
+    def __enter__(self) -> "_Writer":
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:

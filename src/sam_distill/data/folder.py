@@ -10,16 +10,7 @@ from sam_distill.data.annotations import AnnotatedImage, annotations_by_file, co
 from sam_distill.data.base import Split
 from sam_distill.data.indexed import IndexedSource
 from sam_distill.images import decode, to_frame
-from sam_distill.selection import (
-    Fraction,
-    Images,
-    ValImages,
-    choose,
-    digests,
-    is_image,
-    limit_val_images,
-    unique_keys,
-)
+from sam_distill.selection import Fraction, Images, ValImages, choose, digests, is_image, limit_val_images, unique_keys
 from sam_distill.types import Sample, UserError
 
 DRAWN = ("pictures", "wandb")  # in a run folder

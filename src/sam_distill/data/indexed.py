@@ -1,7 +1,5 @@
 """Sources with random access: a subclass says how to load one image, and has everything else for it."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -36,7 +34,7 @@ class IndexedSource(DataSource[T]):
         items = [*self.val, *self.train]
         return [items[first : first + size] for first in range(0, len(items), size)]
 
-    def train_stream(self, start: int, seed: int, rank: int, world_size: int, batch_size: int) -> IndexedStream:
+    def train_stream(self, start: int, seed: int, rank: int, world_size: int, batch_size: int) -> "IndexedStream":
         return IndexedStream(self, start, seed, rank, world_size, batch_size)
 
 

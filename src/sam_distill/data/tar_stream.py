@@ -1,7 +1,5 @@
 """The training stream of tars, as a pipeline of WebDataset's: its own stages neither split exactly nor resume."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import count, islice
@@ -59,7 +57,7 @@ class TarStream(DataPipeline):
     first one stopped, opening only tars it needs (damaged images aside, which shift what follows).
     """
 
-    def __init__(self, source: Sa1b, start: int, seed: int, rank: int, world_size: int, batch_size: int) -> None:
+    def __init__(self, source: "Sa1b", start: int, seed: int, rank: int, world_size: int, batch_size: int) -> None:
         super().__init__(
             self.shuffle_shards,
             self.split_by_node_and_worker,

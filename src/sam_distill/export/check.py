@@ -1,7 +1,5 @@
 """An export in its runtime against PyTorch, by values: the same photographs, the same prompts."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from time import perf_counter

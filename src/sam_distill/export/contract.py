@@ -1,7 +1,5 @@
 """What every exported graph takes and gives, as code checks it and as contract.json tells it to an app."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -33,7 +31,7 @@ class Settings:
     normalize: Normalize
 
     @classmethod
-    def read(cls, file: Path) -> tuple[Settings, dict[str, Any]]:
+    def read(cls, file: Path) -> tuple["Settings", dict[str, Any]]:
         """Those of an export, and all that its contract.json says."""
         content = json.loads(file.read_text())
         return cls(**{field.name: content[field.name] for field in fields(cls)}), content

@@ -3,8 +3,6 @@
 So the program is checked: its inputs and outputs are the contract's, and no tensor has more than five dimensions.
 """
 
-from __future__ import annotations
-
 import logging
 import warnings
 from pathlib import Path

@@ -1,7 +1,5 @@
 """ExecuTorch (.pte), for Android and iOS: PyTorch's own export, computed by XNNPACK, run by ExecuTorch's runtime."""
 
-from __future__ import annotations
-
 import logging
 import warnings
 from collections.abc import Sequence

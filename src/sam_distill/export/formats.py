@@ -4,8 +4,6 @@ write(sam, folder, settings) -> the graphs' parts of contract.json
 open_runner(folder, settings) -> a `runner.Runner` that runs what was written in its runtime, if it has one here
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec

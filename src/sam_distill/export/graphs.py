@@ -4,8 +4,6 @@ No encoder has more than four dimensions that is a TinyViT or a convolutional on
 BatchNorm is folded into the convolutions, and attention biases and a ViT's positions are made once.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """LiteRT (.tflite), for Android above all: converted by litert-torch, run by LiteRT's own interpreter."""
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Sequence

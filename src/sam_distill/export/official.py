@@ -1,7 +1,5 @@
 """Checkpoints that load where they are used: in MobileSAM's code, in SAM's, and in whatever reads safetensors."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any, Literal

@@ -1,7 +1,5 @@
 """ONNX files: any graph of ours written, quantised and opened in ONNX Runtime; and format=onnx itself."""
 
-from __future__ import annotations
-
 import logging
 import math
 import warnings

@@ -1,7 +1,5 @@
 """An export at work in its runtime: what the check and the benchmark call."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol

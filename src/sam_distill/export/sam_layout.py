@@ -3,8 +3,6 @@
 The decoder's tensors are named as in segment-anything's export, so that code written for that runs it.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F

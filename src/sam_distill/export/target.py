@@ -1,7 +1,5 @@
 """Where an export goes: a file or a folder that is complete, or not there."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Iterator

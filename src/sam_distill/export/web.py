@@ -3,8 +3,6 @@
 The page is in page/, plain modules that are copied as they are. The runtime comes from npm, once, and is then kept.
 """
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 import tarfile

@@ -1,7 +1,5 @@
 """Write a model's graphs, run them in the format's own runtime, and compare with PyTorch."""
 
-from __future__ import annotations
-
 import logging
 from dataclasses import asdict
 from pathlib import Path

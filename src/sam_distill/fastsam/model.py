@@ -4,8 +4,6 @@ A YOLOv8 that segments everything in one go; `mappings.py` makes that an answer 
 package, which is under the AGPL-3.0: nothing imports it, or anything of it, unless a FastSAM is to be judged.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import warnings
@@ -73,7 +71,7 @@ class FastSam(OtherModel):
         self.description = {"parameters/model": sum(p.numel() for p in self.network.model.parameters())}
         self.description |= {"fastsam/mapping": mapping, "fastsam/conf": conf, "fastsam/iou": iou}
 
-    def see(self, batch: Batch) -> FastSamView:
+    def see(self, batch: Batch) -> View:
         areas = zip(batch.images, batch.sizes.tolist(), strict=True)
         return FastSamView([self.everything(image[:, :h, :w]) for image, (h, w) in areas], batch, self.mapping)
 

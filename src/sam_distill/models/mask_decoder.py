@@ -9,8 +9,6 @@ An image has many cells and a prompt few tokens. So where the official code proj
 the tokens' side is projected here instead, which comes to the same: q . (W k) = (W^T q) . k. That halves the work.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from typing import Any, cast
 

@@ -190,11 +190,7 @@ class SamPredictor:
 
     @torch.no_grad()
     def _decode(
-        self,
-        index: int,
-        given: Sequence[Tensor | None],
-        multimask_output: bool,
-        return_logits: bool,
+        self, index: int, given: Sequence[Tensor | None], multimask_output: bool, return_logits: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`predict_torch` for one of the images; given: its points, labels, boxes and masks."""
         points, labels, boxes, masks = given

@@ -1,7 +1,5 @@
 """How far a command is."""
 
-from __future__ import annotations
-
 import logging
 import time
 
@@ -27,7 +25,7 @@ class CountProgress:
         self._is_terminal = Console().is_terminal
         self._started = self._logged_at = time.perf_counter()
 
-    def __enter__(self) -> CountProgress:
+    def __enter__(self) -> "CountProgress":
         if self._is_terminal:
             self._bar.start()
         return self

@@ -3,8 +3,6 @@
 SA-1B has eleven million names. They are looked up there when a tar's turn comes: memory does not grow with the data.
 """
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import os
@@ -53,7 +51,7 @@ class TarIndex:
     problem: str | None = None
 
     @classmethod
-    def of(cls, files: Sequence[str], problem: str | None = None) -> TarIndex:
+    def of(cls, files: Sequence[str], problem: str | None = None) -> "TarIndex":
         """files: those that the tar holds whole."""
         images, present = [name for name in files if is_image_member(name)], set(files)
         beside = [

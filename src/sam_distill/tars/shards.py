@@ -1,7 +1,5 @@
 """Tars in SA-1B's layout: what their headers say is in them, and reading the members that are wanted."""
 
-from __future__ import annotations
-
 import glob
 import logging
 import random
@@ -67,7 +65,7 @@ class Shard:
         """[images]: which have that companion."""
         return self._chosen(self.index.has_companion(kind))
 
-    def only(self, which: slice | NDArray[np.bool_]) -> Shard:
+    def only(self, which: slice | NDArray[np.bool_]) -> "Shard":
         """A part of it: which of its images."""
         rows = self._chosen(np.arange(self.index.images, dtype=np.int32))[which]
         return self if len(rows) == len(self) else replace(self, rows=rows)

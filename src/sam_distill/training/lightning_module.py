@@ -1,7 +1,5 @@
 """The one LightningModule, host to every strategy."""
 
-from __future__ import annotations
-
 import logging
 import math
 import warnings
@@ -93,7 +91,7 @@ class Distillation(pl.LightningModule):
     def teacher(self) -> Teacher:
         return self._teacher[0]
 
-    def train(self, mode: bool = True) -> Distillation:
+    def train(self, mode: bool = True) -> "Distillation":
         """Frozen parts stay in eval mode whoever calls this: BatchNorm's statistics would drift."""
         super().train(False)
         for part in self.trainable.values():
