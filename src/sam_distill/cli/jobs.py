@@ -19,11 +19,11 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from sam_distill.cli.console import go_on_unread
-from sam_distill.cli.resume import LAST, occupied
+from sam_distill.cli.resume import occupied
 from sam_distill.config.check import RUN_DIR, keeps_run_folder
 from sam_distill.config.sources import task_overrides
 from sam_distill.errors import UserError
-from sam_distill.files import disk_is_full
+from sam_distill.files import LAST_CHECKPOINT, disk_is_full
 from sam_distill.runs import joblib_workers, processes
 from sam_distill.runs.status import Status, earlier_outcome, writing
 
@@ -90,7 +90,7 @@ class Task:
 def _execute(cfg: DictConfig, supplied: dict[str, Path], status: Status, log: Path, prefix: str) -> bool:
     """Build the command's arguments and call it. supplied: arguments beside `cfg`. prefix: of error messages."""
     run_dir, first, recorded = status.run_dir, status.first, status.recorded
-    can_resume = (run_dir / LAST).is_file
+    can_resume = (run_dir / LAST_CHECKPOINT).is_file
     try:
         status.begin(OmegaConf.to_yaml(cfg, resolve=True))
         _seed(cfg.get("seed"))
@@ -136,7 +136,7 @@ def _execute(cfg: DictConfig, supplied: dict[str, Path], status: Status, log: Pa
 def _has_finished(cfg: DictConfig, run_dir: Path) -> bool:
     """A sweep that is run again in its folder does what is missing: jobs that were cut short go on where they were."""
     before = earlier_outcome(run_dir, OmegaConf.to_yaml(cfg, resolve=True))
-    if before not in (None, "finished") and "resume" in cfg and (run_dir / LAST).is_file():
+    if before not in (None, "finished") and "resume" in cfg and (run_dir / LAST_CHECKPOINT).is_file():
         cfg.resume = str(run_dir)
     return before == "finished"
 

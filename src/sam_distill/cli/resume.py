@@ -11,10 +11,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sam_distill.config.check import keeps_run_folder, show
 from sam_distill.config.sources import leaves
+from sam_distill.files import LAST_CHECKPOINT
 from sam_distill.runs import processes, status
 from sam_distill.runs.overrides import quoted_override
 
-LAST = Path("checkpoints", "last.ckpt")  # in a run's folder
 _RECORDS = ("status.json", "config.yaml", "metrics.json", "history.csv", "prompts.csv", "student.pt")
 
 # What a resumed run may do differently, and does; training sees to it that images and batches stay what they were.
@@ -65,7 +65,7 @@ def occupied(run_dir: Path, command: str) -> str:
         return f"{run_dir} holds a {foreign}, but no record of a run, which would write over it: choose another folder"
     if other != command:
         return f"{run_dir} holds a run of sam-distill {other}: choose another folder"
-    if (run_dir / LAST).is_file():
+    if (run_dir / LAST_CHECKPOINT).is_file():
         return f"{run_dir} holds a run already: resume={run_dir} goes on with it; else choose another folder"
     if (run_dir / "student.pt").is_file() and record.get("status") == "finished":
         return f"{run_dir} holds a student already: choose another folder"

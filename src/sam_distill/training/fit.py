@@ -20,6 +20,7 @@ from sam_distill.data.base import DataSource
 from sam_distill.evaluate.agreement import Agreement
 from sam_distill.evaluate.judge import BLIND
 from sam_distill.evaluate.protocol import write_prompts
+from sam_distill.files import LAST_CHECKPOINT
 from sam_distill.loggers.history import CsvOnly, History
 from sam_distill.loggers.wandb import WandB, close
 from sam_distill.models.checkpoints import Checkpoint, load_weights
@@ -106,7 +107,7 @@ def fit(setup: Setup, options: Options, run_dir: Path) -> dict[str, Any]:
     """
     strategy, student, teacher, source = setup.strategy, setup.student, setup.teacher, setup.source
     hardware, resume = setup.hardware, None if options.resume is None else Path(options.resume)
-    checkpoint = None if resume is None else resume / "checkpoints" / "last.ckpt"
+    checkpoint = None if resume is None else resume / LAST_CHECKPOINT
     if checkpoint is not None and not checkpoint.is_file():
         why = "the run may have stopped before its first checkpoint"
         raise UserError(f"resume={resume}: there is no {checkpoint}; {why}")
@@ -116,6 +117,11 @@ def fit(setup: Setup, options: Options, run_dir: Path) -> dict[str, Any]:
         raise UserError(f"strategy={strategy.name} starts from a distilled student: give init=RUN_DIR or a checkpoint")
     if options.compile and sync_batchnorm:
         raise UserError("compile=true does not go with synchronised BatchNorm: give trainer.sync_batchnorm=false")
+    if source.val_images < processes:
+        raise UserError(
+            f"data.val_images: {source.val_images} images are held out to judge the student on (of a cache, when it"
+            f" was written), but every device needs one: {processes}"
+        )
     if "annotations" in requirements(strategy, setup.prompts):
         source.annotate(setup.prompts.count, options.seed)
     strategy.prepare(student)
@@ -134,7 +140,6 @@ def fit(setup: Setup, options: Options, run_dir: Path) -> dict[str, Any]:
     )
     loaders = DistillationData(source, options.batch_size, options.seed, hardware)
     if options.plan:
-        _check_held_out(source, processes)
         plan_training(module, loaders, hardware, steps, options.accumulate)
         return {}
     facts: dict[str, Any] = {
@@ -153,7 +158,6 @@ def fit(setup: Setup, options: Options, run_dir: Path) -> dict[str, Any]:
     folder = RunFolder(run_dir, history, source, facts)
     _log_start(module, source, hardware, steps, images_per_step)
     with all_processes(hardware, run_dir):
-        _check_held_out(source, processes)
         trainer = _trainer(setup, options, run_dir, steps, interval, folder)
         first = trainer.is_global_zero
         trainer.loggers = [history, *(setup.logger.build(run_dir, facts) if first else [])]
@@ -172,14 +176,6 @@ def fit(setup: Setup, options: Options, run_dir: Path) -> dict[str, Any]:
         return module.metrics
 
 
-def _check_held_out(source: DataSource, processes: int) -> None:
-    if source.val_images < processes:
-        raise UserError(
-            f"data.val_images: {source.val_images} images are held out to judge the student on (of a cache, when it"
-            f" was written), but every device needs one: {processes}"
-        )
-
-
 def _trainer(setup: Setup, options: Options, run_dir: Path, steps: int, interval: int, folder: RunFolder) -> pl.Trainer:
     """Arguments that the user gives to Lightning's Trainer by `trainer=` take precedence."""
     silence_lightning()
@@ -191,11 +187,13 @@ def _trainer(setup: Setup, options: Options, run_dir: Path, steps: int, interval
         callbacks.append(Averaged(decay=options.ema))
     if options.step_times:
         callbacks.append(StepTimes())
-    last: dict[str, Any] = {"dirpath": run_dir / "checkpoints", "filename": "last", "enable_version_counter": False}
+    last = run_dir / LAST_CHECKPOINT
+    saved: dict[str, Any] = {"dirpath": last.parent, "filename": last.stem, "enable_version_counter": False}
+    saved["save_on_train_epoch_end"] = False
     callbacks += [
-        Stopping(run_dir / "checkpoints" / "last.ckpt"),
-        CheckpointCallback(**last, every_n_train_steps=interval, save_on_train_epoch_end=False),
-        CheckpointCallback(**last, train_time_interval=timedelta(minutes=10), save_on_train_epoch_end=False),
+        Stopping(last),
+        CheckpointCallback(**saved, every_n_train_steps=interval),
+        CheckpointCallback(**saved, train_time_interval=timedelta(minutes=10)),
     ]
     if Console().is_terminal:
         callbacks.append(TrainingBar())
@@ -273,7 +271,7 @@ def _check_same_run(run_dir: Path, facts: Mapping[str, Any], source: DataSource)
     metrics = run_dir / "metrics.json"
     before = json.loads(metrics.read_text()) if metrics.is_file() else {}
     keys = before.get("data_keys")
-    if keys != facts["data_keys"] and keys == first_fingerprint(source.train_keys):
+    if keys != facts["data_keys"] and keys == first_fingerprint(source.keys(source.train)):
         before["data_keys"] = facts["data_keys"]
     new_run = f"init={run_dir} starts a new run from its weights"
     for name, message in {

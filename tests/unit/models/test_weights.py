@@ -90,11 +90,11 @@ def test_the_table_is_complete() -> None:
 def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/x")
     monkeypatch.setenv("SAM_DISTILL_HOME", "")
-    assert weights._folder() == Path("/x/sam-distill/weights")
+    assert weights.home() == Path("/x/sam-distill")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert weights._folder() == Path.home() / ".cache/sam-distill/weights"
+    assert weights.home() == Path.home() / ".cache/sam-distill"
     monkeypatch.setenv("SAM_DISTILL_HOME", "~/y")
-    assert weights._folder() == Path.home() / "y/weights"
+    assert weights.home() == Path.home() / "y"
 
 
 def test_fetched_and_hashed_once(server, offer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,7 +102,7 @@ def test_fetched_and_hashed_once(server, offer, folder: Path, monkeypatch: pytes
     path = fetch("tiny")
     assert path.read_bytes() == CONTENT
     assert files(folder) == {"tiny.pt", "tiny.pt.sha256"}
-    monkeypatch.setattr(weights, "_verify", lambda *_: pytest.fail("hashed again"))
+    monkeypatch.setattr(weights, "file_sha256", lambda *_: pytest.fail("hashed again"))
     assert fetch("tiny") == path
     assert len(server.requests) == 1
 

@@ -502,7 +502,7 @@ def test_runs_of_the_first_days_go_on(tmp_path: Path) -> None:
     """They have a hash of all keys where later ones have a fingerprint."""
     source, other = Drawings(), Drawings()
     other.train = range(3)
-    keys = "\n".join(sorted(source.train_keys)).encode()
+    keys = "\n".join(sorted(source.keys(source.train))).encode()
     (tmp_path / "metrics.json").write_text(json.dumps({"data_keys": hashlib.sha256(keys).hexdigest()}))
     facts = {"images_per_step": 2}
     _check_same_run(tmp_path, facts | {"data_keys": source.fingerprint}, source)
