@@ -2,6 +2,7 @@
 
 import logging
 import time
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -9,18 +10,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 log = logging.getLogger(__name__)
 
 
-class CountProgress:
-    """Things done of all, their rate and the time left: a bar on a terminal, else a log line every half minute.
-
-    Drawn when something is added, not by a thread: loader workers are forked meanwhile, and would inherit its locks.
+def drawn_bar(**options: Any) -> Progress:
+    """Whose tasks have a `note`. It is drawn when something has happened, not by a thread: loader workers are forked
+    meanwhile, and would inherit that thread's locks.
     """
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
+    return Progress("{task.description}", *columns, auto_refresh=False, speed_estimate_period=120, **options)
+
+
+class CountProgress:
+    """Things done of all, their rate and the time left: a bar on a terminal, else a log line every half minute."""
 
     every = 30.0  # seconds between log lines
 
     def __init__(self, total: int, what: str) -> None:
         self.total, self.what, self.completed = total, what, 0
-        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
-        self._bar = Progress("{task.description}", *columns, auto_refresh=False, speed_estimate_period=120)
+        self._bar = drawn_bar()
         self._task = self._bar.add_task(what, total=total, note="")
         self._is_terminal = Console().is_terminal
         self._started = self._logged_at = time.perf_counter()

@@ -16,12 +16,7 @@ def _parse(duration: Any) -> tuple[float, str]:
     return float(match[1]), match[2]
 
 
-def _checked(duration: Any) -> Any:
-    _parse(duration)
-    return duration
-
-
-Duration = Annotated[str, BeforeValidator(_checked)]
+Duration = Annotated[str, BeforeValidator(lambda duration: _parse(duration) and duration)]
 
 
 def in_steps(duration: str, images_per_step: int, images_per_epoch: int) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import LambdaCallback
 from rich.console import Console
 from rich.table import Table
 
@@ -18,36 +19,28 @@ STEPS = 4  # that are measured, ...
 WARM_UP = 2  # ... after so many
 
 
-class _Clock(pl.Callback):
-    """When each step got its batch, and when it ended."""
-
-    def __init__(self) -> None:
-        self.starts: list[float] = []
-        self.ends: list[float] = []
-
-    def on_train_batch_start(self, *_: Any) -> None:
-        self.starts.append(time.perf_counter())
-
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.ends.append(time.perf_counter())
-
-
 def measure_steps(
     module: Distillation, loaders: DistillationData, hardware: Hardware, steps: int
 ) -> tuple[list[float], float]:
     """(seconds of each of so many steps, the share of them spent waiting for data). The weights change."""
     silence_lightning()
-    clock = _Clock()
+    starts: list[float] = []  # when each step got its batch, ...
+    ends: list[float] = []  # ... and when it ended
+
+    def end(*_: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        ends.append(time.perf_counter())
+
+    clock = LambdaCallback(on_train_batch_start=lambda *_: starts.append(time.perf_counter()), on_train_batch_end=end)
     arguments: dict[str, Any] = {
         "max_steps": WARM_UP + steps, "max_epochs": -1, "limit_val_batches": 0, "callbacks": [clock], "logger": False,
         "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False,
     }  # fmt: skip
     trainer = pl.Trainer(**hardware.trainer_arguments() | arguments)
     trainer.fit(module, loaders)
-    starts, ends = clock.starts[WARM_UP:], clock.ends[WARM_UP - 1 :]
-    waits = [start - before for start, before in zip(starts, ends, strict=False)]
+    ends = ends[WARM_UP - 1 :]
+    waits = [start - before for start, before in zip(starts[WARM_UP:], ends, strict=False)]
     return [end - before for before, end in pairwise(ends)], sum(waits) / (ends[-1] - ends[0])
 
 

@@ -4,24 +4,18 @@ import time
 from typing import Any
 
 import pytorch_lightning as pl
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from sam_distill.runs.progress import drawn_bar
 
 INTERVAL = 0.2  # seconds between updates
 
 
 class TrainingBar(pl.Callback):
-    """Steps done of all, the loss last logged and the time left, in a line that disappears; the log goes on above it.
-
-    It is drawn between steps, not by a thread of its own: loader workers are forked while it is on screen, and would
-    inherit that thread's locks.
-    """
+    """Steps done of all, the last loss and the time left, in a line that disappears; the log goes on above it."""
 
     def __init__(self) -> None:
-        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"), TimeRemainingColumn())
-        self._bar = Progress(
-            "{task.description}", *columns, transient=True, auto_refresh=False, speed_estimate_period=120
-        )
-        self._task = self._bar.add_task("training", loss="")
+        self._bar = drawn_bar(transient=True)
+        self._task = self._bar.add_task("training", note="")
         self._drawn = 0.0
 
     def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
@@ -34,7 +28,7 @@ class TrainingBar(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         loss = trainer.callback_metrics.get("train/loss")  # none before the first step is complete
         if loss is not None and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            self._bar.update(self._task, loss=f"loss {float(loss):.4f}")
+            self._bar.update(self._task, note=f"loss {float(loss):.4f}")
         if time.perf_counter() - self._drawn > INTERVAL:
             self._draw(completed=trainer.global_step, description="training")
 
