@@ -249,7 +249,7 @@ def _facts(job: CacheJob) -> dict[str, Any]:
         "dtype": job.dtype,
         "keys": keys.hexdigest(),
         "tars": len(job.blocks),
-        "held_out": job.source.val_keys,
+        "held_out": job.source.keys(job.source.val),
         "annotations": job.source.has_annotations,
         "tar_images": job.tar_images,
     }

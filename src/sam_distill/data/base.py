@@ -118,17 +118,9 @@ class DataSource(ABC, Generic[T]):
         return self.count(self.val)
 
     @property
-    def val_keys(self) -> list[str]:
-        return self.keys(self.val)
-
-    @property
-    def train_keys(self) -> list[str]:
-        return self.keys(self.train)
-
-    @property
     def fingerprint(self) -> str:
         """Of the set of images to train on: equal for the same keys."""
-        return fingerprint(digests(self.train_keys))
+        return fingerprint(digests(self.keys(self.train)))
 
     def val_samples(self) -> list[Sample]:
         """The validation images, the same ones in every run, decoded and held in memory (2 MB each)."""
@@ -144,7 +136,6 @@ class DataSource(ABC, Generic[T]):
 
     @cached_property
     def skipped_samples(self) -> SkippedSamples:
-        """What had to be skipped so far."""
         return SkippedSamples(self.num_train_images)
 
     @property

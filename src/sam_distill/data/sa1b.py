@@ -8,7 +8,6 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import chain
 from typing import Annotated
 
 from pydantic import Field
@@ -73,15 +72,13 @@ class Sa1b(DataSource[Shard]):
         return [key for shard in items for key in shard.image_keys()]
 
     def loads(self, items: Sequence[Shard]) -> Iterator[Callable[[], Sample]]:
-        return chain.from_iterable(map(self._loads, items))
-
-    def _loads(self, shard: Shard) -> Iterator[Callable[[], Sample]]:
-        missing = dict.fromkeys(shard.members())
-        for member, contents in shard.read(list(missing), self.kinds):
-            del missing[member]
-            yield partial(self.decode, EncodedSample(NOT_TRAINED_ON, 0, shard, member, contents))
-        for member in missing:
-            yield partial(_raise_missing, shard, member)
+        for shard in items:
+            missing = dict.fromkeys(shard.members())
+            for member, contents in shard.read(list(missing), self.kinds):
+                del missing[member]
+                yield partial(self.decode, EncodedSample(NOT_TRAINED_ON, 0, shard, member, contents))
+            for member in missing:
+                yield partial(_raise_missing, shard, member)
 
     def train_stream(
         self, start: int, seed: int, rank: int, world_size: int, batch_size: int

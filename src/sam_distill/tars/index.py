@@ -85,29 +85,30 @@ class TarIndex:
 
 
 def read_headers(file: IO[bytes], size: int | None, address: str) -> TarIndex:
-    """size: of the file, which is None if it can only be read from front to back."""
+    """Closes the file. size: its own, which is None if it can only be read from front to back."""
     names: dict[str, None] = {}  # an ordered set
     links = 0
-    try:
-        with tarfile.open(fileobj=file, mode="r|" if size is None else "r:") as tar:
-            for member in tar:
-                if not member.isreg():
-                    links += (member.issym() or member.islnk()) and is_image_member(member.name)
-                    continue
-                if size is not None and member.offset_data + member.size > size:
-                    raise tarfile.ReadError(f"truncated in {member.name}")
-                names[member.name] = None
-            if size is not None:
-                file.seek(tar.offset)
-                if file.read(tarfile.BLOCKSIZE).strip(b"\0"):  # neither the end of the archive nor that of the file
-                    raise tarfile.ReadError("damaged header")
-    except (tarfile.TarError, OSError) as error:
-        problem = f"the rest of {address} after {len(names)} files ({one_line(error)})"
-        if size and not names:
-            file.seek(0)
-            if packed := compression(file.read(8)):
-                problem = f"{address} is compressed with {packed}: unpack it, or read it by a command, pipe:..."
-        return TarIndex.of(list(names), problem)
+    with file:
+        try:
+            with tarfile.open(fileobj=file, mode="r|" if size is None else "r:") as tar:
+                for member in tar:
+                    if not member.isreg():
+                        links += (member.issym() or member.islnk()) and is_image_member(member.name)
+                        continue
+                    if size is not None and member.offset_data + member.size > size:
+                        raise tarfile.ReadError(f"truncated in {member.name}")
+                    names[member.name] = None
+                if size is not None:
+                    file.seek(tar.offset)
+                    if file.read(tarfile.BLOCKSIZE).strip(b"\0"):  # neither the end of the archive nor that of the file
+                        raise tarfile.ReadError("damaged header")
+        except (tarfile.TarError, OSError) as error:
+            problem = f"the rest of {address} after {len(names)} files ({one_line(error)})"
+            if size and not names:
+                file.seek(0)
+                if packed := compression(file.read(8)):
+                    problem = f"{address} is compressed with {packed}: unpack it, or read it by a command, pipe:..."
+            return TarIndex.of(list(names), problem)
     in_vain = f"{links} images of {address}, which are links: tar --dereference --hard-dereference takes what they mean"
     return TarIndex.of(list(names), in_vain if links else None)
 

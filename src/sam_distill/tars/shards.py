@@ -132,7 +132,6 @@ def index_tars(path: str | list[str], option: str, local: str | None = None) -> 
 
 
 def _expand(pattern: str, option: str) -> list[Tar]:
-    """The tars that a pattern names."""
     if pattern.startswith("pipe:"):
         return [PipedTar(pattern)]
     local = Path(pattern).expanduser()

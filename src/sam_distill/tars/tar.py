@@ -64,13 +64,9 @@ class LocalTar(Tar):
         return open(self.address, "rb")
 
     def index(self) -> TarIndex:
-        stat = os.stat(self.address)
-
-        def read() -> TarIndex:
-            with self.stream() as file:
-                return read_headers(file, stat.st_size, self.address)
-
-        return cached_index(os.path.abspath(self.address), file_stamp(stat), read, FEW_IMAGES)
+        stat, path = os.stat(self.address), os.path.abspath(self.address)
+        stamp, read = file_stamp(stat), lambda: read_headers(self.stream(), stat.st_size, self.address)
+        return cached_index(path, stamp, read, FEW_IMAGES)
 
 
 class RemoteTar(Tar):
@@ -133,11 +129,7 @@ class PipedTar(Tar):
         return io.BufferedReader(RetryingReader(self, retries))
 
     def index(self) -> TarIndex:
-        def read() -> TarIndex:
-            with self.stream(RETRIES_AT_START) as file:
-                return read_headers(file, None, self.address)
-
-        return cached_index(self.identity, "", read)
+        return cached_index(self.identity, "", lambda: read_headers(self.stream(RETRIES_AT_START), None, self.address))
 
     def open_at(self, position: int) -> tuple[Any, None]:
         output = _CommandOutput(self.address.removeprefix("pipe:"))

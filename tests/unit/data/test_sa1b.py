@@ -20,7 +20,7 @@ def keys_of(batches: list[list[str]]) -> list[str]:
 
 
 def train_keys(source: Sa1b) -> set[str]:
-    return set(source.train_keys)
+    return set(source.keys(source.train))
 
 
 def test_validation_is_spread_and_apart(make_shards) -> None:

@@ -48,11 +48,12 @@ def test_a_tar_is_read_again_when_it_has_changed(
     read.clear()
     again = Sa1b([first, second], val_images=1)
     assert read == []
-    assert (again.train_keys, again.val_keys) == (before.train_keys, before.val_keys)
+    assert (again.keys(again.train), again.keys(again.val)) == (before.keys(before.train), before.keys(before.val))
     assert batches(again, 6) == batches(before, 6)
     make_shards([5, 3])  # the second holds other images now, in as many bytes
     os.utime(second, ns=(1, 1))
-    assert Sa1b([first, second], val_images=1).train_keys == [f"sa_{number}" for number in range(1, 8)]
+    changed = Sa1b([first, second], val_images=1)
+    assert changed.keys(changed.train) == [f"sa_{number}" for number in range(1, 8)]
     assert sorted(read) == ["sa_000000.tar", "sa_000001.tar"]
 
 

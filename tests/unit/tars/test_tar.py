@@ -170,7 +170,7 @@ def test_a_command_that_talks_a_lot(shards: list[str], tmp_path: Path, monkeypat
     """More than a pipe holds, which nobody empties."""
     monkeypatch.setenv("SAM_DISTILL_HOME", str(tmp_path / "home"))
     source = Sa1b(f"pipe:head -c 500000 /dev/zero >&2; cat {shards[0]}", val_images=1)
-    assert len(source.train_keys) == 11
+    assert len(source.keys(source.train)) == 11
 
 
 def test_every_address_that_fsspec_knows(
@@ -183,7 +183,7 @@ def test_every_address_that_fsspec_knows(
         memory.pipe(f"/bucket/{Path(shard).name}", Path(shard).read_bytes())
     for path in (f"memory://bucket/{BRACES}", "memory://bucket/*.tar", "memory://bucket"):
         there = Sa1b(path, val_images=3)
-        assert (there.train_keys, there.val_keys) == (here.train_keys, here.val_keys)
+        assert (there.keys(there.train), there.keys(there.val)) == (here.keys(here.train), here.keys(here.val))
     assert batches(there, 12, workers=2) == batches(here, 12, workers=2)
     for path in ("memory://bucket/none.tar", "memory://none"):
         with pytest.raises(UserError, match=f"{path}: "):
