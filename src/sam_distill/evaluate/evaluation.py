@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch.utils.data import DataLoader
 
 from sam_distill.data.base import DataSource, EvalStream, Split, collate
 from sam_distill.evaluate.judge import BLIND, Answer, Judge, blind
@@ -19,7 +18,7 @@ from sam_distill.models.sam import Sam
 from sam_distill.runs.hardware import Hardware
 from sam_distill.runs.progress import CountProgress
 from sam_distill.teachers import Teacher
-from sam_distill.types import Sample, UserError
+from sam_distill.types import UserError
 
 BLIND_IMAGES = 100  # the blind baseline is computed on so many images at most, which it holds in memory (9 MB each)
 
@@ -50,7 +49,8 @@ def judge(
     result, of_teacher = Judge(protocol).to(hardware.kind), Judge(protocol).to(hardware.kind)
     answers: list[Answer] = []
     with CountProgress(total, "Evaluating") as progress:
-        for batch in loader(source, split, hardware, batch_size, annotated):
+        stream = EvalStream(source, split, truth=annotated)
+        for batch in hardware.loader(stream, batch_size=batch_size, collate_fn=collate):
             batch = batch.to(hardware.kind)
             with hardware.autocast():  # decoders as well: a training judges so, too
                 theirs = protocol.see(teacher.sam, teacher.embed(batch), batch)
@@ -102,13 +102,6 @@ def facts(student: Sam | OtherModel, hardware: Hardware, images: int, total: int
         "precision": hardware.num_format,
         "device": hardware.device_name,
     }
-
-
-def loader(
-    source: DataSource, split: Split, hardware: Hardware, batch_size: int, truth: bool = False
-) -> DataLoader[Sample]:
-    """truth: images come with their annotations."""
-    return hardware.loader(EvalStream(source, split, truth), batch_size=batch_size, collate_fn=collate)
 
 
 def _print_scores(metrics: Mapping[str, Any], protocol: Protocol, run_dir: Path) -> None:

@@ -24,8 +24,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from sam_distill.data.base import DataSource, Split
-from sam_distill.evaluate.evaluation import facts, loader
+from sam_distill.data.base import DataSource, EvalStream, Split, collate
+from sam_distill.evaluate.evaluation import facts
 from sam_distill.evaluate.protocol import Comparison, write_prompts
 from sam_distill.evaluate.views import OtherModel
 from sam_distill.files import write_json, write_text
@@ -184,7 +184,7 @@ def judge_everything(
     teacher_id, detections = f"{teacher.sha256} {hardware.num_format}", Detections()
     rows: list[Image.Image] = []
     with CountProgress(total, "Segmenting everything") as progress, hardware.autocast():
-        for batch in loader(source, split, hardware, batch_size):
+        for batch in hardware.loader(EvalStream(source, split), batch_size=batch_size, collate_fn=collate):
             for key, image, (height, width) in zip(batch.keys, batch.images, batch.sizes.tolist(), strict=True):
                 frame = image[:, :height, :width].permute(1, 2, 0).contiguous().numpy()
                 theirs, ours = protocol.cached_masks(teacher_id, teacher.sam, frame), protocol.masks(student, frame)

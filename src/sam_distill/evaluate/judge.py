@@ -16,7 +16,7 @@ from sam_distill.evaluate.views import View
 from sam_distill.losses import embedding_cosine, embedding_mse
 from sam_distill.metrics import MeanIoU, bootstrap
 from sam_distill.models.sam import Sam
-from sam_distill.predict.overlays import column, comparison
+from sam_distill.predict.overlays import STUDENT, TEACHER, column, prompted, side_by_side
 from sam_distill.teachers import check_finite
 from sam_distill.types import GRID, Batch, valid_area
 
@@ -134,8 +134,9 @@ class Judge(nn.Module):
         for picture in self.pictures:
             row = picture.comparison
             captions = f"image and {row.kind}", self.protocol.reference, f"student   IoU {row.iou:.2f}"
-            masks = picture.reference, picture.student
-            rows.append(comparison(picture.image, *masks, row.prompt, row.labels, captions))
+            masks = [(None, TEACHER), (picture.reference, TEACHER), (picture.student, STUDENT)]
+            panels = [prompted(picture.image, row.prompt, row.labels, mask, colour) for mask, colour in masks]
+            rows.append(side_by_side(panels, captions))
         return column(rows)
 
 

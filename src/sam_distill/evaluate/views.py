@@ -74,8 +74,4 @@ class SamView(View):
     def upscaled(self, low_res: Tensor) -> MaskOf:
         """low_res: as above."""
         sizes = self.sizes
-
-        def mask(image: int, prompt: int) -> Tensor:
-            return upscale_masks(low_res[image, prompt], *sizes[image]) > 0
-
-        return mask
+        return lambda image, prompt: upscale_masks(low_res[image, prompt], *sizes[image]) > 0

@@ -1,4 +1,4 @@
-"""Pictures: masks and prompts over images, and the paper's rows image | teacher | student (Figures 4 and 5)."""
+"""Pictures: masks and prompts over images, side by side as in the paper (Figures 4 and 5)."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from colorsys import hsv_to_rgb
@@ -56,22 +56,6 @@ def coloured(image: Image.Image, records: Iterable[Mapping[str, Any]]) -> Image.
         region[part] = (0.45 * region[part] + 0.55 * colour).astype(np.uint8)
         region[_outline(part)] = colour.astype(np.uint8)
     return Image.fromarray(pixels)
-
-
-def comparison(
-    image: Image.Image,
-    teacher: np.ndarray,
-    student: np.ndarray,
-    prompt: Sequence[float],
-    labels: Sequence[int],
-    captions: Sequence[str],
-) -> Image.Image:
-    """One row: the image with its prompt, the teacher's mask, the student's mask.
-
-    prompt, labels: see `Comparison`, in pixels of `image`; the masks have its size.
-    """
-    masks = [(None, TEACHER), (teacher, TEACHER), (student, STUDENT)]
-    return side_by_side([prompted(image, prompt, labels, mask, colour) for mask, colour in masks], captions)
 
 
 def prompted(

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from sam_distill.predict.overlays import STUDENT, coloured, column, comparison, overlay
+from sam_distill.predict.overlays import STUDENT, coloured, column, overlay, prompted, side_by_side
 
 GREY = Image.new("RGB", (60, 40), (100, 100, 100))
 MASK = np.zeros((40, 60), bool)
@@ -22,7 +22,7 @@ def test_only_the_mask_is_tinted_and_its_outline_is_white() -> None:
 
 def test_a_very_thin_image_has_a_column_of_its_own() -> None:
     mask = np.ones((5000, 1), bool)
-    row = comparison(Image.new("RGB", (1, 5000)), mask, mask, [0.0, 9.0], [1], ["", "", ""])
+    row = side_by_side([prompted(Image.new("RGB", (1, 5000)), [0.0, 9.0], [1], mask)] * 3, ["", "", ""])
     assert row.height > 384
 
 
@@ -53,18 +53,13 @@ def test_a_tiny_box_can_be_seen() -> None:
 
 def test_captions_have_room_beside_narrow_images() -> None:
     tall = Image.new("RGB", (40, 400))
-    row = comparison(
-        tall,
-        np.zeros((400, 40), bool),
-        np.zeros((400, 40), bool),
-        (5.0, 5.0),
-        (1,),
-        ("image and point", "teacher", "student   IoU 0.5"),
-    )
+    panels = [prompted(tall, (5.0, 5.0), (1,), np.zeros((400, 40), bool))] * 3
+    row = side_by_side(panels, ("image and point", "teacher", "student   IoU 0.5"))
     assert row.width > 250
 
 
 def test_rows_and_columns() -> None:
-    row = comparison(GREY, MASK, ~MASK, (30.0, 20.0), (1,), ("a", "b", "c"))
+    panels = [prompted(GREY, (30.0, 20.0), (1,), mask) for mask in (None, MASK, ~MASK)]
+    row = side_by_side(panels, ("a", "b", "c"))
     assert row.width > 3 * 380
     assert column([row, row]).size == (row.width, 2 * row.height)
