@@ -51,8 +51,10 @@ def bench(
 ) -> None:
     """Measure speed side by side with the peers' code; conf/bench.yaml says what each option means."""
     del scale  # only experiments read it
-    kind, folder = trainer.kind, None if exported is None else _folder(exported)
-    fastsam = is_fastsam(checkpoint)
+    kind, fastsam = trainer.kind, is_fastsam(checkpoint)
+    folder = None if exported is None else Path(exported).expanduser()
+    if folder and not contracts(folder):
+        raise UserError(f"exported={exported}: no {CONTRACT} there; sam-distill export format=onnx, for one, writes it")
     if fastsam and suite != "image":
         raise UserError(f"checkpoint={checkpoint}: of a FastSAM only suite=image can be measured")
 
@@ -96,13 +98,6 @@ def bench(
         found.append(finding)
         write(found, facts, run_dir)
     Console().print(f"table  {run_dir / 'bench.md'}", highlight=False, soft_wrap=True)
-
-
-def _folder(exported: str) -> Path:
-    folder = Path(exported).expanduser()
-    if not contracts(folder):
-        raise UserError(f"exported={exported}: no {CONTRACT} there; sam-distill export format=onnx, for one, writes it")
-    return folder
 
 
 def _step(sam: Sam, jpegs: list[bytes], trainer: Hardware, batch_size: int) -> Finding:

@@ -49,17 +49,14 @@ def bench_encoder(
     """
     image, sizes = _image(device)
     sam = sam.to(device).to(memory_format=torch.channels_last)
-
-    def encode(dtype: torch.dtype | None, model: Sam = sam) -> Callable[[], object]:
-        return _in_precision(dtype, device, lambda: model.encode(image, sizes))
-
-    fast = optimize_for_inference(sam)
-    contenders = [Contender(FP32, encode(None, fast)), Contender(BF16, encode(torch.bfloat16, fast))]
+    as_it_trains, fast = partial(sam.encode, image, sizes), optimize_for_inference(sam)
+    contenders = _both("sam-distill", device, partial(fast.encode, image, sizes))
     if compiled:
         twin = deepcopy(fast)
         twin.image_encoder = torch.compile(twin.image_encoder)  # type: ignore[assignment]
-        contenders.append(Contender("sam-distill, bf16, torch.compile", encode(torch.bfloat16, twin)))
-    contenders.append(Contender("the same model as it trains, fp32", encode(None)))
+        _, in_bf16 = _both("sam-distill", device, partial(twin.encode, image, sizes))
+        contenders.append(replace(in_bf16, name=f"{in_bf16.name}, torch.compile"))
+    contenders.append(Contender("the same model as it trains, fp32", as_it_trains))
     notes = []
     if device == "cpu" and exported:
         for contender, about in exported_encoders(exported):
@@ -69,13 +66,12 @@ def bench_encoder(
         contenders.append(_onnx_encoder(sam))
     if device == "cpu" and find_spec("openvino"):
         with_openvino = optimize_for_inference(sam, "openvino")
-        contenders.append(Contender("sam-distill, OpenVINO, fp32", encode(None, with_openvino)))
-        contenders.append(Contender("sam-distill, OpenVINO, bf16", encode(torch.bfloat16, with_openvino)))
+        contenders += _both("sam-distill, OpenVINO", device, partial(with_openvino.encode, image, sizes))
     peer = peer_of(sam, device)
     if peer is not None:
         model, pixels = peer.model, image[..., : SIZE[0], :].float()
         contenders.append(Contender(peer.name, lambda: model.image_encoder(model.preprocess(pixels)), ours=False))
-    gflop = gflop_of(encode(None))
+    gflop = gflop_of(as_it_trains)
     facts = f"{sam.parameter_counts['parameters'] / 1e6:.2f}M parameters, {gflop / 2:.1f} GMACs"
     what = f"Image encoder at {sam.image_size} px, {device}: {facts}"
     note = "\n".join([*notes, *([] if peer else [MISSING]), PAPER_ENCODER])
@@ -121,10 +117,7 @@ def bench_decoder(sam: Sam, device: str, peak: Finding, seconds: float) -> Itera
         prompts = point_prompts(points[None], labels[None])
 
         decode = partial(sam.decode, embedding, prompts, MULTI)
-        contenders = [
-            Contender(FP32, decode, count),
-            Contender(BF16, _in_precision(torch.bfloat16, device, decode), count),
-        ]
+        contenders = _both("sam-distill", device, decode, count)
         if peer is not None:
             run = _peer_decoder(peer.model, embedding, points, labels)
             contenders.append(Contender(peer.name, run, count, ours=False))
@@ -143,7 +136,7 @@ def bench_image(sam: Sam, photograph: np.ndarray, device: str, seconds: float) -
         predictor.predict(middle, np.array([1]), multimask_output=False)
 
     ours, peer = partial(ask, SamPredictor(sam)), peer_of(sam, device)
-    contenders = [Contender(FP32, ours), Contender(BF16, _in_precision(torch.bfloat16, device, ours))]
+    contenders = _both("sam-distill", device, ours)
     if peer is not None:
         theirs = partial(ask, peer.package.SamPredictor(peer.model))
         contenders.append(Contender(peer.name, theirs, ours=False))
@@ -172,20 +165,19 @@ def bench_fastsam(model: FastSam, photograph: np.ndarray, device: str, seconds: 
 
 
 def counted(sam: Sam) -> Finding:
-    """Parameters of the model and its parts."""
     encoder, prompts, decoder, model = (f"{number / 1e6:,.3f}M" for number in sam.parameter_counts.values())
     what = f"Parameters: image encoder {encoder}, prompt encoder {prompts}, mask decoder {decoder}, together {model}"
     return Finding(what, note=PAPER_PARAMETERS, metrics=dict(sam.parameter_counts))
 
 
-def _in_precision(dtype: torch.dtype | None, device: str, run: Callable[[], object]) -> Callable[[], object]:
-    """`run` under autocast to this dtype; None: as it is."""
+def _both(name: str, device: str, run: Callable[[], object], units: float = 1) -> list[Contender]:
+    """In fp32 and under autocast to bf16."""
 
-    def within() -> object:
-        with torch.autocast(device, dtype=dtype, enabled=dtype is not None):
+    def in_bf16() -> object:
+        with torch.autocast(device, dtype=torch.bfloat16):
             return run()
 
-    return within
+    return [Contender(f"{name}, fp32", run, units), Contender(f"{name}, bf16", in_bf16, units)]
 
 
 def _peer_decoder(model: Any, embedding: Tensor, points: Tensor, labels: Tensor) -> Callable[[], object]:

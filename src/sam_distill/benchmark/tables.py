@@ -39,7 +39,6 @@ class Finding:
 
     @property
     def peer(self) -> Timing | None:
-        """The first that is not ours."""
         return next((timing for timing in self.timings if not timing.ours), None)
 
     def rows(self) -> Iterable[tuple[str, ...]]:
@@ -65,7 +64,6 @@ def show(finding: Finding) -> None:
 
 
 def write(findings: Sequence[Finding], facts: dict[str, Any], folder: Path) -> None:
-    """bench.json, bench.md and metrics.json."""
     metrics = {name: value for finding in findings for name, value in finding.metrics.items()}
     write_json(folder / "metrics.json", metrics | facts)
     write_json(folder / "bench.json", {"facts": facts, "findings": [asdict(finding) for finding in findings]})
