@@ -25,6 +25,9 @@ class CsvOnly:
 class History(Logger):
     """Every logged metric, a row per step, in history.csv. A resumed run goes on with the file that is there."""
 
+    name = "history"
+    version = 0
+
     def __init__(self, path: Path, resume: bool) -> None:
         super().__init__()
         self.path = path
@@ -34,14 +37,6 @@ class History(Logger):
                 for row in csv.DictReader(file):
                     step = int(row.pop("step"))
                     self.rows[step] = {name: float(value) for name, value in row.items() if value != ""}
-
-    @property
-    def name(self) -> str:
-        return "history"
-
-    @property
-    def version(self) -> int:
-        return 0
 
     def forget_after(self, step: int) -> None:
         """A resumed run writes those steps again."""

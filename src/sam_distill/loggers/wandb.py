@@ -1,13 +1,11 @@
 """Weights & Biases, beside history.csv, which every run writes."""
 
-import netrc
 import os
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 import wandb
@@ -15,6 +13,7 @@ from PIL import Image
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
+from requests.utils import get_netrc_auth
 
 from sam_distill.errors import UserError, one_line
 from sam_distill.evaluate.judge import Judge, Picture
@@ -159,13 +158,8 @@ def _mode() -> str:
 
 def has_key() -> bool:
     """Where wandb itself would look, without the question it asks when there is none."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
+    address = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    return bool(os.environ.get("WANDB_API_KEY") or get_netrc_auth(address))
 
 
 def _run_id(run_dir: Path) -> str:
