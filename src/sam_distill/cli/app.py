@@ -46,7 +46,6 @@ def default_conf_dir() -> Path:
 
 
 def main(argv: Sequence[str] | None = None, conf_dir: Path | None = None) -> int:
-    """The console script."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     known = commands(conf_dir or default_conf_dir())
     try:

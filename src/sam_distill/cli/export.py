@@ -15,7 +15,6 @@ from sam_distill.export.official import save_official, save_safetensors
 from sam_distill.export.target import atomic_target
 from sam_distill.export.write import export_graphs
 from sam_distill.models.checkpoints import Checkpoint, find_checkpoint, load_sam
-from sam_distill.models.sam import Sam
 from sam_distill.types import FRAME, UserError
 
 log = logging.getLogger(__name__)
@@ -58,16 +57,12 @@ def export(
             elif format == "mobile_sam" or format == "sam":
                 name = save_official(sam, draft, format)
                 log.info('for sam_model_registry["%s"](checkpoint="%s")', name, path)
-                _warn_of_image_size(sam)
+                if sam.image_size != FRAME:
+                    log.warning(
+                        "this student sees images at %d pixels, but MobileSAM's and SAM's code run every encoder at"
+                        " 1024, where its masks are worse: train at image_size=1024 for use there, or take format=onnx",
+                        sam.image_size,
+                    )
         files = [target]
     for file in files:
         log.info("%s: %.1f MB", file, file.stat().st_size / 1e6)
-
-
-def _warn_of_image_size(sam: Sam) -> None:
-    if sam.image_size != FRAME:
-        log.warning(
-            "this student sees images at %d pixels, but MobileSAM's and SAM's code run every encoder at 1024, where its"
-            " masks are worse: train at image_size=1024 for use there, or take format=onnx",
-            sam.image_size,
-        )

@@ -87,21 +87,14 @@ def dense_prompt(prompt_encoder: PromptEncoder, mask: Tensor, has_mask: Tensor) 
 def prepared(sam: Sam) -> Sam:
     """A copy of `sam` that computes the same in layers that exporters and runtimes like."""
     sam = simplified(sam).cpu().float()
-    _fix_positions(sam)
     layer: Any
-    for layer in sam.image_encoder.modules():
+    for layer in list(sam.image_encoder.modules()):
+        if isinstance(layer, VisionTransformerSAM):  # brings its positions in the size of its pictures
+            grid = [sam.image_size // layer.patch_embed.patch_size[0]] * 2
+            layer.pos_drop, layer.pos_embed = Positions(resample_abs_pos_embed_nhwc(layer.pos_embed, grid)), None
         if hasattr(layer, "fused_attn"):  # as a kernel of its own, ONNX lacks it for SAM's ViT, and XNNPACK at all
             layer.fused_attn = False
     return sam
-
-
-def _fix_positions(sam: Sam) -> None:
-    """Have SAM's ViT bring its positions in the size of its pictures, before an export."""
-    for layer in sam.image_encoder.modules():
-        if isinstance(layer, VisionTransformerSAM):
-            vit: Any = layer
-            grid = [sam.image_size // vit.patch_embed.patch_size[0]] * 2
-            vit.pos_drop, vit.pos_embed = Positions(resample_abs_pos_embed_nhwc(vit.pos_embed, grid)), None
 
 
 class Positions(nn.Module):

@@ -30,7 +30,6 @@ CONVOLUTIONS = (TFLOperationName.CONV_2D, TFLOperationName.DEPTHWISE_CONV_2D)
 
 
 def write(sam: Sam, folder: Path, settings: Settings) -> dict[str, Any]:
-    """Write encoder.tflite and decoder.tflite."""
     sam, quantize = prepared(sam), settings.quantize
     return {
         "encoder": _write_graph(Encoder(sam, settings.normalize), folder / ENCODER, quantize),

@@ -6,12 +6,9 @@ The page is in page/, plain modules that are copied as they are. The runtime com
 import shutil
 import subprocess
 import tarfile
-from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-
-import numpy as np
 
 from sam_distill.export.contract import Settings
 from sam_distill.export.graphs import Decoder, Encoder, prepared
@@ -47,11 +44,7 @@ def open_runner(folder: Path, settings: Settings) -> Runner:
 def _open(path: Path) -> Run:
     session = open_session(path)
     names = [tensor.name for tensor in session.get_inputs()]
-
-    def run(values: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
-        return session.run(None, dict(zip(names, values, strict=True)))
-
-    return run
+    return lambda values: session.run(None, dict(zip(names, values, strict=True)))
 
 
 def _runtime() -> Path:

@@ -51,9 +51,7 @@ class FastSam(OtherModel):
 
     checkpoint: as `is_fastsam` knows it. Such a file is a pickle, which can run code when it is loaded: in full only if
         its sha256 is that of a name of ours, any other as `weights_only`, limited to ultralytics' own classes.
-    mapping: from masks of everything to a prompt's, see `mappings.py`.
-    conf, iou: what is found must be that sure, and overlap less with what is surer. FastSAM's README has 0.4 and 0.9,
-        its demo 0.25 and 0.7.
+    mapping, conf, iou: conf/evaluate.yaml says what they mean.
     """
 
     def __init__(

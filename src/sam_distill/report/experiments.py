@@ -56,7 +56,6 @@ class Experiment:
 
 
 def known() -> dict[str, Experiment]:
-    """All experiments of experiments.yaml."""
     listed: dict[str, dict[str, Any]] = _content()["experiments"]
     return {
         name: Experiment(**{**fields, "id": name, "columns": [measure(c) for c in fields["columns"]]})

@@ -52,7 +52,6 @@ class Report:
 
 
 def write(report: Report, folder: Path) -> None:
-    """report.html, report.md and pictures/."""
     (folder / "pictures").mkdir(parents=True, exist_ok=True)
     for section in report.sections:
         for picture in section.pictures:
@@ -66,7 +65,6 @@ def write(report: Report, folder: Path) -> None:
 
 
 def write_experiment(section: Section, folder: Path) -> None:
-    """The files of experiments/ID/: results.csv, history.csv with the curves, table.md."""
     score = section.experiment.columns[0].name
     write_text(folder / "results.csv", results_csv(section.experiment, section.runs))
     write_text(folder / "table.md", markdown(section.table))

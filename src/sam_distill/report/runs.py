@@ -78,7 +78,6 @@ class Found:
 
 
 def find(root: Path) -> Found:
-    """Everything under `root`."""
     runs: list[Run] = []
     unusable: list[Unusable] = []
     committed: dict[str, Committed] = {}

@@ -64,7 +64,6 @@ def present(found: Found) -> list[str]:
 
 
 def sections(found: Found, names: Sequence[str]) -> list[Section]:
-    """One for each of the experiments `names`."""
     experiments = known()
     result = []
     for name in names:

@@ -51,10 +51,6 @@ class Table:
     cited: frozenset[str]
     rows: Sequence[Row]
 
-    @property
-    def has_paper(self) -> bool:
-        return bool(self.cited)
-
     def name(self, row: Row, besides: str = "") -> str:
         """What tells a row from the others, in a line: `8 epochs, batch size 4`. besides: a setting told elsewhere."""
         settings = {key: row.settings[key] for key in self.keys if key != besides and row.settings.get(key)}

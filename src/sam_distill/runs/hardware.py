@@ -98,7 +98,6 @@ class Hardware:
         return DataLoader(dataset, pin_memory=self.kind == "cuda", **workers | options)
 
     def trainer_arguments(self) -> dict[str, Any]:
-        """For Lightning's Trainer."""
         return {
             "accelerator": {"cuda": "gpu"}.get(self.kind, self.kind),
             "devices": self.devices,

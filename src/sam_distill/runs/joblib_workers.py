@@ -50,8 +50,14 @@ def is_worker() -> bool:
 
 
 def set_up_worker() -> None:
-    """Before the jobs of a worker."""
-    _take_a_gpu(int(multiprocessing.current_process().name.removeprefix(_NAME)))
+    """Before the jobs of a worker, which takes one of the GPUs: they are dealt out in turn."""
+    import torch
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    devices = visible.split(",") if visible else [str(device) for device in range(torch.cuda.device_count())]
+    worker = int(multiprocessing.current_process().name.removeprefix(_NAME))
+    if len(devices) > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices[(worker - 1) % len(devices)]
     for number in STOP_SIGNALS:
         signal.signal(number, _on_signal)
 
@@ -77,13 +83,3 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
     before, _stopped = _stopped, True
     if _has_job and not before:
         raise SystemExit(128 + number)
-
-
-def _take_a_gpu(worker: int) -> None:
-    """Workers take the GPUs in turn."""
-    import torch
-
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    devices = visible.split(",") if visible else [str(device) for device in range(torch.cuda.device_count())]
-    if len(devices) > 1:
-        os.environ["CUDA_VISIBLE_DEVICES"] = devices[(worker - 1) % len(devices)]
