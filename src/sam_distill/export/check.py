@@ -1,8 +1,9 @@
 """An export in its runtime against PyTorch, by values: the same photographs, the same prompts."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,26 +52,20 @@ def compare(sam: Sam, runner: Runner, samples: Sequence[Sample]) -> Agreement:
     embeddings, cosines, ious, estimates = [], [], [], []
     seconds: list[list[float]] = [[], [], [], []]
 
-    def timed(which: int, started: float) -> None:
+    def timed(which: int, run: Callable[..., Any], *arguments: Any) -> Any:
+        started = perf_counter()
+        answer = run(*arguments)
         seconds[which].append(perf_counter() - started)
+        return answer
 
     for sample in samples:
-        images, sizes = in_frame(sample)
-        started = perf_counter()
-        expected = sam.encode(images, sizes)
-        timed(2, started)
-        started = perf_counter()
-        found = torch.from_numpy(runner.encode(sample))
-        timed(0, started)
+        expected = timed(2, sam.encode, *in_frame(sample))
+        found = torch.from_numpy(timed(0, runner.encode, sample))
         embeddings.append(float((found - expected).abs().max()))
         cosines.append(float(F.cosine_similarity(found.flatten().double(), expected.flatten().double(), dim=0)))
         for prompt in prompts(sam, expected, sample):
-            started = perf_counter()
-            right = sam.decode(expected, prompt.as_sam_has_it(), ALL)
-            timed(3, started)
-            started = perf_counter()
-            low_res, iou = runner.decode(found.numpy(), prompt)
-            timed(1, started)
+            right = timed(3, sam.decode, expected, prompt.as_sam_has_it(), ALL)
+            low_res, iou = timed(1, runner.decode, found.numpy(), prompt)
             best = 1 + int(right.iou[0, 0, 1:].argmax()) if prompt.ambiguous else 0
             ious.append(_iou(torch.from_numpy(low_res[best]), right.low_res[0, 0, best], sample))
             estimates.append(float(np.abs(iou - right.iou[0, 0].numpy()).max()))

@@ -41,12 +41,11 @@ def learning_curves(table: Table, experiment: Experiment) -> str | None:
                 _band(axis, curves, label=_name(table, row), **style)
         if not axes[0].lines:
             return None
-        axes[0].set(title=f"{score.label}, on validation images", xlabel="step")
-        axes[1].set(title="training loss", xlabel="step")
+        for axis, title in zip(axes, (f"{score.label}, on validation images", "training loss"), strict=True):
+            axis.set(title=title, xlabel="step")
+            axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         if axes[1].lines and min(min(line.get_ydata()) for line in axes[1].lines) > 0:
             axes[1].set_yscale("log")
-        axes[0].xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        axes[1].xaxis.set_major_locator(MaxNLocator(6, integer=True))
         handles, labels = axes[0].get_legend_handles_labels()
         if len(rows) > 1:
             figure.legend(handles, labels, loc="outside lower left", ncols=columns)
