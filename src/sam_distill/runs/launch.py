@@ -19,6 +19,7 @@ import torch
 
 from sam_distill.runs import processes, status
 from sam_distill.runs.hardware import Hardware
+from sam_distill.runs.overrides import quoted_override
 from sam_distill.types import UserError
 
 STOPPED = {128 + number for number in processes.STOP_SIGNALS}  # exit statuses
@@ -90,7 +91,8 @@ def _start(hardware: Hardware, run_dir: Path) -> list[subprocess.Popen[bytes]]:
         "WORLD_SIZE": str(hardware.processes),
         "LOCAL_RANK": "0",
     }
-    command = [sys.executable, os.path.abspath(sys.argv[0]), *sys.argv[1:], f'hydra.run.dir="{run_dir}"']
+    own_folder = quoted_override("hydra.run.dir", str(run_dir))
+    command = [sys.executable, os.path.abspath(sys.argv[0]), *sys.argv[1:], own_folder]
     ranks = range(1, hardware.devices)
     return [subprocess.Popen(command, env=os.environ | {"LOCAL_RANK": str(rank)}) for rank in ranks]
 
