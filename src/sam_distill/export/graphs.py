@@ -90,8 +90,9 @@ def prepared(sam: Sam) -> Sam:
     layer: Any
     for layer in list(sam.image_encoder.modules()):
         if isinstance(layer, VisionTransformerSAM):  # brings its positions in the size of its pictures
-            grid = [sam.image_size // layer.patch_embed.patch_size[0]] * 2
-            layer.pos_drop, layer.pos_embed = Positions(resample_abs_pos_embed_nhwc(layer.pos_embed, grid)), None
+            vit: Any = layer
+            grid = [sam.image_size // vit.patch_embed.patch_size[0]] * 2
+            vit.pos_drop, vit.pos_embed = Positions(resample_abs_pos_embed_nhwc(vit.pos_embed, grid)), None
         if hasattr(layer, "fused_attn"):  # as a kernel of its own, ONNX lacks it for SAM's ViT, and XNNPACK at all
             layer.fused_attn = False
     return sam
