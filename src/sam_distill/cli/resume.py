@@ -75,7 +75,7 @@ def occupied(run_dir: Path, command: str) -> str:
 def is_record(file: Path) -> bool:
     """Whether a run keeps this file: its student, its last checkpoint, its scores."""
     file = file.absolute()
-    run_dir = file.parents[1] if file.match(str(LAST)) else file.parent
+    run_dir = file.parents[1] if file.match(str(LAST_CHECKPOINT)) else file.parent
     return (run_dir != file.parent or file.name in _RECORDS) and bool(status.read(run_dir).get("command"))
 
 

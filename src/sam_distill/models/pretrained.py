@@ -1,10 +1,9 @@
 """ImageNet weights for timm's backbones: from the model hub, from a package by pip, or from a file."""
 
 import logging
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from unittest.mock import patch
 
 import timm
 import torch
@@ -88,13 +87,18 @@ def _built_with(name: str, build: Callable[..., nn.Module], state: Mapping[str, 
     return backbone
 
 
-def _offline_unless_reached() -> AbstractContextManager[object]:
+@contextmanager
+def _offline_unless_reached() -> Iterator[None]:
     """Where the model hub can't be reached, use only what it has cached: its client would retry for a minute.
 
     The client itself is asked, so that proxies, mirrors and certificates are those it will use.
     """
+    before = hub.HF_HUB_OFFLINE
     try:
         get_session().head(hub.ENDPOINT, timeout=HUB_PATIENCE)
     except Exception:  # of whichever library the client is built on
-        return patch.object(hub, "HF_HUB_OFFLINE", True)
-    return nullcontext()
+        hub.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        hub.HF_HUB_OFFLINE = before
