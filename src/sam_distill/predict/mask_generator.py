@@ -5,8 +5,6 @@ overlaps is kept. The results are segment-anything's; the work is not. Masks tha
 even drawn, stability and boxes are computed where a mask is and nowhere else, and only the masks kept become runs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, TypeVar
