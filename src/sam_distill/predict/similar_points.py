@@ -17,9 +17,9 @@ class SimilarPoints:
     """embedding: of the image, [1, 256, 64, 64]; points: [n, 2] (x, y) in the frame."""
 
     def __init__(self, embedding: Tensor, points: np.ndarray) -> None:
-        places = torch.from_numpy(points * (2 / FRAME) - 1).to(embedding)
-        at_points = F.grid_sample(embedding, places[None, None], align_corners=False)[0, :, 0]
-        self._embeddings = F.normalize(at_points.float(), dim=0).T.cpu().numpy()
+        places = torch.from_numpy(points * (2 / FRAME) - 1).float().to(embedding.device)
+        at_points = F.grid_sample(embedding.float(), places[None, None], align_corners=False)[0, :, 0]
+        self._embeddings = F.normalize(at_points, dim=0).T.cpu().numpy()
         self._cells = (points * (LOW_RES / FRAME)).astype(int).clip(0, LOW_RES - 1)
 
     def to(self, point: int, masks: Sequence[Patch]) -> np.ndarray:
