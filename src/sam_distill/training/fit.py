@@ -117,11 +117,6 @@ def fit(setup: Setup, options: Options, run_dir: Path) -> dict[str, Any]:
         raise UserError(f"strategy={strategy.name} starts from a distilled student: give init=RUN_DIR or a checkpoint")
     if options.compile and sync_batchnorm:
         raise UserError("compile=true does not go with synchronised BatchNorm: give trainer.sync_batchnorm=false")
-    if source.val_images < processes:
-        raise UserError(
-            f"data.val_images: {source.val_images} images are held out to judge the student on (of a cache, when it"
-            f" was written), but every device needs one: {processes}"
-        )
     if "annotations" in requirements(strategy, setup.prompts):
         source.annotate(setup.prompts.count, options.seed)
     strategy.prepare(student)
@@ -140,6 +135,7 @@ def fit(setup: Setup, options: Options, run_dir: Path) -> dict[str, Any]:
     )
     loaders = DistillationData(source, options.batch_size, options.seed, hardware)
     if options.plan:
+        _check_held_out(source, processes)
         plan_training(module, loaders, hardware, steps, options.accumulate)
         return {}
     facts: dict[str, Any] = {
@@ -157,7 +153,8 @@ def fit(setup: Setup, options: Options, run_dir: Path) -> dict[str, Any]:
     history = History(run_dir / "history.csv", resume=checkpoint is not None)
     folder = RunFolder(run_dir, history, source, facts)
     _log_start(module, source, hardware, steps, images_per_step)
-    with all_processes(hardware, run_dir):
+    with all_processes(hardware, run_dir):  # a launcher's mistake is told first
+        _check_held_out(source, processes)
         trainer = _trainer(setup, options, run_dir, steps, interval, folder)
         first = trainer.is_global_zero
         trainer.loggers = [history, *(setup.logger.build(run_dir, facts) if first else [])]
@@ -174,6 +171,14 @@ def fit(setup: Setup, options: Options, run_dir: Path) -> dict[str, Any]:
             write_prompts(run_dir / "prompts.csv", module.judge.comparisons)
             _print_summary(folder, module, run_dir)
         return module.metrics
+
+
+def _check_held_out(source: DataSource, processes: int) -> None:
+    if source.val_images < processes:
+        raise UserError(
+            f"data.val_images: {source.val_images} images are held out to judge the student on (of a cache, when it"
+            f" was written), but every device needs one: {processes}"
+        )
 
 
 def _trainer(setup: Setup, options: Options, run_dir: Path, steps: int, interval: int, folder: RunFolder) -> pl.Trainer:
