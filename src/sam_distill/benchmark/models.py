@@ -31,7 +31,8 @@ from sam_distill.types import FRAME, MULTI, Sample
 
 SIZE = (683, FRAME)  # a 3:2 photograph in the frame
 PROMPTS = (1, 64)
-FP32, BF16 = "sam-distill, fp32", "sam-distill, bf16"
+OURS = "sam-distill"
+FP32, BF16 = f"{OURS}, fp32", f"{OURS}, bf16"
 PAPER_PARAMETERS = "paper, Table 1: ViT-H 632M, ViT-L 307M, ViT-B 86M, prompt encoder 0.006M"
 PAPER_ENCODER = "paper, Table 3, one GPU: ViT-H 632M parameters, 452 ms; MobileSAM 5.78M parameters, 8 ms"
 PAPER_DECODER = "paper, section 1, one GPU: 4 ms for one prompt"
@@ -50,12 +51,11 @@ def bench_encoder(
     image, sizes = _image(device)
     sam = sam.to(device).to(memory_format=torch.channels_last)
     as_it_trains, fast = partial(sam.encode, image, sizes), optimize_for_inference(sam)
-    contenders = _both("sam-distill", device, partial(fast.encode, image, sizes))
+    contenders = _both(OURS, device, partial(fast.encode, image, sizes))
     if compiled:
         twin = deepcopy(fast)
         twin.image_encoder = torch.compile(twin.image_encoder)  # type: ignore[assignment]
-        _, in_bf16 = _both("sam-distill", device, partial(twin.encode, image, sizes))
-        contenders.append(replace(in_bf16, name=f"{in_bf16.name}, torch.compile"))
+        contenders.append(Contender(f"{BF16}, torch.compile", _in_bf16(device, partial(twin.encode, image, sizes))))
     contenders.append(Contender("the same model as it trains, fp32", as_it_trains))
     notes = []
     if device == "cpu" and exported:
@@ -66,7 +66,7 @@ def bench_encoder(
         contenders.append(_onnx_encoder(sam))
     if device == "cpu" and find_spec("openvino"):
         with_openvino = optimize_for_inference(sam, "openvino")
-        contenders += _both("sam-distill, OpenVINO", device, partial(with_openvino.encode, image, sizes))
+        contenders += _both(f"{OURS}, OpenVINO", device, partial(with_openvino.encode, image, sizes))
     peer = peer_of(sam, device)
     if peer is not None:
         model, pixels = peer.model, image[..., : SIZE[0], :].float()
@@ -117,7 +117,7 @@ def bench_decoder(sam: Sam, device: str, peak: Finding, seconds: float) -> Itera
         prompts = point_prompts(points[None], labels[None])
 
         decode = partial(sam.decode, embedding, prompts, MULTI)
-        contenders = _both("sam-distill", device, decode, count)
+        contenders = _both(OURS, device, decode, count)
         if peer is not None:
             run = _peer_decoder(peer.model, embedding, points, labels)
             contenders.append(Contender(peer.name, run, count, ours=False))
@@ -136,7 +136,7 @@ def bench_image(sam: Sam, photograph: np.ndarray, device: str, seconds: float) -
         predictor.predict(middle, np.array([1]), multimask_output=False)
 
     ours, peer = partial(ask, SamPredictor(sam)), peer_of(sam, device)
-    contenders = _both("sam-distill", device, ours)
+    contenders = _both(OURS, device, ours)
     if peer is not None:
         theirs = partial(ask, peer.package.SamPredictor(peer.model))
         contenders.append(Contender(peer.name, theirs, ours=False))
@@ -171,13 +171,16 @@ def counted(sam: Sam) -> Finding:
 
 
 def _both(name: str, device: str, run: Callable[[], object], units: float = 1) -> list[Contender]:
-    """In fp32 and under autocast to bf16."""
+    """In fp32 and in bf16."""
+    return [Contender(f"{name}, fp32", run, units), Contender(f"{name}, bf16", _in_bf16(device, run), units)]
 
-    def in_bf16() -> object:
+
+def _in_bf16(device: str, run: Callable[[], object]) -> Callable[[], object]:
+    def within() -> object:
         with torch.autocast(device, dtype=torch.bfloat16):
             return run()
 
-    return [Contender(f"{name}, fp32", run, units), Contender(f"{name}, bf16", in_bf16, units)]
+    return within
 
 
 def _peer_decoder(model: Any, embedding: Tensor, points: Tensor, labels: Tensor) -> Callable[[], object]:

@@ -75,8 +75,10 @@ def occupied(run_dir: Path, command: str) -> str:
 def is_record(file: Path) -> bool:
     """Whether a run keeps this file: its student, its last checkpoint, its scores."""
     file = file.absolute()
-    run_dir = file.parents[1] if file.match(str(LAST_CHECKPOINT)) else file.parent
-    return (run_dir != file.parent or file.name in _RECORDS) and bool(status.read(run_dir).get("command"))
+    for run_dir in file.parents[:2]:
+        if any(file == run_dir / record for record in (*_RECORDS, LAST_CHECKPOINT)):
+            return bool(status.read(run_dir).get("command"))
+    return False
 
 
 def _changed(cfg: DictConfig, run_dir: Path) -> Iterator[str]:

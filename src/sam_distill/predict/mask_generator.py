@@ -150,7 +150,7 @@ class SamAutomaticMaskGenerator:
             for point, masks in zip(asked, self._ask(points[asked], framed[asked], canvas), strict=True):
                 found += masks
                 if similar is not None:
-                    to_ask = to_ask[~similar.to(point, [mask.patch for mask in masks])[to_ask]]
+                    to_ask = to_ask[~similar.answered_alike(point, [mask.patch for mask in masks])[to_ask]]
         return _distinct(found, [mask.box for mask in found], [mask.iou for mask in found], self.box_nms_thresh)
 
     def _ask(self, points: np.ndarray, framed: np.ndarray, canvas: FullSize) -> list[list[Found]]:

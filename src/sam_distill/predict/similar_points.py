@@ -22,7 +22,7 @@ class SimilarPoints:
         self._embeddings = F.normalize(at_points, dim=0).T.cpu().numpy()
         self._cells = (points * (LOW_RES / FRAME)).astype(int).clip(0, LOW_RES - 1)
 
-    def to(self, point: int, masks: Sequence[Patch]) -> np.ndarray:
+    def answered_alike(self, point: int, masks: Sequence[Patch]) -> np.ndarray:
         """[n] bool: the points that look like this one and lie in the smallest of the masks that it got, if any."""
         similar = self._embeddings @ self._embeddings[point] > SIMILAR
         if masks:
