@@ -1,7 +1,5 @@
 """Reference code for parity tests: MobileSAM's own, and the real weights."""
 
-from __future__ import annotations
-
 import importlib
 import sys
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """`sam-distill bench` for real, with hardly any time for each contender."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The distillation cache as users make and use it, with the real teacher."""
 
-from __future__ import annotations
-
 import csv
 import hashlib
 import io

@@ -1,7 +1,5 @@
 """Running commands: clean failures, true records, separate run folders. Toy commands in process; torch stays small."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os

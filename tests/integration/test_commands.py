@@ -1,7 +1,5 @@
 """Commands as users type them, on small data, with the real teacher."""
 
-from __future__ import annotations
-
 import json
 import os
 import resource

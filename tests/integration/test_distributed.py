@@ -1,7 +1,5 @@
 """Data-parallel runs as users start, stop and lose them: two processes on the CPU, with the real teacher."""
 
-from __future__ import annotations
-
 import csv
 import json
 import os

@@ -1,7 +1,5 @@
 """`sam-distill export` as users type it, and the snippets that run what it leaves."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import re

@@ -1,7 +1,5 @@
 """scripts/gpu_check.py, tried on the CPU with toy sizes."""
 
-from __future__ import annotations
-
 import json
 import os
 import runpy

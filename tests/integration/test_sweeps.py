@@ -1,7 +1,5 @@
 """Jobs of a multirun in other processes than the one that was started. Toy jobs."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

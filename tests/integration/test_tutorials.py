@@ -1,7 +1,5 @@
 """docs/start.md and docs/add.md, run as they stand, at tiny sizes."""
 
-from __future__ import annotations
-
 import json
 import re
 import shlex

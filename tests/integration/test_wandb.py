@@ -1,7 +1,5 @@
 """What W&B is told, read back from the files that an offline run leaves."""
 
-from __future__ import annotations
-
 import json
 import struct
 import time

@@ -1,7 +1,5 @@
 """scripts/wandb_report.py, as far as it goes without W&B."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import os

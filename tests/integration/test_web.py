@@ -1,7 +1,5 @@
 """The exported page in a real browser: a photograph, a click and a box, by mouse, against Python's masks."""
 
-from __future__ import annotations
-
 import re
 import shutil
 import threading

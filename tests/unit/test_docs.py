@@ -1,7 +1,5 @@
 """What README and docs/ say is so: commands compose, links lead somewhere, the rooms are those of the code."""
 
-from __future__ import annotations
-
 import re
 import shlex
 import subprocess

@@ -3,8 +3,6 @@
 Everything that conf/ names is built small and run on a pretended GPU, in fp32 and in bf16.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """How long OpenMP's threads spin before they sleep, as its own library tells, in a process of a command."""
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess

@@ -1,4 +1,4 @@
-from __future__ import annotations
+from collections.abc import Callable
 
 import pytest
 
@@ -12,39 +12,37 @@ def test_a_flags_value_is_not_taken_for_a_suite(capsys: pytest.CaptureFixture[st
         assert "runs: job" not in said
 
 
-def test_help_lists_the_commands_own_choices_and_explains_keys(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
-    assert app.main(["segment", "--help"]) == 0
-    said = capsys.readouterr().out
-    lines = [" ".join(line.split()) for line in said.splitlines()]
+@pytest.fixture
+def usage(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """usage(columns, *words): the lines of `sam-distill WORDS --help` on a terminal of that width."""
+
+    def run(columns: int, *words: str) -> list[str]:
+        monkeypatch.setenv("COLUMNS", str(columns))
+        assert app.main([*words, "--help"]) == 0
+        return capsys.readouterr().out.splitlines()
+
+    return run
+
+
+def test_help_lists_the_commands_own_choices_and_explains_keys(usage: Callable[..., list[str]]) -> None:
+    lines = [" ".join(line.split()) for line in usage(200, "segment")]
     assert "point=null [x, y] in the image's own pixels" in lines
     assert "trainer=auto the device: cpu, ddp, gpu" in lines
-    assert "encoder=" not in said
-    assert app.main(["train", "--help", "encoder=timm", "optim.lr=3e-3"]) == 0
-    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert not any("encoder=" in line for line in lines)
+    lines = [" ".join(line.split()) for line in usage(200, "train", "encoder=timm", "optim.lr=3e-3")]
     assert any(line.startswith("encoder=timm the student's image encoder: efficientnet_lite0, ") for line in lines)
     assert "encoder.name=??? e.g. encoder.name=resnet18" in lines
     assert any(line.startswith("optim.lr=0.003 ") for line in lines)
 
 
-def test_help_lists_the_commands_own_recipes(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("COLUMNS", "400")
+def test_help_lists_the_commands_own_recipes(usage: Callable[..., list[str]]) -> None:
     for command, own, other in (("bench", "table1_parameters", "loss"), ("train", "loss", "table1_parameters")):
-        assert app.main([command, "--help"]) == 0
-        (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("  experiment="))
+        (line,) = (line for line in usage(400, command) if line.startswith("  experiment="))
         assert own in line
         assert other not in line
 
 
-def test_help_shows_values_whole_on_a_narrow_terminal(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
-    assert app.main(["segment", "--help"]) == 0
-    said = capsys.readouterr().out
+def test_help_shows_values_whole_on_a_narrow_terminal(usage: Callable[..., list[str]]) -> None:
+    said = "\n".join(usage(80, "segment"))
     assert "  generator.stability_score_thresh=0.95  " in said
     assert "look at 4 crops of the image as well," in " ".join(said.split())

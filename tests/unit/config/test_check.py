@@ -1,7 +1,5 @@
 """Every mistake in a configuration is one line that says where it is and how to mend it. Toy targets, toy conf/."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Callable
 from pathlib import Path

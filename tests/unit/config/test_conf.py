@@ -1,7 +1,5 @@
 """Every configuration in conf/ composes, and fits the signatures of what it builds."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Signatures are the same without torch and the like as with them, and mistakes are found without waiting for them."""
 
-from __future__ import annotations
-
 import json
 import pkgutil
 import re

@@ -1,7 +1,5 @@
 """Folders that only look like a distillation cache."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """The embedded default: reproducible images, and validation photographs that no training image is made of."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

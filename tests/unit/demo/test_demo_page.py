@@ -1,7 +1,5 @@
 """What the page does for a visitor, without the page."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from PIL import Image

@@ -1,7 +1,5 @@
 """Agreement against an independent recomputation: segment-anything's own up-sampling, IoU in plain numpy."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from types import ModuleType
 

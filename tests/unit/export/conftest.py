@@ -1,7 +1,5 @@
 """A student in a working folder, exported and run by the snippets of docs/export.md."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Core ML's programs: only a Mac runs them, so here they are read. docs/export.md says in which environment."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """ExecuTorch's files in its own runtime. docs/export.md says in which environment this runs."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

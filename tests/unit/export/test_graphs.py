@@ -1,7 +1,5 @@
 """The graphs of the contract compute exactly what SAM does."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """LiteRT's files in its own interpreter. docs/export.md says in which environment this runs."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

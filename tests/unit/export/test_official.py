@@ -1,7 +1,5 @@
 """Exported checkpoints in the code they are for."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from types import ModuleType
 

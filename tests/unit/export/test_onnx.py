@@ -1,7 +1,5 @@
 """The ONNX files in ONNX Runtime against PyTorch, for every family of encoders."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Every encoder of conf/ behind the one interface."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

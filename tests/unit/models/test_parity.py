@@ -1,7 +1,5 @@
 """Our models against MobileSAM's and segment-anything's own code, in fp32."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from types import ModuleType

@@ -1,7 +1,5 @@
 """Where a student's ImageNet weights come from, and that they are what they say."""
 
-from __future__ import annotations
-
 import logging
 from functools import partial
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Masks computed in strips, where they are, against whole ones."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

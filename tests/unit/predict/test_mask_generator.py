@@ -1,7 +1,5 @@
 """Segment everything against segment-anything's generator, with MobileSAM's weights in MobileSAM's own model."""
 
-from __future__ import annotations
-
 import json
 from types import ModuleType
 from typing import Any

@@ -1,7 +1,5 @@
 """Our predictor against segment-anything's, with MobileSAM's weights in MobileSAM's own model."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 from types import ModuleType

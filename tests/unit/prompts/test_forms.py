@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import torch
 from torchvision.ops import masks_to_boxes
 

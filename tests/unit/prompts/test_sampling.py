@@ -1,7 +1,5 @@
 """Design, numerics rules 1 and 13: draws depend on (seed, key, epoch) alone, and never fall into the padding."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given

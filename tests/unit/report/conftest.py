@@ -1,7 +1,5 @@
 """Run folders as training leaves them, written by hand."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path

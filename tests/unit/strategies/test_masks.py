@@ -1,7 +1,5 @@
 """The mask strategies' loss, by hand: a student whose masks and predicted IoUs are known."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """What every strategy has in common: what changes, what doesn't, and that it learns."""
 
-from __future__ import annotations
-
 import copy
 from dataclasses import replace
 

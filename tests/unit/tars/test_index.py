@@ -1,7 +1,5 @@
 """What tars hold is read once, and stays on the disk."""
 
-from __future__ import annotations
-
 import logging
 import os
 import pickle

@@ -1,7 +1,5 @@
 """Tars behind addresses and commands, with a real server on loopback that breaks down."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import pytest
 
 from sam_distill.training.durations import in_steps

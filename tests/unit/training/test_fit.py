@@ -1,7 +1,5 @@
 """A whole training on six small drawings, with the real teacher."""
 
-from __future__ import annotations
-
 import csv
 import hashlib
 import json

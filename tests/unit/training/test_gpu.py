@@ -3,8 +3,6 @@
 SAM_DISTILL_GPU_TESTS=cpu runs them on the CPU instead, small, so that they are no news to anybody when a GPU comes.
 """
 
-from __future__ import annotations
-
 import copy
 import os
 import socket

@@ -1,7 +1,5 @@
 """Two processes that normalise together do what one does with both their batches."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

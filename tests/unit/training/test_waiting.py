@@ -1,7 +1,5 @@
 """Training lets a GPU run ahead: nothing waits for it between log lines, and yet no broken weights are kept."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
