@@ -1,4 +1,4 @@
-"""An extension of griffe: the fields of our docstrings, `name: what it is`, as lists in the API reference."""
+"""Griffe extension that shows the fields of our docstrings, `name: meaning`, as lists in the API reference."""
 
 from __future__ import annotations
 

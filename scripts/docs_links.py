@@ -1,7 +1,7 @@
-"""A hook of MkDocs: links that lead out of docs/, to code or experiments, work in the site as in the repository.
+"""MkDocs hook that makes links out of docs/, to code or experiments, work on the site as in the repository.
 
-They become links to `repo_url`, or mere words where there is none. One that leads nowhere is a warning, which
-`mkdocs build --strict` fails on.
+They become links to `repo_url`, or plain text if it is not set. A link to a missing file causes a warning, on which
+`mkdocs build --strict` fails.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 log = logging.getLogger("mkdocs.hooks.docs_links")
 
-LINK = re.compile(r"(?<!!)\[((?:[^\[\]]|\[[^\]]*\])*)\]\((\.\./[^)\s]+)\)")  # [text](../...), but no picture
+LINK = re.compile(r"(?<!!)\[((?:[^\[\]]|\[[^\]]*\])*)\]\((\.\./[^)\s]+)\)")  # [text](../...), but no image
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:

@@ -1,8 +1,8 @@
-"""What waits for a machine with a GPU: its tests, its speeds, a student at 1024 px. `make gpu-check`.
+"""Checks that need a GPU: tests, speed measurements, and the training of a student at 1024 px. `make gpu-check`.
 
-Parts run one after another, each a command of its own; what they found is in experiments/gpu at once, so a run that is
-broken off goes on where it stopped. At most nine minutes on an H200. Words behind the options go to the training, such
-as data=folder data.path=DIR.
+Parts run one after another, each as its own command. Each result is saved in experiments/gpu at once, so an interrupted
+run continues where it stopped. It takes at most nine minutes on an H200. Arguments after the options are passed to the
+training, such as data=folder data.path=DIR.
 """
 
 from __future__ import annotations
@@ -35,16 +35,19 @@ from sam_distill.types import UserError
 ROOT = Path(__file__).resolve().parents[1]
 COMMAND = [sys.executable, "-c", "from sam_distill.cli.app import main; raise SystemExit(main())"]
 TESTS = "tests/unit/training/test_gpu.py"
-TAIL = 30  # lines of a part's output that are kept
-AROUND = 45  # seconds of a training that are no steps: it starts, validates, draws and saves
+TAIL = 30  # lines of a part's output in the results
+AROUND = 45  # seconds that a training needs beside its steps: to start, validate, draw and save
 
 
-SMALL = 64  # pixels, of a toy
+SMALL = 64  # image size with --toy, pixels
 
 
 @dataclass(frozen=True)
 class Setting:
-    """toy: on the CPU and tiny, to see that the script itself works. place: for checkpoints, caches and run folders."""
+    """Options of all parts. toy: tiny, on the CPU, to test the script. place: for checkpoints, caches and run folders.
+
+    training: overrides for the training.
+    """
 
     toy: bool
     place: Path
@@ -56,7 +59,7 @@ class Setting:
 
     @property
     def teacher(self) -> str:
-        """MobileSAM; of random weights where they can't be had, which the table then says."""
+        """Checkpoint of MobileSAM; random weights if `toy` or if it can't be fetched, as the table then states."""
         if not self.toy:
             try:
                 return str(weights.fetch("mobile_sam"))
@@ -66,7 +69,7 @@ class Setting:
 
     @property
     def heavy(self) -> str:
-        """A ViT-H with random weights: as slow as SAM's."""
+        """Checkpoint of a ViT-H with random weights, as slow as SAM's; of a TinyViT if `toy`."""
         return self._random("tinyvit" if self.toy else "vit_h", SMALL if self.toy else 1024)
 
     def _random(self, name: str, size: int) -> str:
@@ -79,7 +82,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Part:
-    """seconds: it may take. least: under which it isn't begun."""
+    """Part of the check. seconds: its time limit. least: seconds that must be left to start it."""
 
     name: str
     what: str
@@ -99,7 +102,7 @@ PARTS = (
 
 
 def words_of(part: str, setting: Setting, seconds: float, found: dict[str, Any]) -> list[str]:
-    """The command line of a part. seconds: left for it. found: by the parts before."""
+    """Return the command line of a part. seconds: time left for it. found: results of the earlier parts."""
     run_dir, toy = f"hydra.run.dir={setting.place / part}", setting.toy
     if part == "tests":
         chosen = ["-k", "masks or batchnorm"] if toy else []
@@ -112,13 +115,13 @@ def words_of(part: str, setting: Setting, seconds: float, found: dict[str, Any])
     if part == "train":
         return [*COMMAND, "train", *_training(setting, seconds, found), run_dir]
     options = ["seconds=2", "points_per_side=32", "batch_size=8"]
-    if toy:  # a CPU would take minutes at 1024 px, where these are measured, so they only compose their configuration
+    if toy:  # these run at 1024 px, minutes on a CPU, so all but `step` only compose their config
         options = ["seconds=0.001", "batch_size=1", "trainer.workers=0", *([] if part == "step" else ["--cfg=job"])]
     return [*COMMAND, "bench", part, f"checkpoint={setting.teacher}", setting.trainer, *options, run_dir]
 
 
 def _training(setting: Setting, seconds: float, found: dict[str, Any]) -> list[str]:
-    """As many steps as there is time for, by what a step has been seen to take."""
+    """Return the training's overrides, with as many steps as fit into `seconds` by the measured time of a step."""
     shared = ["strategy=decoupled", "encoder=tinyvit", "encoder.pretrained=false", "logger=csv", setting.trainer]
     shared += [f"teacher.checkpoint={setting.teacher}"]
     if setting.toy:
@@ -131,7 +134,7 @@ def _training(setting: Setting, seconds: float, found: dict[str, Any]) -> list[s
 
 
 def numbers_of(part: str, place: Path, output: str) -> dict[str, Any]:
-    """What a part has found, beside whether it went well."""
+    """Return the numbers that a part has measured."""
     if part == "tests":
         return {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|error)", output)}
     if part == "cache":
@@ -148,7 +151,7 @@ def numbers_of(part: str, place: Path, output: str) -> dict[str, Any]:
 
 
 def run(part: Part, setting: Setting, seconds: float, found: dict[str, Any]) -> dict[str, Any]:
-    """Do it, in `seconds` at most, and say how it went."""
+    """Run a part, for `seconds` at most, and return its result: state, duration, numbers, command, last output."""
     words = words_of(part.name, setting, seconds, found)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])}
     environment |= {"SAM_DISTILL_GPU_TESTS": "cpu"} if setting.toy else {}
@@ -167,14 +170,14 @@ def run(part: Part, setting: Setting, seconds: float, found: dict[str, Any]) -> 
             os.killpg(process.pid, signal.SIGKILL)
     numbers = numbers_of(part.name, setting.place, output) if state == "passed" else {}
     kept = {
-        "command": _shown(words, setting),
-        "tail": [_shown([line], setting) for line in output.splitlines()[-TAIL:]],
+        "command": _without_local_paths(words, setting),
+        "tail": [_without_local_paths([line], setting) for line in output.splitlines()[-TAIL:]],
     }
     return {"state": state, "seconds": round(time.monotonic() - begun, 1), **numbers, **kept}
 
 
-def _shown(words: Sequence[str], setting: Setting) -> str:
-    """Without the paths of this machine."""
+def _without_local_paths(words: Sequence[str], setting: Setting) -> str:
+    """Return the words as one line, without the paths of this machine."""
     line = " ".join("sam-distill" if word == COMMAND[-1] else word for word in words)
     line = line.replace(f"{sys.executable} -c sam-distill", "sam-distill").replace(sys.executable, "python")
     for path, name in ((setting.place, "TMP"), (weights.home(), "$SAM_DISTILL_HOME"), (ROOT, ".")):
@@ -183,7 +186,7 @@ def _shown(words: Sequence[str], setting: Setting) -> str:
 
 
 def write(results: dict[str, Any], out: Path) -> None:
-    """results.json, and a README.md for people."""
+    """Write results.json, and a README.md with the same results as a table."""
     write_json(out / "results.json", results)
     rows = [["part", "state", "seconds", "found"], ["---"] * 4]
     for part in PARTS:
@@ -244,17 +247,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _before(out: Path, here: dict[str, str], again: bool) -> dict[str, Any]:
-    """What an earlier run has found, if it was of this version and on such a machine."""
+    """Return the results of an earlier run if version and machine are the same and not `again`; else empty results."""
     file = out / "results.json"
     if file.is_file() and not again:
         results: dict[str, Any] = json.loads(file.read_text())
-        if _without_dirt(results["machine"]) == _without_dirt(here):
+        if _without_dirty_suffix(results["machine"]) == _without_dirty_suffix(here):
             return results
     return {"machine": here, "parts": {}}
 
 
-def _without_dirt(machine: dict[str, str]) -> dict[str, str]:
-    """What is written here is part of the checkout, which differs from its commit from then on."""
+def _without_dirty_suffix(machine: dict[str, str]) -> dict[str, str]:
+    """Remove `-dirty` from the version: the results, once written, are themselves a change of the checkout."""
     return machine | {"version": machine["version"].removesuffix("-dirty")}
 
 

@@ -1,7 +1,7 @@
-"""Build the report at W&B that compares the runs of an experiment: python scripts/wandb_report.py table4_compute
+"""Create a W&B report that compares the runs of an experiment: python scripts/wandb_report.py table4_compute
 
-Needs a key (`wandb login`) and pip install 'sam-distill[wandb-workspaces]'. Every call makes a new report, of the runs
-that are at W&B by then and those to come. `sam-distill report` compares run folders, and needs neither.
+Needs a key (`wandb login`) and pip install 'sam-distill[wandb-workspaces]'. Every call creates a new report; it shows
+the runs that are at W&B now and those added later. `sam-distill report` compares run folders, and needs neither.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sam_distill.loggers.wandb import STEP, SUMMARIES, has_key
 from sam_distill.report.experiments import Experiment, known, label
 from sam_distill.report.tables import markdown_table
 
-TRAINS = "_target_: sam_distill.cli.train.train"  # in an experiment's file: only these runs are at W&B
+TRAINS = "_target_: sam_distill.cli.train.train"  # in the config of an experiment that trains: only its runs are at W&B
 
 
 def main() -> None:
@@ -38,12 +38,12 @@ def main() -> None:
     try:
         entity = args.entity or wandb.Api().default_entity
         print(report(experiments[args.experiment], args.project, entity).save().url)
-    except Exception as error:  # of network, rights or W&B's own making
+    except Exception as error:  # of the network, of permissions, or of W&B itself
         sys.exit(f"error: W&B: {type(error).__name__}: {' '.join(str(error).split())}")
 
 
 def report(experiment: Experiment, project: str, entity: str) -> wr.Report:
-    """Claim, the paper's numbers, curves and best scores over seeds, validation pictures, differences of the runs."""
+    """Return a report: claim, the paper's numbers, curves, best scores over seeds, validation images, config diffs."""
     measures = {f"val/{m.name}": m.label for m in experiment.columns if f"val/{m.name}" in SUMMARIES}
     curves = [wr.LinePlot(title=name, x=STEP, y=[key]) for key, name in measures.items()]
     curves.append(wr.LinePlot(title="training loss", x=STEP, y=["train/loss"], log_y=True))
@@ -60,7 +60,7 @@ def report(experiment: Experiment, project: str, entity: str) -> wr.Report:
     settings = [f"config.{_config_key(key)}" for key in (*experiment.keys, "scale")]
     blocks = [wr.P(experiment.claim), *([wr.P(experiment.note)] if experiment.note else [])]
     if experiment.paper:
-        blocks += [wr.H2("The paper"), wr.MarkdownBlock(_paper(experiment))]
+        blocks += [wr.H2("The paper"), wr.MarkdownBlock(_paper_table(experiment))]
     blocks += [
         wr.H2("Runs, those of one setting together"),
         wr.PanelGrid(runsets=[wr.Runset(name="settings", groupby=settings, **runs)], panels=curves + bars),
@@ -72,11 +72,11 @@ def report(experiment: Experiment, project: str, entity: str) -> wr.Report:
 
 
 def _config_key(key: str) -> str:
-    """A setting in a run's configuration at W&B; of a group, such as `encoder`, the name of what was chosen."""
+    """Return a setting's key in the W&B config; for a config group such as `encoder`, the key of the chosen name."""
     return f"choices.{key}" if (default_conf_dir() / key).is_dir() else key
 
 
-def _paper(experiment: Experiment) -> str:
+def _paper_table(experiment: Experiment) -> str:
     measures = [m for m in experiment.columns if any(m.name in row for row in experiment.paper)]
     keys = [key for key in experiment.keys if any(key in row for row in experiment.paper)]
     head = [label(key) for key in keys] + [m.label for m in measures]

@@ -21,7 +21,7 @@ __all__ = ["SamAutomaticMaskGenerator", "SamPredictor", "load_sam", "optimize_fo
 
 
 def __getattr__(name: str) -> Any:
-    """Import on first use: torch takes seconds, which `sam-distill --help` should not cost."""
+    """Import a name on its first use: importing torch takes seconds, and `sam-distill --help` does not need it."""
     if name in _MODULES:
         return getattr(import_module(_MODULES[name]), name)
     raise AttributeError(f"module {__name__} has no attribute {name}")

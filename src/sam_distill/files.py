@@ -1,4 +1,4 @@
-"""Files that are there whole, or not at all. Quick to import: no torch."""
+"""Atomic writing of files, their hashes and compression. Quick to import: no torch."""
 
 import csv
 import errno
@@ -10,18 +10,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-LAST_CHECKPOINT = Path("checkpoints", "last.ckpt")  # in a run's folder
+LAST_CHECKPOINT = Path("checkpoints", "last.ckpt")  # in a run folder
 
-_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"(\xb5/\xfd": "zstd"}  # by first bytes
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"(\xb5/\xfd": "zstd"}  # first bytes -> name
 
 
 def compression(start: bytes) -> str | None:
-    """What the first bytes of a file say that it is compressed with. (A .pt is a zip, which is not meant here.)"""
+    """Return the compression that a file's first bytes show, or None. (A .pt is a zip, which does not count here.)"""
     return next((name for mark, name in _COMPRESSED.items() if start.startswith(mark)), None)
 
 
 def file_sha256(path: Path) -> str:
-    """In hexadecimal digits."""
+    """Return the sha256 of a file in hexadecimal digits."""
     total = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
@@ -30,7 +30,7 @@ def file_sha256(path: Path) -> str:
 
 
 def disk_is_full(error: BaseException | None) -> bool:
-    """Whether that is what an error, or one that it came of, is about."""
+    """Whether an error, or one of its causes, says that the disk is full: no space, over quota, or file too large."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return True
@@ -40,9 +40,9 @@ def disk_is_full(error: BaseException | None) -> bool:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """A draft to write to, which takes the place of `path` when all went well, and is gone when it did not.
+    """Yield a draft's path to write to; the draft replaces `path` on success and is deleted after an error.
 
-    It is on the disk by then: even a power cut leaves either the old file or the new one.
+    It is synced to the disk first: even a power cut leaves either the old file or the new one.
     """
     draft = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -60,7 +60,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     with atomic_write(path) as draft:
-        draft.write_text(text, errors="surrogateescape")  # names of files need not be UTF-8
+        draft.write_text(text, errors="surrogateescape")  # file names in the text need not be UTF-8
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:

@@ -1,6 +1,6 @@
 """Distillation losses: pure functions, always in float32, each with its source.
 
-Areas weigh cells, to keep the padding of the frame out, or down: [B, 1, h, w], 1 or True inside the image.
+`area` weighs the cells, to exclude the frame's padding or reduce its weight: [B, 1, h, w], 1 or True inside the image.
 """
 
 from torch import Tensor
@@ -9,37 +9,37 @@ from torchvision.ops import sigmoid_focal_loss
 
 
 def embedding_mse(student: Tensor, teacher: Tensor, area: Tensor | None = None) -> Tensor:
-    """Mean squared error between image embeddings: the paper's decoupled loss (section 3.2). Scalar.
+    """Return the mean squared error between image embeddings: the paper's decoupled loss (section 3.2). Scalar.
 
-    student, teacher: [B, 256, 64, 64]. area: every image counts the same however much of its frame is padding. The
-    paper does not speak of padding; a 3:2 image is one third padding.
+    student, teacher: [B, 256, 64, 64]. With `area`, every image counts the same, however much of its frame
+    is padding. The paper does not mention padding; one third of a 3:2 image's frame is padding.
     """
     errors = F.mse_loss(student.float(), teacher.float(), reduction="none")
     return _mean_in_area(errors.mean(1), area).mean()
 
 
 def embedding_smooth_l1(student: Tensor, teacher: Tensor, area: Tensor | None = None) -> Tensor:
-    """Huber's loss with its bend at 1, as NanoSAM trains; arguments as above. Scalar."""
+    """Return the Huber loss with threshold 1, as in NanoSAM's training; arguments as in `embedding_mse`. Scalar."""
     errors = F.smooth_l1_loss(student.float(), teacher.float(), reduction="none")
     return _mean_in_area(errors.mean(1), area).mean()
 
 
 def embedding_norm(student: Tensor, teacher: Tensor, area: Tensor | None = None) -> Tensor:
-    """The length of each image's whole error vector, a root of a sum of squares, over images. Scalar.
+    """Return the length of each image's whole error vector (root of the sum of squares), averaged over images. Scalar.
 
-    Its gradient has the same length for every image, however close the student is; the embeddings' size is in it.
+    Its gradient is equally long for every image, however close the student is. The loss grows with embedding size.
     """
     errors = (student.float() - teacher.float()).square().sum(1, keepdim=True)
     return (errors if area is None else errors * area).sum((1, 2, 3)).clamp_min(1e-12).sqrt().mean()
 
 
 def embedding_cosine(student: Tensor, teacher: Tensor, area: Tensor | None = None) -> Tensor:
-    """Mean cosine similarity of the cells' 256-vectors, arguments as above. Scalar: 1 is perfect."""
+    """Return the mean cosine similarity of the cells' 256-vectors; arguments as in `embedding_mse`. Scalar, best 1."""
     return _mean_in_area(F.cosine_similarity(student.float(), teacher.float(), dim=1), area).mean()
 
 
 def bce_dice(logits: Tensor, target: Tensor, area: Tensor | None = None) -> Tensor:
-    """5 x binary cross-entropy + 5 x Dice of each mask, as EdgeSAM distils (Zhou et al., 2023).
+    """Return 5 x binary cross-entropy + 5 x Dice loss of each mask, as in EdgeSAM (Zhou et al., 2023).
 
     logits [B, P, M, h, w]; target [B, P, M or 1, h, w] bool -> [B, P, M].
     """
@@ -49,15 +49,15 @@ def bce_dice(logits: Tensor, target: Tensor, area: Tensor | None = None) -> Tens
 
 
 def focal_dice(logits: Tensor, target: Tensor, area: Tensor | None = None) -> Tensor:
-    """20 x focal loss + 1 x Dice of each mask, as SAM trains on annotations (its appendix A); arguments as above.
+    """Return 20 x focal loss + 1 x Dice loss of each mask, as in SAM (its appendix A); arguments as in `bce_dice`.
 
-    A student that is unsure answers background: alpha = 0.25 makes it three times as dear to miss.
+    An unsure student predicts background: with alpha = 0.25, errors there cost three times as much as in the object.
     """
     return 20 * mask_focal(logits, target, area) + mask_dice(logits, target, area)
 
 
 def mask_focal(logits: Tensor, target: Tensor, area: Tensor | None = None) -> Tensor:
-    """Focal loss (Lin et al., 2017, eq. 5) of each mask, a mean over its cells; alpha = 0.25, gamma = 2 as SAM trains.
+    """Return the focal loss (Lin et al., 2017, eq. 5) of each mask, mean over cells; alpha = 0.25, gamma = 2 as in SAM.
 
     logits [B, P, M, h, w], target [B, P, M or 1, h, w] bool -> [B, P, M].
     """
@@ -66,7 +66,7 @@ def mask_focal(logits: Tensor, target: Tensor, area: Tensor | None = None) -> Te
 
 
 def mask_dice(logits: Tensor, target: Tensor, area: Tensor | None = None) -> Tensor:
-    """Dice loss (Milletari et al., 2016) of each mask, with 1 added above and below as SAM does; arguments as above."""
+    """Return each mask's Dice loss (Milletari et al., 2016), numerator and denominator +1 as in SAM; see `bce_dice`."""
     probability, truth = logits.float().sigmoid(), target.float()
     if area is not None:
         probability, truth = probability * area.unsqueeze(1), truth * area.unsqueeze(1)
@@ -75,12 +75,12 @@ def mask_dice(logits: Tensor, target: Tensor, area: Tensor | None = None) -> Ten
 
 
 def mean_per_prompt(values: Tensor, valid: Tensor) -> Tensor:
-    """[B, P] and which of the prompts are there -> their mean, over all images alike. Scalar; 0 if there is none."""
+    """Return the mean over the valid prompts of all images: values, valid [B, P]. Scalar; 0 if no prompt is valid."""
     return (values * valid).sum() / valid.sum().clamp_min(1)
 
 
 def _mean_in_area(values: Tensor, area: Tensor | None) -> Tensor:
-    """[B, ..., h, w] -> [B, ...]: the mean over the cells within each image."""
+    """Return the mean over the cells, weighted by `area`: [B, ..., h, w] -> [B, ...]."""
     if area is None:
         return values.mean((-1, -2))
     weights = area.view(len(area), *[1] * (values.ndim - 3), *area.shape[-2:])

@@ -1,4 +1,4 @@
-"""IoU between masks, and how sure its mean is."""
+"""IoU between masks, its mean and the confidence interval of the mean."""
 
 from collections.abc import Sequence
 
@@ -9,32 +9,32 @@ from torchmetrics import Metric
 
 from sam_distill.types import upload
 
-_UNIT = 2**30  # of sums of IoUs
+_IOU_SCALE = 2**30  # sums of IoUs are integers, in units of 1 / _IOU_SCALE
 
 
 def mask_iou(prediction: Tensor, target: Tensor) -> Tensor:
-    """IoU of boolean masks [..., H, W] -> [...] float32. NaN where the target is empty: there is nothing to find."""
+    """Return the IoU of boolean masks: [..., H, W] -> [...] float32; NaN where the target is empty."""
     return iou_of(overlap(prediction, target))
 
 
 def overlap(prediction: Tensor, target: Tensor) -> Tensor:
-    """Boolean masks [..., H, W] -> [..., 3] int64: pixels of the prediction, of the target and of both."""
+    """Return the numbers of pixels of prediction, target and both: boolean masks [..., H, W] -> [..., 3] int64."""
     counts = [mask.sum((-1, -2)) for mask in (prediction, target, prediction & target)]
     return torch.stack(torch.broadcast_tensors(*counts), dim=-1)
 
 
 def iou_of(pixels: Tensor) -> Tensor:
-    """What `overlap` has counted, [..., 3] -> the IoUs [...], as `mask_iou` gives them."""
+    """Return the IoUs, as `mask_iou` does, from the counts that `overlap` returns: [..., 3] -> [...] float32."""
     prediction, target, both = pixels.unbind(-1)
     return (both / (prediction + target - both).clamp_min(1)).masked_fill(target == 0, torch.nan)
 
 
 def bootstrap(images: Sequence[str], ious: Sequence[float], resamplings: int = 1000) -> tuple[float, float] | None:
-    """The middle 95% of the mean IoU over images drawn anew with replacement; None if there is nothing to draw from.
+    """Return the bootstrap 95% interval of the mean IoU, over images drawn with replacement; None if there is no IoU.
 
-    Over images, not prompts: prompts on the same image stand and fall together. NaN: the target is empty.
+    Images are resampled, not prompts: IoUs of prompts on the same image are correlated. NaN (empty target) is left out.
     """
-    totals: dict[str, tuple[float, int]] = {}  # sum and number, by image
+    totals: dict[str, tuple[float, int]] = {}  # image -> sum and number of its IoUs
     for image, iou in zip(images, ious, strict=True):
         if iou == iou:
             total, count = totals.get(image, (0.0, 0))
@@ -50,8 +50,8 @@ def bootstrap(images: Sequence[str], ious: Sequence[float], resamplings: int = 1
 class MeanIoU(Metric):
     """Mean over prompts (not over images, not pooled over pixels), exact under data-parallel training.
 
-    An empty prediction against a non-empty target is 0. An empty target is left out and counted in `skipped`.
-    The sum is kept in whole numbers: exact in any order, and on Apple's GPUs, which have no float64.
+    An empty prediction against a non-empty target counts as 0. An empty target is left out and counted in `skipped`.
+    The sum is kept as an integer: exact in any order, and on Apple's GPUs, which have no float64.
     """
 
     full_state_update = False
@@ -66,13 +66,13 @@ class MeanIoU(Metric):
             self.add_state(name, torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, iou: Tensor) -> None:
-        """iou: any shape and device, as `mask_iou` gives it."""
+        """Add IoUs of any shape and device, as `mask_iou` returns them."""
         iou = upload(iou, self.total.device)
         known = ~iou.isnan()
-        self.total += (iou.nan_to_num(0) * _UNIT).long().sum()
+        self.total += (iou.nan_to_num(0) * _IOU_SCALE).long().sum()
         self.prompts += known.sum()
         self.skipped += (~known).sum()
 
     def compute(self) -> dict[str, Tensor]:
-        """`miou` (NaN if there was no prompt at all), `prompts` and `skipped`, over all ranks."""
-        return {"miou": self.total / _UNIT / self.prompts, "prompts": self.prompts, "skipped": self.skipped}
+        """Return `miou` (NaN if there was no prompt at all), `prompts` and `skipped`, over all ranks."""
+        return {"miou": self.total / _IOU_SCALE / self.prompts, "prompts": self.prompts, "skipped": self.skipped}

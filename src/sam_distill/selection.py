@@ -1,7 +1,7 @@
-"""Which images: what counts as one, its key, and which of many to train on or to hold out.
+"""Selection of images: which files are images, their keys, and which images to train on or to hold out.
 
-Images are chosen by a hash of their keys, so that a choice depends neither on the order of files nor on the machine,
-and images=100 is part of images=1000.
+Images are selected by a hash of their keys. So the selection depends neither on the order of files nor on the machine,
+and images=100 selects a subset of images=1000.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from sam_distill.types import UserError
 
 log = logging.getLogger(__name__)
 
-# the options that all sources share, as their signatures name them
+# annotations of the options that all data sources share
 ValImages = Annotated[int, Field(ge=0)]
 Images = Annotated[int, Field(ge=1)] | None
 Fraction = Annotated[float, Field(gt=0, le=1)] | None
@@ -28,21 +28,21 @@ IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".
 
 
 def is_image(name: str) -> bool:
-    """Whether a file's name, without its folders, is that of an image; hidden files are not."""
+    """Whether a file name, given without folders, is that of an image; hidden files are not images."""
     stem, dot, suffix = name.rpartition(".")
     return bool(stem) and not stem.startswith(".") and (dot + suffix).lower() in IMAGE_SUFFIXES
 
 
 def is_image_member(name: str) -> bool:
-    """Whether a member of a tar is an image; what lies in hidden folders is not."""
+    """Whether a member of a tar is an image; files in hidden folders are not."""
     *folders, last = PurePosixPath(name).parts or ("",)
     return is_image(last) and not any(folder.startswith(".") for folder in folders)
 
 
 def unique_keys(names: Sequence[str]) -> list[str]:
-    """The key of each image: its name without the suffix, or in full where several images would have the same key.
+    """Return each image's key: its name without the suffix, or the full name if several would have the same key.
 
-    Also where it is another's name: of a.jpg.png, beside a.jpg.
+    The full name is also the key if the short one is another image's name, as for a.jpg.png beside a.jpg.
     """
     short = [name.rpartition(".")[0] for name in names]
     uses = Counter([*short, *names])
@@ -50,7 +50,7 @@ def unique_keys(names: Sequence[str]) -> list[str]:
 
 
 def limit_val_images(images: int, val_images: int, where: str) -> tuple[int, str]:
-    """How many of all images to hold out, at most a fifth, and the `shortage` if that is not what was asked for."""
+    """Return how many images to hold out, at most a fifth, and the `shortage` message if that is below val_images."""
     most = max(1, images // 5) if images > 1 else 0
     if val_images <= most:
         return val_images, ""
@@ -58,13 +58,13 @@ def limit_val_images(images: int, val_images: int, where: str) -> tuple[int, str
 
 
 def digests(keys: Iterable[str]) -> NDArray[np.uint64]:
-    """[keys]: of each, 64 bits that look random and never change."""
+    """Return a 64-bit hash of each key, which looks random and never changes: [keys] uint64."""
     hashes = (hashlib.blake2b(key.encode(errors="surrogateescape"), digest_size=8) for key in keys)
     return np.array([int.from_bytes(each.digest(), "big") for each in hashes], np.uint64)
 
 
 def lowest(digests: NDArray[np.uint64], number: int) -> NDArray[np.bool_]:
-    """[images]: which have the `number` lowest digests; of those that share the last place, the first."""
+    """Return which images have the `number` lowest digests: [images] -> [images] bool. Of equal ones, the first win."""
     limit = np.partition(digests, number - 1)[number - 1]
     wins = digests < limit
     wins[np.flatnonzero(digests == limit)[: number - int(wins.sum())]] = True
@@ -72,17 +72,17 @@ def lowest(digests: NDArray[np.uint64], number: int) -> NDArray[np.bool_]:
 
 
 def fingerprint(digests: NDArray[np.uint64]) -> str:
-    """The same for the same keys, whatever their order."""
+    """Return a hash of a set of keys, given by their digests, that does not depend on their order."""
     return hashlib.sha256(f"{len(digests)} {digests.sum(dtype=np.uint64)}".encode()).hexdigest()
 
 
 def first_fingerprint(keys: Iterable[str]) -> str:
-    """What runs of the first days have in place of `fingerprint`."""
+    """Return the hash that runs of the first versions recorded instead of `fingerprint`."""
     return hashlib.sha256("\n".join(sorted(keys)).encode(errors="surrogateescape")).hexdigest()
 
 
 def how_many(available: int, images: int | None, fraction: float | None) -> int:
-    """How many of so many images data.images or data.fraction keeps for training."""
+    """Return how many of `available` images to train on, by data.images or data.fraction; UserError if both are set."""
     if images is not None and fraction is not None:
         raise UserError("data.images and data.fraction exclude each other: give one of them")
     if fraction is not None:
@@ -93,6 +93,6 @@ def how_many(available: int, images: int | None, fraction: float | None) -> int:
 
 
 def choose(keys: Sequence[str], images: int | None, fraction: float | None) -> list[int]:
-    """Indices, in their order, of the training images that data.images or data.fraction keeps."""
+    """Return the indices, in ascending order, of the images to train on, by data.images or data.fraction."""
     wanted = how_many(len(keys), images, fraction)
     return list(range(len(keys))) if wanted == len(keys) else np.flatnonzero(lowest(digests(keys), wanted)).tolist()

@@ -1,4 +1,4 @@
-"""Where the teacher's answer comes from: they fill in the batch what a strategy requires."""
+"""Teachers: live or cached sources of the teacher embedding and masks that a strategy requires."""
 
 import json
 import logging
@@ -23,15 +23,17 @@ from sam_distill.types import ALL, EMBED_DIM, GRID, Batch, Masks, Prompts
 
 log = logging.getLogger(__name__)
 
-TEACHER_FILE = "teacher.pt"  # what a cache keeps of its teacher
-_EMBEDDING_BYTES = 2 * EMBED_DIM * GRID * GRID  # as kept: float16
-_memory: dict[tuple[object, ...], Tensor] = {}  # of all teachers of this process: the jobs of a multirun share it
+TEACHER_FILE = "teacher.pt"  # file in a cache: its teacher without the backbone
+_EMBEDDING_BYTES = 2 * EMBED_DIM * GRID * GRID  # of one image, kept in float16
+_memory: dict[tuple[object, ...], Tensor] = {}  # shared by all teachers of this process, so by all jobs of a multirun
 
 
 class Teacher(ABC):
-    """sam: its prompt encoder and mask decoder answer prompts; only its neck is sure to be there of its encoder.
+    """Source of teacher embeddings and masks.
 
-    provides: the fields of `Batch` that it can fill. capacity: images that it remembers.
+    sam: its prompt encoder and mask decoder are complete; of its image encoder only the neck is always there.
+    provides: the fields of `Batch` that it can fill.
+    capacity: number of images for which it keeps the embeddings in memory.
     """
 
     provides = frozenset({"teacher_embedding", "ask_teacher"})
@@ -40,27 +42,27 @@ class Teacher(ABC):
     @cached_property
     @abstractmethod
     def sam(self) -> Sam:
-        """Loaded when it is first needed."""
+        """Return the teacher's SAM, loaded on first use."""
 
     @abstractmethod
     def embed(self, batch: Batch) -> Tensor:
-        """Its embeddings, exactly: [B, 256, 64, 64]."""
+        """Return the exact embeddings: [B, 256, 64, 64]."""
 
     def recall(self, batch: Batch) -> Tensor:
-        """Its embeddings, perhaps from a memory of lower precision."""
+        """Return the embeddings, possibly from memory with lower precision."""
         return self.embed(batch)
 
     @property
     @abstractmethod
     def sha256(self) -> str:
-        """Of the checkpoint that its answers come from."""
+        """Return the sha256 of the checkpoint that embeddings and masks come from."""
 
     def __deepcopy__(self, _: object) -> "Teacher":
-        return self  # weight averaging copies the module that holds us
+        return self  # weight averaging copies the module that holds the teacher
 
     @torch.no_grad()
     def fill(self, batch: Batch, requires: Collection[str]) -> Batch:
-        """The batch with what is required of `provides`."""
+        """Return the batch with the teacher's fields filled in, if `requires` names any of `provides`."""
         if not self.provides & set(requires):
             return batch
         self.sam.to(batch.images.device)
@@ -74,13 +76,13 @@ class Teacher(ABC):
 
 
 class LiveTeacher(Teacher):
-    """A SAM that is asked during training.
+    """Teacher whose SAM runs during training.
 
     checkpoint: a name (`mobile_sam`, `sam_vit_h`, ...), a file or a run folder.
-    memory_gb: embeddings of images already seen are kept in memory up to this size, so that on a small data set the
-        teacher runs once, in the first epoch. They are kept in float16, those of a GPU in pinned memory. Each process
-        of a data-parallel run remembers what it has asked itself, of images dealt anew in each epoch: there a cache
-        saves far more.
+    memory_gb: size up to which embeddings of images already seen are kept in memory, so that on a small data set the
+        teacher runs in the first epoch only. They are kept in float16, those of a GPU in pinned memory. In a
+        data-parallel run each process keeps only the embeddings that it computed, but images are assigned to processes
+        anew in each epoch: there a cache saves far more.
     """
 
     def __init__(self, checkpoint: Checkpoint, memory_gb: Annotated[float, Field(ge=0)] = 2.0) -> None:
@@ -100,27 +102,27 @@ class LiveTeacher(Teacher):
         return self.sam.encode(batch.images, batch.sizes)
 
     def recall(self, batch: Batch) -> Tensor:
-        """The encoder runs on the images that are not remembered."""
+        """Return the embeddings, rounded to float16 if a memory is kept; the encoder runs only on images not in it."""
         if not self.capacity:
             return self.embed(batch)
         device = batch.images.device
         precise = not torch.is_autocast_enabled(device.type)
-        marks = [(self.checkpoint, precise, *each) for each in zip(batch.keys, batch.checksums, strict=True)]
-        found: list[Tensor | None] = [_memory.get(mark) for mark in marks]
+        memory_keys = [(self.checkpoint, precise, *each) for each in zip(batch.keys, batch.checksums, strict=True)]
+        found: list[Tensor | None] = [_memory.get(memory_key) for memory_key in memory_keys]
         new = [i for i, known in enumerate(found) if known is None]
         if new:
             images, sizes = (torch.stack([values[i] for i in new]) for values in (batch.images, batch.sizes))
-            answers = self.sam.encode(images, sizes).half()  # as they are remembered: a resumed run has to ask again
-            for i, answer in zip(new, answers, strict=True):
-                found[i] = answer
+            embeddings = self.sam.encode(images, sizes).half()  # as remembered, so that a resumed run gets the same
+            for i, embedding in zip(new, embeddings, strict=True):
+                found[i] = embedding
                 if len(_memory) < self.capacity:
-                    # A GPU's queue brings it to pinned memory, and the next time back from there, in this order.
-                    _memory[marks[i]] = answer.to("cpu", non_blocking=True)
+                    # The GPU's queue runs this copy to pinned memory before any later copy back from it.
+                    _memory[memory_keys[i]] = embedding.to("cpu", non_blocking=True)
         return torch.stack([known.to(device, non_blocking=True).float() for known in found if known is not None])
 
 
 class CachedTeacher(Teacher):
-    """The teacher of a distillation cache, whose embeddings come with the data. Its backbone is not even built.
+    """Teacher of a distillation cache: the embeddings come with the data, so its backbone is not even built.
 
     path: the cache, which holds the rest of the teacher.
     """
@@ -146,12 +148,12 @@ class CachedTeacher(Teacher):
         return str(json.loads(manifest)["teacher_sha256"])
 
     def embed(self, batch: Batch) -> Tensor:
-        assert batch.teacher_embedding is not None  # the data are the cache itself
+        assert batch.teacher_embedding is not None  # the data come from the cache itself
         return batch.teacher_embedding
 
 
 class _NoEncoder(nn.Module):
-    """What is left of an image encoder: the part of its neck that has the same shape in all of them."""
+    """Image encoder reduced to the part of its neck that has the same shape in all encoders."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -159,16 +161,17 @@ class _NoEncoder(nn.Module):
 
 
 def save_teacher(sam: Sam, cache: Path) -> None:
-    """All of a teacher but its backbone, for the `CachedTeacher` of that cache."""
+    """Write a teacher without its backbone into the folder of a cache, for `CachedTeacher`."""
     ours = Sam(_NoEncoder()).state_dict().keys()
     with atomic_write(cache / TEACHER_FILE) as draft, draft.open("wb") as file:
         torch.save({key: value.detach().cpu() for key, value in sam.state_dict().items() if key in ours}, file)
 
 
 def check_finite(keys: Sequence[str], **embeddings: Tensor) -> None:
-    """A UserError names whose embedding, of those given [B, 256, 64, 64], is broken for which of the B keys.
+    """Raise UserError if an embedding [B, 256, 64, 64] holds NaN or infinity; it names the model and one of the B keys.
 
-    The masks would be empty. The device is asked once.
+    Masks from it would be empty. The device is queried once.
+    embeddings: named by model, such as student and teacher.
     """
     finite = torch.stack([given.isfinite().flatten(1).all(1) for given in embeddings.values()]).tolist()
     for name, flags in zip(embeddings, finite, strict=True):

@@ -1,8 +1,8 @@
-"""The values that travel between rooms, with every tensor's shape, dtype and frame.
+"""Values passed between the parts of the package, with the shape, dtype and frame of every tensor.
 
 Legend, used in every docstring of this package:
 
-    B  images in a batch            P  prompts per image (ragged: absent ones are labelled ABSENT)
+    B  images in a batch            P  prompts per image (missing ones are labelled ABSENT)
     N  points per prompt            M  masks per prompt: SINGLE, MULTI or ALL
     S  side of the student's input  H, W  height and width of an original image, in its own pixels
 
@@ -22,14 +22,14 @@ from sam_distill.errors import UserError as UserError
 FRAME = 1024  # side of the frame, pixels
 GRID = 64  # side of an image embedding; one cell is 16 x 16 pixels of the frame
 EMBED_DIM = 256  # channels of an image embedding
-LOW_RES = 256  # side of the mask decoder's output, ...
-CELL = FRAME // LOW_RES  # ... of which one cell is 4 x 4 pixels of the frame
+LOW_RES = 256  # side of the mask decoder's low-res logits
+CELL = FRAME // LOW_RES  # side of one low-res cell: 4 pixels of the frame
 
 BACKGROUND, FOREGROUND, BOX_TOP_LEFT, BOX_BOTTOM_RIGHT = 0, 1, 2, 3  # SAM's point labels
 NOT_A_POINT = -1  # SAM's padding token: it takes part in attention, as in the official code
-ABSENT = -2  # ours: no token at all, so that numbers of points and prompts may differ
+ABSENT = -2  # ours: no token, so that prompts may differ in the number of points, and images in that of prompts
 
-# SAM's mask tokens: token 0 for prompts without doubt; tokens 1-3 for whole, part and sub-part where there is
+# SAM's mask tokens: token 0 for unambiguous prompts; tokens 1-3 for whole, part and sub-part of ambiguous ones
 SINGLE, MULTI, ALL = slice(0, 1), slice(1, 4), slice(0, 4)
 
 T = TypeVar("T")
@@ -51,11 +51,11 @@ class Prompts:
 
     @property
     def valid(self) -> Tensor:
-        """[B, P] bool: False where an image has fewer prompts than P."""
+        """Return [B, P] bool: False where an image has fewer prompts than P."""
         return (self.labels != ABSENT).any(-1)
 
     def __getitem__(self, images: slice) -> "Prompts":
-        """The prompts of some of the images."""
+        """Return the prompts of some of the images."""
         return _map_tensors(self, lambda tensor: tensor[images])
 
     def to(self, device: torch.device | str) -> "Prompts":
@@ -64,7 +64,7 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Masks:
-    """What the mask decoder says.
+    """Output of the mask decoder.
 
     low_res: [B, P, M, 256, 256] float32 logits in the frame (one cell = 4 pixels); foreground is > 0 after up-sampling.
     iou:     [B, P, M] float32, the decoder's own estimate of each mask's IoU.
@@ -81,12 +81,12 @@ class Sample:
     key: unique within its source and stable between runs.
     image: [3, h, w] uint8 RGB, resized to the frame (long side 1024), not padded.
     original_size: (H, W) of the image before that resize, after EXIF rotation.
-    epoch: how often training has come past this image before.
-    annotations: [A, 256, 256] bool in the frame, so many drawn from the image's annotations; empty where there are
-        fewer. None unless a strategy or prompts require them.
-    teacher_embedding: [256, 64, 64] float32, zero in the padding, where the data come with it.
-    truth: its annotations as COCO run lengths at original size, for those who judge by them.
-    json: what lies beside the image in SA-1B's layout, where it has been asked for.
+    epoch: how many times training has passed this image before.
+    annotations: [A, 256, 256] bool in the frame, A masks drawn from the image's annotations; the last ones are empty
+        if the image has fewer. None unless a strategy or prompts require them.
+    teacher_embedding: [256, 64, 64] float32, zero in the padding; None unless the data come with it.
+    truth: the image's annotations as COCO run lengths at original size, the ground truth for evaluation.
+    json: content of the JSON file beside the image in SA-1B's layout; empty unless it was requested.
     """
 
     key: str
@@ -101,17 +101,17 @@ class Sample:
 
 @dataclass(frozen=True)
 class Batch:
-    """What a strategy's step sees. Strategies name the optional fields that they require.
+    """Input of a strategy's step. Strategies name the optional fields that they require.
 
     keys: B image keys.
     images: [B, 3, 1024, 1024] uint8 RGB, padded with zeros at the bottom and right.
     sizes: [B, 2] int64, (h, w) of the valid area in frame pixels.
     original_sizes: [B, 2] int64, (H, W).
-    epochs: B numbers, see `Sample`. What is drawn at random for an image depends on (seed, key, epoch) alone.
-    checksums: B numbers that tell images of the same key apart; known without a look at what lies on a GPU.
+    epochs: B numbers, see `Sample`. Random draws for an image depend on (seed, key, epoch) alone.
+    checksums: B numbers that tell images of the same key apart, without reading pixels back from a GPU.
     annotations: [B, A, 256, 256] bool, see `Sample`.
-    teacher_embedding: [B, 256, 64, 64] float32, filled in by a teacher, unless the data come with it.
-    ask_teacher: the teacher's masks for any prompts on these images, all four tokens: one light decoder call.
+    teacher_embedding: [B, 256, 64, 64] float32, filled in by a teacher unless the data come with it.
+    ask_teacher: returns the teacher's masks, all four tokens, for any prompts on these images: one light decoder call.
     prompts: filled in by a prompt sampler.
     truth: B lists, see `Sample`.
     """
@@ -139,23 +139,23 @@ class Batch:
 
 
 def _map_tensors(values: T, change: Callable[[Tensor], Tensor]) -> T:
-    """values: a dataclass."""
+    """Return a copy of the dataclass `values` with `change` applied to all its tensors."""
     tensors: dict[str, Any] = {n: change(v) for n, v in vars(values).items() if isinstance(v, Tensor)}
     return replace(values, **tensors)  # type: ignore[type-var]
 
 
 @dataclass(frozen=True)
 class StepOutput:
-    """A training step's result: the loss to minimise (scalar, float32) and named scalars to log beside it."""
+    """Result of a training step: the loss to minimise (scalar, float32) and named scalars to log with it."""
 
     loss: Tensor
     logs: dict[str, Any] = field(default_factory=dict)
 
 
 def upload(values: Tensor | Sequence[float], device: torch.device | str) -> Tensor:
-    """A tensor on the CPU, or numbers, as a tensor on `device`.
+    """Return a CPU tensor, or numbers, as a tensor on `device`.
 
-    `.to(device)` and `torch.tensor(..., device=device)` wait until a GPU has done all that is queued; this does not.
+    `.to(device)` and `torch.tensor(..., device=device)` wait until a GPU has done all queued work; this does not.
     """
     tensor = values if isinstance(values, Tensor) else torch.tensor(values)
     if torch.device(device).type != "cuda" or tensor.device.type != "cpu":
@@ -164,9 +164,9 @@ def upload(values: Tensor | Sequence[float], device: torch.device | str) -> Tens
 
 
 def valid_area(sizes: Tensor, side: int) -> Tensor:
-    """[B, 1, side, side] bool: True for cells whose centre lies in the valid area of a frame (sizes: [B, 2] (h, w)).
+    """Return [B, 1, side, side] bool: True for cells with their centre in the valid area of a frame.
 
-    One row and column at least: an image that is thinner than a cell is not nothing.
+    sizes: [B, 2] (h, w). At least one row and one column are True, even if the image is thinner than a cell.
     """
     sizes = sizes.clamp_min(FRAME // side)
     centres = (torch.arange(side, device=sizes.device) + 0.5) * (FRAME / side)

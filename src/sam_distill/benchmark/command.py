@@ -1,4 +1,4 @@
-"""`sam-distill bench`."""
+"""The command `sam-distill bench`."""
 
 from collections.abc import Iterator
 from functools import cache
@@ -49,7 +49,7 @@ def bench(
     scale: Literal["paper", "small"],
     run_dir: Path,
 ) -> None:
-    """Measure speed side by side with the peers' code; conf/bench.yaml says what each option means."""
+    """Measure speed side by side with the reference implementations; conf/bench.yaml explains each option."""
     del scale  # only experiments read it
     kind, fastsam = trainer.kind, is_fastsam(checkpoint)
     folder = None if exported is None else Path(exported).expanduser()
@@ -101,7 +101,7 @@ def bench(
 
 
 def _step(sam: Sam, jpegs: list[bytes], trainer: Hardware, batch_size: int) -> Finding:
-    """Decoupled distillation of a model of this architecture, from a cache."""
+    """Measure a training step of decoupled distillation into `sam`, with teacher embeddings from a temporary cache."""
     with TemporaryDirectory() as folder:
         path = Path(folder) / "cache"
         source = temporary_cache(path, jpegs, "int8")

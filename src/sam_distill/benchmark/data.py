@@ -1,4 +1,4 @@
-"""Benchmarks of what lies between a disk and a training step."""
+"""Benchmarks of the data pipeline, from files on disk to the first training step."""
 
 import io
 import os
@@ -28,7 +28,7 @@ from sam_distill.images import decode, to_frame, to_jpeg
 from sam_distill.tars.index import TarIndex, cached_index, file_stamp
 from sam_distill.types import EMBED_DIM, FRAME, GRID, Sample, UserError
 
-IMAGES = 16  # at a time
+IMAGES = 16  # in a batch, and images measured at most
 SA1B = (2250, 1500)  # width and height of SA-1B's images, on average
 SA1B_IMAGES, SA1B_TARS = 11_186_000, 1000
 
@@ -42,7 +42,7 @@ def bench_data(jpegs: list[bytes], workers: int, seconds: float) -> Iterator[Fin
 
 
 def temporary_cache(folder: Path, jpegs: list[bytes], dtype: Dtype) -> Cache:
-    """A cache of these images, each with noise for its embedding: reading it takes as long as reading a true one."""
+    """Write a cache of these images with noise as embeddings; reading it takes as long as with real embeddings."""
     folder.mkdir()
     shard, noise = ShardWriter(folder, 0), torch.Generator().manual_seed(0)
     for number, jpeg in enumerate(jpegs):
@@ -55,10 +55,10 @@ def temporary_cache(folder: Path, jpegs: list[bytes], dtype: Dtype) -> Cache:
 
 
 def _decoding(jpegs: list[bytes], seconds: float) -> Finding:
-    our_turn, their_turn = cycle(jpegs), cycle(jpegs)
+    our_jpegs, peer_jpegs = cycle(jpegs), cycle(jpegs)
 
     def ours() -> torch.Tensor:
-        picture, size = decode(next(our_turn))
+        picture, size = decode(next(our_jpegs))
         return to_frame(picture, size)
 
     contenders = [Contender("sam-distill: scaled decoding, Pillow", ours)]
@@ -71,7 +71,7 @@ def _decoding(jpegs: list[bytes], seconds: float) -> Finding:
         cv2.setNumThreads(1)
 
         def peers() -> np.ndarray[Any, Any]:
-            bgr: Any = cv2.imdecode(np.frombuffer(next(their_turn), np.uint8), cv2.IMREAD_COLOR)
+            bgr: Any = cv2.imdecode(np.frombuffer(next(peer_jpegs), np.uint8), cv2.IMREAD_COLOR)
             image = cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
             scale = FRAME / max(image.shape[:2])
             size = [int(side * scale + 0.5) for side in image.shape[:2]]
@@ -85,7 +85,7 @@ def _decoding(jpegs: list[bytes], seconds: float) -> Finding:
 
 
 def _reading(jpegs: list[bytes], folder: Path, seconds: float) -> Finding:
-    """One process decodes images and embeddings."""
+    """Measure how fast one process reads and decodes images with their embeddings."""
     dtypes: tuple[Dtype, ...] = ("int8", "fp16", "fp32")
     contenders = []
     for dtype in dtypes:
@@ -95,7 +95,7 @@ def _reading(jpegs: list[bytes], folder: Path, seconds: float) -> Finding:
     np.save(array, np.zeros((EMBED_DIM, GRID, GRID), np.float32))
 
     def peers() -> object:
-        """The original JPEG, and 4.19 MB beside it."""
+        """Decode the original JPEG and load its embedding, a file of 4.19 MB."""
         picture, _ = decode(jpegs[0], full=True)
         return to_frame(picture), torch.from_numpy(np.load(array))
 
@@ -113,7 +113,7 @@ def _loading(cache: Cache, workers: int, seconds: float) -> Finding:
 
 
 def _starting(folder: Path) -> Finding:
-    """What each process does before its first step. The tars are empty, but remembered as if they were SA-1B's."""
+    """Measure the work of a process before its first step. The tars are empty, but indexed as if they were SA-1B's."""
     folder.mkdir()
     each, random = SA1B_IMAGES // SA1B_TARS, np.random.default_rng(0)
     with patch.dict(os.environ, SAM_DISTILL_HOME=str(folder / "home")):
@@ -136,7 +136,10 @@ def _starting(folder: Path) -> Finding:
 
 
 def example_jpegs(source: DataSource) -> list[bytes]:
-    """SA-1B's own, where they are given; else photographs of our own in its size."""
+    """Return JPEGs of `source` if it reads SA-1B, else built-in photographs resized to SA-1B's average size.
+
+    Raise UserError if fewer than two of the source's images can be read.
+    """
     if isinstance(source, Sa1b) and not isinstance(source, Cache):
         contents = chain.from_iterable(shard.read(shard.members()) for shard in [*source.train, *source.val])
         found = [content[0] for _, content in islice(contents, IMAGES)]

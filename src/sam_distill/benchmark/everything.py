@@ -1,4 +1,4 @@
-"""Benchmark of segmenting everything: as fast as can be, and the same masks."""
+"""Benchmark of segmenting everything: its speed, and whether the masks are the same."""
 
 from dataclasses import replace
 from typing import Any
@@ -16,7 +16,7 @@ from sam_distill.predict.mask_generator import SamAutomaticMaskGenerator
 
 
 def bench_everything(sam: Sam, image: np.ndarray[Any, Any], points_per_side: int, device: str) -> Finding:
-    """image: [H, W, 3] uint8. One turn each: it takes seconds to minutes."""
+    """Measure segmenting everything in `image`, [H, W, 3] uint8. One turn each, since it takes seconds to minutes."""
     folded = optimize_for_inference(sam).to(device)
     options: dict[str, Any] = {"points_per_side": points_per_side, "output_mode": "coco_rle"}
     found: dict[str, Records] = {}
@@ -45,7 +45,7 @@ def bench_everything(sam: Sam, image: np.ndarray[Any, Any], points_per_side: int
 
 
 def similarity(ours: Records, theirs: Records) -> str:
-    """How far two sets of masks (coco_rle) are the same: how many there are, and how well each of theirs is met."""
+    """Describe two sets of masks (coco_rle): their counts, and the mean IoU of each of `theirs` with our nearest."""
     counts = f"{len(ours)} masks, theirs {len(theirs)}"
     if not ours or not theirs:
         return counts

@@ -1,4 +1,4 @@
-"""Benchmarks of what a model costs: image encoder and mask decoder."""
+"""Benchmarks of a model: parameters, image encoder, mask decoder, and the whole way from an image to a mask."""
 
 from collections.abc import Callable, Iterator
 from copy import deepcopy
@@ -29,7 +29,7 @@ from sam_distill.predict.predictor import SamPredictor
 from sam_distill.prompts.forms import point_prompts
 from sam_distill.types import FRAME, MULTI, Sample
 
-SIZE = (683, FRAME)  # a 3:2 photograph in the frame
+SIZE = (683, FRAME)  # (h, w) of a 3:2 photograph in the frame
 PROMPTS = (1, 64)
 OURS = "sam-distill"
 FP32, BF16 = f"{OURS}, fp32", f"{OURS}, bf16"
@@ -43,15 +43,15 @@ PAPER_IMAGE = "paper, Table 6, one GPU: MobileSAM 12 ms, FastSAM 64 ms"
 def bench_encoder(
     sam: Sam, device: str, compiled: bool, onnx: bool, exported: Path | None, peak: Finding, seconds: float
 ) -> Finding:
-    """One image of 1024 x 683, normalised and padded, in fp32 and in bf16; on a CPU in other runtimes, too.
+    """Measure the image encoder on one image of 1024 x 683, with normalising and padding, in fp32 and in bf16.
 
-    exported: a folder that `sam-distill export` has written of this model, or one of several; without it ONNX Runtime
-    has its turn if `onnx`, with a file that is written here.
+    On a CPU, OpenVINO and other runtimes are measured, too.
+    exported: folder of an export of this model, or of several, to run. onnx: without it, run a temporary ONNX file.
     """
     image, sizes = _image(device)
     sam = sam.to(device).to(memory_format=torch.channels_last)
     as_it_trains, fast = partial(sam.encode, image, sizes), optimize_for_inference(sam)
-    contenders = _both(OURS, device, partial(fast.encode, image, sizes))
+    contenders = _fp32_and_bf16(OURS, device, partial(fast.encode, image, sizes))
     if compiled:
         twin = deepcopy(fast)
         twin.image_encoder = torch.compile(twin.image_encoder)  # type: ignore[assignment]
@@ -66,7 +66,7 @@ def bench_encoder(
         contenders.append(_onnx_encoder(sam))
     if device == "cpu" and find_spec("openvino"):
         with_openvino = optimize_for_inference(sam, "openvino")
-        contenders += _both(f"{OURS}, OpenVINO", device, partial(with_openvino.encode, image, sizes))
+        contenders += _fp32_and_bf16(f"{OURS}, OpenVINO", device, partial(with_openvino.encode, image, sizes))
     peer = peer_of(sam, device)
     if peer is not None:
         model, pixels = peer.model, image[..., : SIZE[0], :].float()
@@ -92,7 +92,7 @@ def _onnx_encoder(sam: Sam) -> Contender:
 
 
 def exported_encoders(folder: Path) -> Iterator[tuple[Contender, str]]:
-    """Each export that has a runtime here, and in a line its size and how near its masks came to PyTorch's."""
+    """Yield a contender for each export with a runtime here, and a line on its size and mask IoU with PyTorch."""
     for file in contracts(folder):
         settings, content = Settings.read(file)
         if FORMATS[settings.format].runtime is None:
@@ -106,7 +106,7 @@ def exported_encoders(folder: Path) -> Iterator[tuple[Contender, str]]:
 
 @torch.no_grad()
 def bench_decoder(sam: Sam, device: str, peak: Finding, seconds: float) -> Iterator[Finding]:
-    """Point prompts on one image, three masks each: prompt encoder and mask decoder, low-res logits."""
+    """Measure prompt encoder and mask decoder on point prompts on one image: three masks of low-res logits each."""
     peer, (image, sizes) = peer_of(sam, device), _image(device)
     sam = optimize_for_inference(sam).to(device)
     embedding = sam.encode(image, sizes)
@@ -117,7 +117,7 @@ def bench_decoder(sam: Sam, device: str, peak: Finding, seconds: float) -> Itera
         prompts = point_prompts(points[None], labels[None])
 
         decode = partial(sam.decode, embedding, prompts, MULTI)
-        contenders = _both(OURS, device, decode, count)
+        contenders = _fp32_and_bf16(OURS, device, decode, count)
         if peer is not None:
             run = _peer_decoder(peer.model, embedding, points, labels)
             contenders.append(Contender(peer.name, run, count, ours=False))
@@ -128,7 +128,7 @@ def bench_decoder(sam: Sam, device: str, peak: Finding, seconds: float) -> Itera
 
 
 def bench_image(sam: Sam, photograph: np.ndarray, device: str, seconds: float) -> Finding:
-    """From a photograph, [H, W, 3] uint8, to the mask for a point on it, resizing included."""
+    """Measure the way from a photograph, [H, W, 3] uint8, to the mask for a point on it, resizing included."""
     sam, middle = sam.to(device).to(memory_format=torch.channels_last), np.array([photograph.shape[1::-1]]) / 2
 
     def ask(predictor: Any) -> None:
@@ -136,18 +136,18 @@ def bench_image(sam: Sam, photograph: np.ndarray, device: str, seconds: float) -
         predictor.predict(middle, np.array([1]), multimask_output=False)
 
     ours, peer = partial(ask, SamPredictor(sam)), peer_of(sam, device)
-    contenders = _both(OURS, device, ours)
+    contenders = _fp32_and_bf16(OURS, device, ours)
     if peer is not None:
         theirs = partial(ask, peer.package.SamPredictor(peer.model))
         contenders.append(Contender(peer.name, theirs, ours=False))
     finding = Finding(
-        _to_a_mask(photograph, device), "image", race(contenders, device, seconds), PAPER_IMAGE if peer else MISSING
+        _mask_title(photograph, device), "image", race(contenders, device, seconds), PAPER_IMAGE if peer else MISSING
     )
     return _with_times(finding, "image_ms")
 
 
 def bench_fastsam(model: FastSam, photograph: np.ndarray, device: str, seconds: float) -> Finding:
-    """The same of a FastSAM, which takes no less for a prompt than for everything."""
+    """Measure a FastSAM as `bench_image` does a SAM; one prompt takes it as long as segmenting everything."""
     height, width = frame_size(photograph.shape[:2])
     click = point_prompts(torch.tensor([[[[width / 2, height / 2]]]])).to(device)
     name = "FastSAM, ultralytics, fp32"
@@ -158,7 +158,7 @@ def bench_fastsam(model: FastSam, photograph: np.ndarray, device: str, seconds: 
         return model.see(collate([sample]).to(device)).masks(click)(0, 0)
 
     finding = Finding(
-        _to_a_mask(photograph, device), "image", race([Contender(name, run, ours=False)], device, seconds), PAPER_IMAGE
+        _mask_title(photograph, device), "image", race([Contender(name, run, ours=False)], device, seconds), PAPER_IMAGE
     )
     parameters = model.description["parameters/model"]
     return replace(finding, metrics={"image_ms": finding.milliseconds(name), "parameters/model": parameters})
@@ -170,8 +170,8 @@ def counted(sam: Sam) -> Finding:
     return Finding(what, note=PAPER_PARAMETERS, metrics=dict(sam.parameter_counts))
 
 
-def _both(name: str, device: str, run: Callable[[], object], units: float = 1) -> list[Contender]:
-    """In fp32 and in bf16."""
+def _fp32_and_bf16(name: str, device: str, run: Callable[[], object], units: float = 1) -> list[Contender]:
+    """Return two contenders that run the same code, in fp32 and in bf16."""
     return [Contender(f"{name}, fp32", run, units), Contender(f"{name}, bf16", _in_bf16(device, run), units)]
 
 
@@ -198,7 +198,7 @@ def _peer_decoder(model: Any, embedding: Tensor, points: Tensor, labels: Tensor)
 
 
 def _sample() -> Sample:
-    """Noise: how long a network takes does not depend on what it sees."""
+    """Return an image of noise: the time that a network takes does not depend on the content."""
     noise = torch.randint(0, 256, (3, *SIZE), generator=torch.Generator().manual_seed(0))
     return Sample("noise", noise.byte(), SIZE)
 
@@ -212,5 +212,5 @@ def _with_times(finding: Finding, name: str) -> Finding:
     return replace(finding, metrics={name: finding.milliseconds(FP32), f"{name}/bf16": finding.milliseconds(BF16)})
 
 
-def _to_a_mask(photograph: np.ndarray, device: str) -> str:
+def _mask_title(photograph: np.ndarray, device: str) -> str:
     return f"From a {photograph.shape[1]} x {photograph.shape[0]} photograph to the mask for a point, {device}"

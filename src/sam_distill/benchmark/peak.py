@@ -1,4 +1,4 @@
-"""What the machine can do at most, and how much of it a model reaches."""
+"""Peak arithmetic speed of the machine, and the share of it that a model reaches."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,12 +10,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from sam_distill.benchmark.tables import Finding
 from sam_distill.benchmark.timing import Contender, race
 
-SIDE = 2048  # of square matrices
+SIDE = 2048  # rows and columns of the matrices
 FP32, BF16 = "fp32", "bf16"
 
 
 def bench_peak(device: str, seconds: float) -> Finding:
-    """Products of large matrices, in billions of multiplications and additions."""
+    """Measure the peak speed by products of large matrices, in billions of multiplications and additions (GFLOP)."""
     units = 2 * SIDE**3 / 1e9
     matrices = [(FP32, torch.randn(SIDE, SIDE, device=device))]
     matrices.append((BF16, matrices[0][1].bfloat16()))
@@ -26,7 +26,7 @@ def bench_peak(device: str, seconds: float) -> Finding:
 
 
 def with_share_of_peak(finding: Finding, peak: Finding, gflop: float, fp32: str, bf16: str) -> Finding:
-    """With a line on what part of the peak the contenders `fp32` and `bf16` reach, if a unit takes `gflop`."""
+    """Return `finding` with a line on how far contenders `fp32` and `bf16` are from the peak, at `gflop` per unit."""
     reached = []
     for precision, name in ((FP32, fp32), (BF16, bf16)):
         best, took = gflop * peak.milliseconds(precision), finding.milliseconds(name)

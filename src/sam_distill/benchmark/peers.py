@@ -1,4 +1,4 @@
-"""MobileSAM's own code, which holds segment-anything's: what we are compared with, where it is installed."""
+"""The reference implementation to compare with, if installed: MobileSAM's code, which contains segment-anything's."""
 
 import importlib
 import warnings
@@ -14,7 +14,7 @@ MISSING = "MobileSAM's code: not run, it needs pip install 'sam-distill[bench]'"
 
 @dataclass(frozen=True)
 class Peer:
-    """package: `mobile_sam`. model: its SAM, of the same architecture and weights as ours, if it has that at all."""
+    """Reference implementation. package: `mobile_sam`. model: its SAM, of our architecture and weights if it has it."""
 
     name: str
     package: Any
@@ -22,9 +22,9 @@ class Peer:
 
 
 def peer_of(sam: Sam, device: str) -> Peer | None:
-    """MobileSAM's code with the model that it has for this one, else with MobileSAM itself. None: it is not installed.
+    """Return MobileSAM's code with its version of `sam`, else with MobileSAM itself; None if it is not installed.
 
-    Importing it overwrites timm's entries for TinyViT, which our own TinyViT does not ask for.
+    Importing that code overwrites timm's registry entries for TinyViT, which our own TinyViT does not use.
     """
     try:
         with warnings.catch_warnings():
@@ -32,9 +32,9 @@ def peer_of(sam: Sam, device: str) -> Peer | None:
             package = importlib.import_module("mobile_sam")
     except ImportError:
         return None
-    name = next(iter(official_names(sam).values()), None)  # MobileSAM's registry has SAM's own as well
+    name = next(iter(official_names(sam).values()), None)  # MobileSAM's registry contains SAM's models, too
     source = sam if name else load_sam("mobile_sam")
     model = package.sam_model_registry[name or "vit_t"]()
     model.load_state_dict(official_state(source))
-    model.train().eval()  # its TinyViT keeps attention biases, which the weights have just changed
+    model.train().eval()  # recompute the attention biases that its TinyViT caches: the weights have changed
     return Peer(f"MobileSAM's code, {name or 'vit_t'}, fp32", package, model.to(device))

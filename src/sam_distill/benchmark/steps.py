@@ -1,4 +1,4 @@
-"""What the training loop costs beside the training step itself."""
+"""Benchmark of the training loop: its overhead over the bare training step."""
 
 import time
 from itertools import pairwise
@@ -11,12 +11,12 @@ from sam_distill.training.datamodule import DistillationData
 from sam_distill.training.lightning_module import Distillation
 from sam_distill.training.plan import WARM_UP, measure_steps
 
-STEPS = 8  # at a time, ...
-TURNS = 3  # ... in turn
+STEPS = 8  # measured per turn
+TURNS = 3  # of both loops, alternating
 
 
 def bench_step(module: Distillation, loaders: DistillationData, hardware: Hardware) -> Finding:
-    """The whole loop of `sam-distill train`, data included, against a bare PyTorch loop over one batch."""
+    """Measure the whole loop of `sam-distill train`, with data loading, against a bare PyTorch loop over one batch."""
     whole, bare, waits = [], [], []
     for _ in range(TURNS):
         times, waited = measure_steps(module, loaders, hardware, STEPS)

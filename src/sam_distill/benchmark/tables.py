@@ -1,4 +1,4 @@
-"""What a benchmark found, on the screen, as JSON and as markdown."""
+"""Results of a benchmark, on the screen, as JSON and as markdown."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -20,11 +20,12 @@ COLUMNS = ("", "time", "middle half", "per s", "vs peer", "memory")
 
 @dataclass(frozen=True)
 class Finding:
-    """One comparison: of `what`, per `unit`. note: what a reader must know beside the numbers.
+    """Result of one comparison.
 
-    metrics: what of it goes into metrics.json, for the report.
+    what: the subject, in words. unit: of work, to which the times refer. note: facts needed to read the numbers.
+    metrics: the entries for metrics.json, which the report reads.
 
-    As a table: the median, the middle half of all turns, units per second, how often faster than the peer, peak memory.
+    The table has the median, the middle half of all turns, units per second, the speed-up over the peer, peak memory.
     """
 
     what: str
@@ -34,7 +35,7 @@ class Finding:
     metrics: dict[str, float] = field(default_factory=dict)
 
     def milliseconds(self, name: str) -> float:
-        """The median of the contender `name`."""
+        """Return the median time per unit of the contender `name`."""
         return 1e3 * next(timing.median for timing in self.timings if timing.name == name)
 
     @property
@@ -76,7 +77,7 @@ def write(findings: Sequence[Finding], facts: dict[str, Any], folder: Path) -> N
 
 
 def machine(hardware: Hardware) -> dict[str, Any]:
-    """What the numbers were measured on."""
+    """Return the device, number of threads and version of PyTorch that the numbers were measured with."""
     return {"device": hardware.device_name, "threads": torch.get_num_threads(), "torch": str(torch.__version__)}
 
 

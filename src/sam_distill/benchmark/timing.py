@@ -1,4 +1,4 @@
-"""Who is faster, measured side by side: contenders take turns, so that a noisy machine disturbs all of them alike."""
+"""Timing of code side by side: contenders take turns, so that a noisy machine disturbs all of them alike."""
 
 import ctypes
 import gc
@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-MIN_ROUNDS = 5  # rounds, unless they take so many times the seconds that were asked for
-_PATIENCE = 12
+MIN_ROUNDS = 5  # rounds; fewer if they take more than ...
+_PATIENCE = 12  # ... so many times the requested seconds
 
 
 @dataclass(frozen=True)
 class Contender:
-    """run: does `units` of the thing that is counted. ours: or a peer's, with whom ours are compared."""
+    """Code to time. run: performs `units` units of work. ours: False for a peer, with which ours are compared."""
 
     name: str
     run: Callable[[], object]
@@ -29,7 +29,7 @@ class Contender:
 class Timing:
     """Seconds per unit: the median over all rounds, and the middle half of them.
 
-    memory: bytes on top of what was there before, at the peak of one call; None where that can't be told.
+    memory: peak bytes during one call, minus those in use before it; None where that can't be measured.
     """
 
     name: str
@@ -47,11 +47,11 @@ class Timing:
 
 
 def race(contenders: Sequence[Contender], device: str, seconds: float = 0, turns: int | None = None) -> list[Timing]:
-    """Let all run in turn: for `seconds` each in the mean and `MIN_ROUNDS` times, after one turn that does not count.
+    """Time all contenders in turn: for `seconds` each on average, and for at least `MIN_ROUNDS` rounds.
 
-    Where a turn takes very long, such as that of a ViT-H on a CPU, there may be fewer.
+    A first round is not counted. If a round takes very long, such as that of a ViT-H on a CPU, there may be fewer.
 
-    turns: exactly so many instead, all of which count, where one takes minutes.
+    turns: exact number of rounds instead, the first one counted, for code that takes minutes.
     """
     first = [_measured(contender.run, device) for contender in contenders]
     spent = [[took / c.units] if turns else [] for c, (took, _) in zip(contenders, first, strict=True)]
@@ -74,7 +74,7 @@ def race(contenders: Sequence[Contender], device: str, seconds: float = 0, turns
 
 
 def wait_for(device: str) -> None:
-    """A GPU's work is queued."""
+    """Wait until the device has finished its queued work."""
     if device == "cuda":
         torch.cuda.synchronize()
     elif device == "mps":
@@ -89,7 +89,7 @@ def _timed(run: Callable[[], object], device: str) -> float:
 
 
 def _measured(run: Callable[[], object], device: str) -> tuple[float, int | None]:
-    """Seconds and bytes of one call: of the GPU, or of this process where Linux keeps a high-water mark."""
+    """Return seconds and peak bytes of one call: of the GPU, or of this process by Linux's high-water mark, or None."""
     gc.collect()
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -99,13 +99,13 @@ def _measured(run: Callable[[], object], device: str) -> tuple[float, int | None
     if device != "cpu" or not marks.exists():
         return _timed(run, device), None
     if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)  # what was freed before and kept would be used again unseen
-    marks.write_text("5")  # sets the high-water mark back
+        ctypes.CDLL(None).malloc_trim(0)  # else the reuse of freed memory would not be measured
+    marks.write_text("5")  # reset the high-water mark
     before = _status("VmRSS")
     return _timed(run, device), max(0, _status("VmHWM") - before)
 
 
 def _status(field: str) -> int:
-    """A size in /proc/self/status, in bytes."""
+    """Return a size in /proc/self/status, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))

@@ -1,4 +1,4 @@
-"""Write a distillation cache: the teacher runs once over all images, with decoders before it and a writer behind it."""
+"""Write a distillation cache: loader workers decode, the teacher encodes each image once, a writer thread packs."""
 
 import hashlib
 import logging
@@ -32,14 +32,14 @@ from sam_distill.types import FRAME, Sample, UserError
 
 log = logging.getLogger(__name__)
 
-WAITING = 4  # batches that may wait for the writer
+WAITING = 4  # batches that may wait for the writer thread
 
 
 @dataclass(frozen=True)
 class ImagesToCache:
-    """A batch, for the tar of this number.
+    """Batch of images for one tar. tar: its number.
 
-    samples: each as it will be read back, decoded from its `jpgs`. errors: a line for each image that can't be read.
+    samples: as they will be read back, decoded from `jpgs`. errors: a line for each image that can't be read.
     """
 
     tar: int
@@ -52,7 +52,7 @@ class ImagesToCache:
 
 
 class ToCache(IterableDataset[ImagesToCache]):
-    """Batches of images, tar by tar; loader workers take the batches in turn, so that they arrive in order."""
+    """Stream of image batches, tar by tar; loader workers take batches in turn, so that they arrive in order."""
 
     def __init__(self, job: "CacheJob", todo: list[int]) -> None:
         self.source, self.blocks, self.todo = job.source, job.blocks, todo
@@ -85,7 +85,7 @@ class ToCache(IterableDataset[ImagesToCache]):
 
 @dataclass(frozen=True)
 class CacheJob:
-    """What to cache, and how; conf/cache.yaml says what each means."""
+    """Images to cache, the teacher and the settings; conf/cache.yaml explains them."""
 
     source: DataSource
     teacher: LiveTeacher
@@ -98,7 +98,7 @@ class CacheJob:
 
     @cached_property
     def blocks(self) -> list[Sequence[Any]]:
-        """The images of each tar."""
+        """Images of each tar, as items of the source."""
         return self.source.blocks(self.tar_images)
 
     @property
@@ -106,18 +106,18 @@ class CacheJob:
         return sum(map(self.source.count, self.blocks))
 
     def loader(self, todo: list[int]) -> DataLoader[ImagesToCache]:
-        """Batches for the tars of these numbers."""
+        """Return a loader of the batches for the tars with the numbers `todo`."""
         stream = ToCache(self, todo)
         workers = self.hardware.num_workers
         return DataLoader(stream, batch_size=None, num_workers=workers, worker_init_fn=processes.begin_worker)
 
     def members(self, images: ImagesToCache, embeddings: Sequence[Tensor]) -> Iterator[dict[str, bytes]]:
-        """What the tar holds of each image that can be read. embeddings: theirs, as `embed` gives them."""
+        """Yield the tar members of each readable image: name -> content. embeddings: of these images, from `embed`."""
         for sample, jpg, embedding in zip(images.samples, images.jpgs, embeddings, strict=True):
             yield members(sample, jpg, embedding, self.dtype)
 
     def embed(self, images: ImagesToCache) -> Sequence[Tensor]:
-        """The teacher's embeddings of the images that can be read, each [256, 64, 64] on the CPU."""
+        """Return the teacher's embeddings of the readable images, each [256, 64, 64] on the CPU."""
         if not images.samples:
             return []
         batch = collate(images.samples).to(self.hardware.kind)
@@ -129,13 +129,13 @@ class CacheJob:
 
 @torch.inference_mode()
 def write_cache(job: CacheJob) -> dict[str, Any]:
-    """Write what is missing of the cache, and return its manifest. Processes share the work tar by tar."""
+    """Write the missing tars of the cache and return its manifest. The processes divide the tars among them."""
     folder, blocks, hardware = job.folder, job.blocks, job.hardware
     facts = _facts(job)
     _open_folder(folder, facts, job.teacher)
     rank, ranks = processes.rank(hardware.devices), hardware.processes
     message = f"path={folder}: another process is writing this cache; wait for it, or stop it"
-    with only_process(folder / f".writing-{rank}.lock", message):  # two would write the same tars
+    with only_process(folder / f".writing-{rank}.lock", message):  # two processes would write the same tars
         job.teacher.sam.to(hardware.kind)
         todo = [number for number in range(rank, len(blocks), ranks) if not done(folder, number)]
         log.info(
@@ -148,12 +148,12 @@ def write_cache(job: CacheJob) -> dict[str, Any]:
                 writer.add(images, job.embed(images))
                 progress.add(len(images), f"{writer.bytes / 1e6:,.0f} MB")
     while rank == 0 and not all(done(folder, number) for number in range(len(blocks))):
-        time.sleep(0.5)  # the other processes are still at it
+        time.sleep(0.5)  # the other processes are still writing
     return update_manifest(folder, facts)
 
 
 class _Writer:
-    """Packs and writes in a thread of its own, a few batches behind."""
+    """Writer that packs and writes the batches in its own thread; at most WAITING batches wait for it."""
 
     def __init__(self, job: CacheJob, expected: dict[int, int], facts: dict[str, Any]) -> None:
         self.job, self.folder, self.expected, self.facts = job, job.folder, expected, facts
@@ -212,7 +212,7 @@ class _Writer:
 
 
 def verify(folder: Path) -> dict[str, int]:
-    """Compare every tar with its line in the manifest, and read the teacher. A UserError names what is wrong."""
+    """Check every tar against the manifest, and load the teacher; raise a UserError that names what is wrong."""
     manifest = read_manifest(folder)
     wrong = []
     with CountProgress(len(manifest["shards"]), "Verifying") as progress:
@@ -229,12 +229,12 @@ def verify(folder: Path) -> dict[str, int]:
     if missing:
         message = f"{missing} of {manifest['tars']} tars have not been written yet; the others are whole"
         raise UserError(f"{folder}: {message}. Run the same sam-distill cache again: it goes on where it stopped")
-    _ = CachedTeacher(str(folder)).sam  # a UserError if that can't be read
+    _ = CachedTeacher(str(folder)).sam  # raises UserError if the teacher can't be read
     return {"images": manifest["images"], "tars": manifest["tars"]}
 
 
 def _facts(job: CacheJob) -> dict[str, Any]:
-    """All that the content of a cache depends on."""
+    """Return everything that the content of a cache depends on."""
     keys = hashlib.sha256()
     for number, block in enumerate(job.blocks):
         keys.update(("\n" * (number > 0) + "\n".join(job.source.keys(block))).encode(errors="surrogateescape"))
@@ -256,22 +256,22 @@ def _facts(job: CacheJob) -> dict[str, Any]:
 
 
 def _open_folder(folder: Path, facts: dict[str, Any], teacher: LiveTeacher) -> None:
-    """Refuse a folder that holds another cache, or anything else."""
+    """Prepare the cache folder; raise UserError if it holds another cache, or anything else."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"path={folder}: cannot be written ({error.strerror})") from error
     if (folder / MANIFEST).is_file():
-        before = read_manifest(folder)
-        other = [name for name, value in facts.items() if name != "teacher" and before.get(name) != value]
+        existing = read_manifest(folder)
+        other = [name for name, value in facts.items() if name != "teacher" and existing.get(name) != value]
         if other:
             message = ", ".join(
-                f"{name} {_short(before.get(name))} there, {_short(facts[name])} here" for name in other
+                f"{name} {_short(existing.get(name))} there, {_short(facts[name])} here" for name in other
             )
             raise UserError(f"path={folder} holds another cache, and caches are not mixed: {message}")
     elif any(not file.name.startswith(".") for file in folder.iterdir()):
         raise UserError(f"path={folder} holds other files than a cache: give it a folder of its own")
-    update_manifest(folder, facts)  # first: what it lies in is a cache from then on
+    update_manifest(folder, facts)  # first: from then on the folder counts as this cache
     save_teacher(teacher.sam, folder)
 
 

@@ -1,7 +1,7 @@
-"""Run a command: `sam-distill <command> [overrides]`. Compose, check all, then build and call; mistakes are one line.
+"""The command line `sam-distill <command> [overrides]`: check the whole configuration, then build and run the command.
 
-Exit status: 0 the job was done, 1 it failed, 2 the command line or a file of conf/ is wrong, 130 interrupted (Ctrl-C),
-143 terminated (SIGTERM), 129 the terminal is gone (SIGHUP).
+Each mistake is reported on one line. Exit status: 0 success, 1 failure, 2 the command line or a file of conf/ is wrong,
+130 interrupted (Ctrl-C), 143 terminated (SIGTERM), 129 the terminal was closed (SIGHUP).
 """
 
 import argparse
@@ -34,13 +34,13 @@ from sam_distill.runs import joblib_workers, processes
 from sam_distill.runs.allocator import keep_freed_memory
 
 PROGRAM = "sam-distill"
-ON_ONE_DEVICE = ("bench", "demo", "evaluate", "segment")  # these commands run
-FLAGS_WITH_A_VALUE = ("--cfg", "-c", "--package", "-p", "--info", "-i", "--config-dir", "-cd")  # Hydra's
-_HOME = re.compile(r"""(?<=[=\[,"'])~[\w.-]*(?=/)|(?<==)~$""")  # where a value, or one of a list, begins
+ON_ONE_DEVICE = ("bench", "demo", "evaluate", "segment")  # commands that run on one device
+FLAGS_WITH_A_VALUE = ("--cfg", "-c", "--package", "-p", "--info", "-i", "--config-dir", "-cd")  # Hydra's flags
+_HOME = re.compile(r"""(?<=[=\[,"'])~[\w.-]*(?=/)|(?<==)~$""")  # ~ where a value or list item begins
 
 
 def default_conf_dir() -> Path:
-    """conf/ inside the installed package, or at the root of a checkout."""
+    """Return the folder conf/ inside the installed package, or else at the root of the checkout."""
     packaged = Path(__file__).resolve().parents[1] / "conf"
     return packaged if packaged.is_dir() else Path(__file__).resolve().parents[3] / "conf"
 
@@ -57,13 +57,13 @@ def main(argv: Sequence[str] | None = None, conf_dir: Path | None = None) -> int
             return run(name, rest, conf_dir)
         hint = did_you_mean(name, known, f"commands: {', '.join(known)}")
         return _fail(f"{name}: no such command; {hint}", status=2)
-    except BrokenPipeError:  # the reader of our output, such as `head`, has left
+    except BrokenPipeError:  # the program that reads our output, such as `head`, has ended
         go_on_unread()
         return 1
 
 
 def commands(conf_dir: Path) -> dict[str, str]:
-    """Every command and its one-line description: the first line of its file in conf/."""
+    """Return the one-line description of each command: the first line of its file in conf/."""
     return {path.stem: path.read_text().partition("\n")[0].lstrip("# ") for path in sorted(conf_dir.glob("*.yaml"))}
 
 
@@ -85,18 +85,18 @@ def run(command: str, argv: Sequence[str], conf_dir: Path | None = None) -> int:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except BrokenPipeError:
         raise
-    except OSError as error:  # before any job has begun: Hydra could not make its folder
+    except OSError as error:  # no job has begun: Hydra could not create the run folder
         return _fail(f"{describe(error)}; hydra.run.dir=DIR puts the run elsewhere")
-    except Exception as error:  # likewise, so there is no log
+    except Exception as error:  # no job has begun, so there is no log file
         return _fail(describe(error))
 
 
 def _expand(command: str, word: str) -> str:
-    """The override that a short form stands for: `bench data`, `report DIR`. `~/` is as in a shell."""
+    """Return the override for a short form, such as `bench data` or `report DIR`. `~/` is expanded as in a shell."""
     word = _HOME.sub(lambda found: os.path.expanduser(found[0]), word)
     if command == "bench" and word.isidentifier():
         return f"suite={word}"
-    if command == "report" and word.startswith("experiment="):  # to Hydra a recipe for training
+    if command == "report" and word.startswith("experiment="):  # Hydra would expect a config group
         return word.replace("experiment", "only", 1)
     if command == "report" and "=" not in word and not word.startswith("-"):
         return f"runs={word}"
@@ -104,7 +104,7 @@ def _expand(command: str, word: str) -> str:
 
 
 def _flags() -> argparse.ArgumentParser:
-    """Hydra's own that it takes here, and --help."""
+    """Return a parser for the Hydra flags that are supported, and for --help."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("overrides", nargs="*")
     for names in (["--help", "-h"], ["--multirun", "-m"], ["--run", "-r"]):
@@ -127,7 +127,7 @@ def _run(command: str, argv: list[str], conf_dir: Path, folders: tuple[str, str]
     swept = args.multirun or any(job.hydra.mode == RunMode.MULTIRUN for job in jobs)
     only_shows = args.shows or args.cfg or args.info
     if not (args.help or only_shows):
-        unreadable = {line.partition("=")[0] for line in mistakes}  # such a key is not missing as well
+        unreadable = {line.partition("=")[0] for line in mistakes}  # such a key is not reported as missing, too
         for job in jobs:
             ignored = unreadable | NOT_READ if job.get("resume") else unreadable
             mistakes += [line for line in check(job) if line.partition("=")[0] not in ignored]
@@ -142,7 +142,7 @@ def _run(command: str, argv: list[str], conf_dir: Path, folders: tuple[str, str]
     task = Task(command, argv, folders)
     if only_shows:
         words = [sys.argv[0], *(word for word in argv if word not in args.overrides), *args.overrides]
-        with patch.object(sys, "argv", words), patch.dict(os.environ, HYDRA_FULL_ERROR="1"):  # mistakes raise
+        with patch.object(sys, "argv", words), patch.dict(os.environ, HYDRA_FULL_ERROR="1"):  # Hydra raises errors
             hydra.main(config_path=str(conf_dir), config_name=command, version_base="1.3")(task)()
         return 0
     done = _run_jobs(task, conf_dir, args.overrides + extra, swept)
@@ -154,7 +154,7 @@ def _run(command: str, argv: list[str], conf_dir: Path, folders: tuple[str, str]
 
 
 def _run_jobs(task: Task, conf_dir: Path, overrides: list[str], swept: bool) -> list[JobReturn]:
-    """What hydra.main does, but that keeps to itself what the jobs of a multirun return."""
+    """Run the jobs as hydra.main does, but return their results, which hydra.main discards."""
     with initialize_config_dir(str(conf_dir), job_name=task.command, version_base="1.3"):
         app = GlobalHydra.instance().hydra
         assert app is not None
@@ -164,7 +164,7 @@ def _run_jobs(task: Task, conf_dir: Path, overrides: list[str], swept: bool) -> 
 
 
 def _of_another_command(jobs: list[DictConfig], command: str) -> Iterator[str]:
-    """An experiment names the command that it is a recipe for; with another one it makes no sense at all."""
+    """Yield a mistake for each job with an experiment that is a recipe for another command, as its `_target_` says."""
     for job in jobs:
         other, experiment = job._target_.rpartition(".")[2], job.hydra.runtime.choices.get("experiment")
         if experiment and other != command:
@@ -172,7 +172,7 @@ def _of_another_command(jobs: list[DictConfig], command: str) -> Iterator[str]:
 
 
 def _conflicts(jobs: list[DictConfig], command: str, swept: bool, argv: list[str]) -> Iterator[str]:
-    """Options that are valid one by one, but not together, or not with this command."""
+    """Yield a mistake for options that are valid one by one, but not together, or not with this command."""
     if command == "report" and sum(word.startswith("runs=") for word in argv) > 1:
         yield "runs: several folders given; name one that holds them all"
     if command in ON_ONE_DEVICE and processes.started() > 1:
@@ -184,7 +184,7 @@ def _conflicts(jobs: list[DictConfig], command: str, swept: bool, argv: list[str
                 continue
             if command in ON_ONE_DEVICE:
                 yield f"trainer.{name}={number}: {command} runs on one device; give trainer.{name}=1"
-            if swept and name == "devices":  # Lightning's further processes would each start the whole sweep anew
+            if swept and name == "devices":  # each of Lightning's processes would start the whole sweep again
                 own = " ".join(task_overrides(job.hydra))
                 yield (
                     f"trainer.devices={number} in a multirun (-m): use trainer.devices=1, or run the jobs one by one"
@@ -199,12 +199,12 @@ def _conflicts(jobs: list[DictConfig], command: str, swept: bool, argv: list[str
             " folder it has"
         )
     named = processes.shared_name() is not None or any("hydra.run.dir=" in word for word in argv)
-    if processes.started() > 1 and not named:  # each process composes its configuration on its own
+    if processes.started() > 1 and not named:  # each process would compose another folder name
         yield "the processes share no name for the run's folder: give hydra.run.dir=DIR, or torchrun --rdzv-id=NAME"
 
 
 def _fail(*lines: str, status: int = 1) -> int:
-    """What all processes of a job would say alike is said once."""
+    """Print error lines, from the first process of a job only, and return `status`."""
     if processes.is_first():
         print_errors(*lines)
     return status

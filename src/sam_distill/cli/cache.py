@@ -1,4 +1,4 @@
-"""`sam-distill cache`."""
+"""The command `sam-distill cache`: write, plan or verify a cache of teacher embeddings."""
 
 import logging
 from pathlib import Path
@@ -50,10 +50,10 @@ def cache(
     except (KeyboardInterrupt, SystemExit):
         log.warning("%s is not complete: the same command goes on where this one stopped", folder)
         raise
-    lines = manifest["shards"].values()
-    total, skipped = sum(line["bytes"] for line in lines), sum(len(line["skipped"]) for line in lines)
+    tars = manifest["shards"].values()
+    total, skipped = sum(tar["bytes"] for tar in tars), sum(len(tar["skipped"]) for tar in tars)
     log.info(
         "%s: %d images in %d of %d tars, %.2f GB, %.0f kB per image%s",
-        folder, manifest["images"], len(lines), manifest["tars"], total / 1e9, total / 1e3 / max(1, manifest["images"]),
+        folder, manifest["images"], len(tars), manifest["tars"], total / 1e9, total / 1e3 / max(1, manifest["images"]),
         f"; {skipped} damaged images skipped" if skipped else "",
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""`sam-distill evaluate`."""
+"""The command `sam-distill evaluate`: score a checkpoint against the teacher's masks or the ground truth."""
 
 import logging
 import os
@@ -35,7 +35,7 @@ def evaluate(
     scale: Literal["paper", "small"],
     run_dir: Path,
 ) -> None:
-    """Judge `checkpoint` by `teacher`; conf/evaluate.yaml says what each option means."""
+    """Evaluate `checkpoint` against `teacher` or the ground truth; conf/evaluate.yaml says what each option means."""
     del scale  # only experiments read it
     if doubt := _seen_in_training(checkpoint, split, run_dir):
         log.warning(doubt)
@@ -50,7 +50,7 @@ def evaluate(
 
 
 def _seen_in_training(checkpoint: str, split: Split, run_dir: Path) -> str:
-    """Why the images to judge on may be some that the run was trained on; empty if they are not, or nobody knows."""
+    """Return a warning if `checkpoint` may have been trained on images of this evaluation; "" if not, or if unknown."""
     (path, held_out), (path_now, held_out_now) = _data(Path(checkpoint).expanduser()), _data(run_dir)
     if not path or path != path_now:
         return ""
@@ -65,7 +65,7 @@ def _seen_in_training(checkpoint: str, split: Split, run_dir: Path) -> str:
 
 
 def _data(run_dir: Path) -> tuple[list[str], int | None]:
-    """What data.path and data.val_images were in a run folder's config.yaml; [] and None if there is no such thing."""
+    """Return data.path, made absolute, and data.val_images of a run folder's config.yaml; [] and None if missing."""
     data = status.config(run_dir).get("data")
     data = data if isinstance(data, dict) else {}
     path = data.get("path")

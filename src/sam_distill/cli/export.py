@@ -1,4 +1,4 @@
-"""`sam-distill export`: a model for use elsewhere, whole and checked, or nothing."""
+"""The command `sam-distill export`: write a model for use elsewhere, complete and checked, or write nothing."""
 
 import logging
 from pathlib import Path
@@ -19,7 +19,7 @@ from sam_distill.types import FRAME, UserError
 
 log = logging.getLogger(__name__)
 
-CHECKED = 10  # photographs at most that the runtime and PyTorch must agree on
+CHECKED = 10  # photographs, at most, on which the runtime's masks must agree with PyTorch's
 
 
 def export(

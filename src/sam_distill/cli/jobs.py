@@ -1,4 +1,4 @@
-"""One job of a command: build it, call it, keep its record. A launcher such as joblib's runs it in another process."""
+"""Run one job of a command and keep its record. A launcher such as joblib's runs the job in another process."""
 
 import gc
 import logging
@@ -31,13 +31,13 @@ tracebacks = logging.getLogger("sam_distill.tracebacks")  # goes to the log file
 
 
 def name_folders(token: str, name: str) -> None:
-    """What ${run_token:} and ${run_name:} of conf/ stand for."""
+    """Register the values of ${run_token:} and ${run_name:}, which conf/ uses in folder names."""
     OmegaConf.register_new_resolver("run_token", lambda: token, replace=True)
     OmegaConf.register_new_resolver("run_name", lambda: name, replace=True)
 
 
 class Task:
-    """What Hydra calls for each job of a command; returns whether the job was done.
+    """Callable that Hydra runs for each job of a command; returns whether the job succeeded.
 
     argv: the command line. folders: the arguments of `name_folders`.
     """
@@ -46,7 +46,7 @@ class Task:
         self.command, self.argv, self.folders = command, argv, folders
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """In a worker process, before Hydra composes the job there."""
+        """Restore the task in a worker process and prepare that process, before Hydra composes the job there."""
         self.__dict__.update(state)
         name_folders(*self.folders)
         if joblib_workers.is_worker():
@@ -56,7 +56,7 @@ class Task:
         return joblib_workers.unless_stopped(lambda: self._run(cfg)) if joblib_workers.is_worker() else self._run(cfg)
 
     def _run(self, cfg: DictConfig) -> bool:
-        """Failures are printed and recorded; a multirun goes on."""
+        """Return whether the job succeeded. Failures are printed and recorded, so that a multirun continues."""
         settings = HydraConfig.get()
         run_dir = Path(settings.runtime.output_dir)
         swept = settings.mode == RunMode.MULTIRUN
@@ -82,13 +82,13 @@ class Task:
         try:
             with writing(run_dir) if first and recorded else nullcontext():
                 return _execute(cfg, supplied, status, log, f"{which}: " if swept else "")
-        except UserError as error:  # another process is writing there; what the job raises is told by `_execute`
+        except UserError as error:  # another process is writing there; `_execute` reports errors of the job
             print_errors(str(error))
             return False
 
 
 def _execute(cfg: DictConfig, supplied: dict[str, Path], status: Status, log: Path, prefix: str) -> bool:
-    """Build the command's arguments and call it. supplied: arguments beside `cfg`. prefix: of error messages."""
+    """Build the command's arguments and call it. supplied: arguments not in `cfg`. prefix: start of error messages."""
     run_dir, first, recorded = status.run_dir, status.first, status.recorded
     can_resume = (run_dir / LAST_CHECKPOINT).is_file
     try:
@@ -97,24 +97,24 @@ def _execute(cfg: DictConfig, supplied: dict[str, Path], status: Status, log: Pa
         instantiate(cfg, _convert_="all", **supplied)
     except Exception as error:
         cause: BaseException = error
-        while isinstance(cause, InstantiationException) and cause.__cause__ is not None:  # Hydra wraps it
+        while isinstance(cause, InstantiationException) and cause.__cause__ is not None:  # Hydra wraps errors
             cause = cause.__cause__
         if not isinstance(cause, UserError) and disk_is_full(cause):
             cause = UserError(
                 "the disk is full: make room" + (f", then resume={run_dir} goes on" if can_resume() else "")
             )
         expected = isinstance(cause, UserError)
-        # A loader's worker process sends its traceback along, the message last.
+        # An error in a loader worker arrives with the worker's traceback; its message comes last.
         why = str(cause).rpartition("UserError: ")[2].strip() if expected else describe(cause)
         where = "" if expected else f" (traceback in {log})"
-        if recorded or not expected:  # a command without records leaves no log behind for a user's mistake
+        if recorded or not expected:  # a command without a record writes no log for a user's mistake
             try:
                 tracebacks.exception(why)
             except OSError:  # no log can be written here
                 traceback.print_exc()
                 where = ""
         if not first:
-            time.sleep(1)  # where all processes fail alike, the first one says so
+            time.sleep(1)  # if all processes fail alike, the first one reports it
             why = f"{processes.name()}: {why}"
         if status.end(why):
             print_errors(prefix + why + where)
@@ -130,11 +130,11 @@ def _execute(cfg: DictConfig, supplied: dict[str, Path], status: Status, log: Pa
         status.end(None)
         return True
     finally:
-        gc.collect()  # trainer and module refer to each other; the next job of a sweep needs their memory
+        gc.collect()  # trainer and module form a reference cycle; the next job of a sweep needs their memory
 
 
 def _has_finished(cfg: DictConfig, run_dir: Path) -> bool:
-    """A sweep that is run again in its folder does what is missing: jobs that were cut short go on where they were."""
+    """Whether the job finished when its sweep ran before. If only a checkpoint is left, set cfg.resume to `run_dir`."""
     before = earlier_outcome(run_dir, OmegaConf.to_yaml(cfg, resolve=True))
     if before not in (None, "finished") and "resume" in cfg and (run_dir / LAST_CHECKPOINT).is_file():
         cfg.resume = str(run_dir)
@@ -142,7 +142,7 @@ def _has_finished(cfg: DictConfig, run_dir: Path) -> bool:
 
 
 def _log_to_file_only(log: Path) -> None:
-    """For all processes but the first, which writes to the console for all."""
+    """Log to a file instead of the console, in all processes but the first."""
     handler = logging.FileHandler(log, delay=True, errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     for logger in (logging.getLogger(), tracebacks):
@@ -152,7 +152,7 @@ def _log_to_file_only(log: Path) -> None:
 
 
 def _seed(seed: int | None) -> None:
-    """The same on every rank, so that all build the same model; 0 is a seed."""
+    """Set the same seed on every rank, so that all build the same model. None: set no seed; 0 is a seed."""
     if seed is not None:
         import numpy as np
         import torch
@@ -162,7 +162,7 @@ def _seed(seed: int | None) -> None:
 
 
 def describe(error: BaseException) -> str:
-    """Type and message on one line; of a file that can't be had, which and why."""
+    """Return an error's type and message on one line; for a file that can't be accessed, its name and the reason."""
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")

@@ -1,4 +1,4 @@
-"""Where a run may begin, and how one goes on: `resume=RUN_DIR` alone is enough, in its own folder with its options."""
+"""Checks of run folders, and how a run is resumed: `resume=RUN_DIR` alone restores its folder and its options."""
 
 from collections.abc import Iterator
 from contextlib import suppress
@@ -17,30 +17,30 @@ from sam_distill.runs.overrides import quoted_override
 
 _RECORDS = ("status.json", "config.yaml", "metrics.json", "history.csv", "prompts.csv", "student.pt")
 
-# What a resumed run may do differently, and does; training sees to it that images and batches stay what they were.
+# Options that a resumed run may change, with effect; training checks that images and images per step stay the same.
 _MAY_CHANGE = (
     "resume", "plan", "scale", "budget", "validate_every", "step_times", "compile", "logger", "trainer", "optim",
     "batch_size", "accumulate", "data.path", "data.local", "data.shuffle_buffer", "teacher.memory_gb",
 )  # fmt: skip
-NOT_READ = frozenset({"init"})  # by a resumed run, whose checkpoint has the weights: those it began with may be gone
+NOT_READ = frozenset({"init"})  # not read on resuming: the checkpoint has the weights; init's file may be gone
 
 
 def with_resumed_options(argv: list[str]) -> list[str]:
-    """The command line with the options of the run that it resumes. Those given now take precedence."""
+    """Return the command line with the options of the run that it resumes; options given now take precedence."""
     given = {_key(word) for word in argv}
     run_dir = next((_value(word) for word in reversed(argv) if _key(word) == "resume"), None)
     if not run_dir:
         return argv
     before = status.read(Path(run_dir)).get("command")
     if not before:
-        return argv  # `run_folder_mistakes` says so
+        return argv  # `run_folder_mistakes` reports it
     inherited = [word for word in before[1:] if _key(word) not in {*given, "resume", "hydra.run.dir"}]
     folder = [] if "hydra.run.dir" in given else [quoted_override("hydra.run.dir", run_dir)]
     return [*inherited, *argv, *folder]
 
 
 def run_folder_mistakes(cfg: DictConfig, command: str) -> list[str]:
-    """Whether a run is to resume what is no run or another one, or to begin in a folder that is not free."""
+    """Return the mistakes: `resume` names no run or one with other options, or the folder is in use or taken."""
     run_dir, resume = Path(cfg.hydra.run.dir), cfg.get("resume")
     if not keeps_run_folder(cfg):
         return []
@@ -57,7 +57,7 @@ def run_folder_mistakes(cfg: DictConfig, command: str) -> list[str]:
 
 
 def occupied(run_dir: Path, command: str) -> str:
-    """Why `command` may not begin a run in this folder, where it would write over another; "" if it may."""
+    """Return why `command` may not start a run in this folder, as it would overwrite files of another; "" if it may."""
     record = status.read(run_dir)
     other = (record.get("command") or [command])[0]
     foreign = "" if record.get("command") else next((name for name in _RECORDS if (run_dir / name).exists()), "")
@@ -73,7 +73,7 @@ def occupied(run_dir: Path, command: str) -> str:
 
 
 def is_record(file: Path) -> bool:
-    """Whether a run keeps this file: its student, its last checkpoint, its scores."""
+    """Whether the file belongs to the records of a run, such as its student, last checkpoint and scores."""
     file = file.absolute()
     for run_dir in file.parents[:2]:
         if any(file == run_dir / record for record in (*_RECORDS, LAST_CHECKPOINT)):
@@ -82,19 +82,19 @@ def is_record(file: Path) -> bool:
 
 
 def _changed(cfg: DictConfig, run_dir: Path) -> Iterator[str]:
-    """What is not as its config.yaml has it, and can't change in a run's midst. Options that are new don't count."""
+    """Yield a mistake for each option that differs from the run's config.yaml and must not. New options are ignored."""
     then, choices = dict(leaves(status.config(run_dir))), status.read(run_dir).get("choices", {})
     for key, _ in leaves(OmegaConf.to_container(cfg, resolve=False)):
-        free = key != "optim._target_" and any(f"{key}.".startswith(f"{name}.") for name in (*_MAY_CHANGE, "hydra"))
-        if free or key not in then:
+        allowed = key != "optim._target_" and any(f"{key}.".startswith(f"{name}.") for name in (*_MAY_CHANGE, "hydra"))
+        if allowed or key not in then:
             continue
         with suppress(OmegaConfBaseException):  # known only when the job runs
             value = OmegaConf.select(cfg, key)
             if key == "teacher.checkpoint" and Path(value).expanduser().is_file():
-                continue  # it may have moved; training compares its hash
+                continue  # the file may have moved; training compares its hash
             now = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
             old, new = then[key], now
-            if key.endswith("_target_"):  # a class may have moved since
+            if key.endswith("_target_"):  # the class may be in another module now
                 old, new = (str(name).rpartition(".")[2] for name in (old, new))
             if new != old:
                 name, old, new = key.removesuffix("._target_"), show(old), show(new)
@@ -110,10 +110,10 @@ def _key(word: str) -> str:
 
 
 def _value(word: str) -> str | None:
-    """Of an override, without the quotes; None for null, or if it is several."""
+    """Return an override's value without quotes; None for null, several values, or if it can't be parsed."""
     try:
         override = OverridesParser.create().parse_override(word)
     except HydraException:
-        return None  # composing it gives the message
+        return None  # reported when the configuration is composed
     value = None if override.is_sweep_override() else override.value()
     return None if value is None else str(value)

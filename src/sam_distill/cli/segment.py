@@ -1,4 +1,4 @@
-"""`sam-distill segment`: one thing or everything, in one image or many."""
+"""The command `sam-distill segment`: segment one object or everything, in one image or many."""
 
 import glob
 import json
@@ -50,7 +50,7 @@ def segment(
     trainer: Hardware,
     path: str,
 ) -> None:
-    """Cut one thing or everything out of `image`; conf/segment.yaml says what each option means."""
+    """Segment one object or everything in `image`; conf/segment.yaml says what each option means."""
     jobs = _jobs(image, Path(path))
     _refuse_overwriting(jobs)
     coordinates, signs = _points(point, points, labels)
@@ -93,7 +93,7 @@ def segment(
 
 
 def _jobs(image: str, path: Path) -> list[tuple[Path, Path]]:
-    """Each image and where its picture goes: to `path`, or into that folder if `image` is a folder or a glob."""
+    """Return pairs (image, picture to write): `path`, or a file in that folder if `image` is a folder or a glob."""
     if "://" in image:
         raise UserError(f"image={image} is an address: download it, and give the file")
     source = Path(image).expanduser()
@@ -113,7 +113,7 @@ def _jobs(image: str, path: Path) -> list[tuple[Path, Path]]:
 
 
 def _refuse_overwriting(jobs: Sequence[tuple[Path, Path]]) -> None:
-    """Neither an image nor a JSON beside it may be written over."""
+    """Raise UserError if a picture or its JSON would overwrite an input image or the JSON beside one."""
     images = {file.resolve().with_suffix("") for file, _ in jobs}
     for _, target in jobs:
         if target.resolve().with_suffix("") in images:
@@ -128,13 +128,13 @@ def _one_thing(
     signs: Sequence[int],
     box: Box | None,
 ) -> tuple[list[dict[str, Any]], Image.Image, str]:
-    """A record as SA-1B has it, the picture with the mask drawn in, and a word on it."""
+    """Return a record in SA-1B's format, the picture with mask and prompts drawn in, and a line that sums it up."""
     for x, y in [*coordinates, *([] if box is None else [box[:2], box[2:]])]:
         if not (0 <= x <= picture.width and 0 <= y <= picture.height):
             raise UserError(f"({x:g}, {y:g}) lies outside {file}, which is {picture.width} x {picture.height} pixels")
     predictor.set_image(picture)
     mask, iou = predictor.predict_best(coordinates, signs, box)
-    estimate = min(1.0, iou)  # the decoder's own, which may overshoot
+    estimate = min(1.0, iou)  # the mask decoder's estimate, which may exceed 1
     drawn = overlay(picture, mask, points=coordinates, labels=signs, box=box)
     runs = coco.encode(np.asfortranarray(mask, dtype=np.uint8))
     record = {"area": int(mask.sum()), "bbox": coco.toBbox(runs).tolist(), "predicted_iou": iou}
@@ -145,7 +145,7 @@ def _one_thing(
 def _everything(
     generator: SamAutomaticMaskGenerator, picture: Image.Image
 ) -> tuple[list[dict[str, Any]], Image.Image, str]:
-    """A record for each mask, the picture with all of them drawn in, and a word on it."""
+    """Return a record for each mask, the picture with all masks drawn in, and a line that sums it up."""
     records = generator.generate(picture)
     summary = f"{len(records)} masks" if records else f"no mask that the model trusts; {NO_MASK_HINT}"
     return records, coloured(picture, records), summary
@@ -158,7 +158,7 @@ def _save(picture: Image.Image, target: Path) -> None:
 
 
 def _write_json(target: Path, file: Path, number: int, picture: Image.Image, records: Sequence[dict[str, Any]]) -> None:
-    """As SA-1B has it."""
+    """Write an image's masks in the format of SA-1B's JSON files."""
     described = {"image_id": number, "width": picture.width, "height": picture.height, "file_name": file.name}
     annotations = [{"id": index, **record} for index, record in enumerate(records)]
     write_text(target, json.dumps({"image": described, "annotations": annotations}))

@@ -1,4 +1,4 @@
-"""Whose answers a student learns, or is judged by."""
+"""The teacher of a training run or an evaluation: a live one, or the one of a cache."""
 
 from sam_distill.data.base import DataSource
 from sam_distill.data.cache import Cache
@@ -7,7 +7,7 @@ from sam_distill.types import UserError
 
 
 def teacher_for(teacher: LiveTeacher, data: DataSource) -> Teacher:
-    """`teacher` itself, or what a cache has kept of it, if the data are one. The answers of another are refused."""
+    """Return `teacher`, or its cached form if `data` is a cache. Raise UserError if the cache has another teacher."""
     if not isinstance(data, Cache):
         return teacher
     made_by = data.manifest["teacher"]

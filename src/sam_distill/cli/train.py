@@ -1,4 +1,4 @@
-"""`sam-distill train`, which is `python train.py`."""
+"""The command `sam-distill train`, the same as `python train.py`."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal

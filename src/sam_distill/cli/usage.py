@@ -1,4 +1,4 @@
-"""What `sam-distill COMMAND --help` shows: its choices and its keys, with the comments that conf/ has beside them."""
+"""Output of `sam-distill COMMAND --help`: the choices and keys of a command, with the comments beside them in conf/."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -13,7 +13,7 @@ from sam_distill.config.sources import Sources, leaves
 
 
 def print_usage(cfg: DictConfig) -> None:
-    """cfg: a composed command, with its `hydra` node."""
+    """Print the help of a command. cfg: its composed configuration, with the `hydra` node."""
     sources = Sources(cfg)
     choices = [(g, chosen) for g, chosen in reversed(sources.choices.items()) if not g.startswith("hydra/")]
     console = Console(highlight=False)

@@ -1,4 +1,4 @@
-"""Check a composed configuration before anything is built: the signatures of its `_target_`s are the only schema."""
+"""Check a composed configuration before anything is built. The signatures of its `_target_`s are the only schema."""
 
 import difflib
 import functools
@@ -19,14 +19,14 @@ from sam_distill.config.sources import Sources
 
 RESERVED = {"_target_", "_partial_", "_recursive_", "_convert_", "_args_"}
 RUN_DIR = "run_dir"  # a parameter of commands that keep a run folder: cli/jobs.py supplies it, not the configuration
-_WANTS_OBJECT = {"needs_python_object", "dataclass_type", "callable_type"}  # pydantic's names for "not plain data"
-_PYDANTIC = re.compile("^Input |^Value error, | after validation")  # words that mean nothing to a user
+_WANTS_OBJECT = {"needs_python_object", "dataclass_type", "callable_type"}  # pydantic's errors for "not plain data"
+_PYDANTIC = re.compile("^Input |^Value error, | after validation")  # parts of messages that mean nothing to a user
 _ABSENT = object()
-LIKENESS = 0.7  # that a name must have with what was typed, to be suggested: difflib's ratio
+LIKENESS = 0.7  # least similarity to the typed name (difflib's ratio) at which a name is suggested
 
 
 class Mistake(NamedTuple):
-    """A wrong key, the value given there (_ABSENT: none) and what is wrong with it."""
+    """Wrong key, the value given for it (_ABSENT: none) and the message that says what is wrong."""
 
     key: str
     given: Any
@@ -34,7 +34,7 @@ class Mistake(NamedTuple):
 
 
 def check(cfg: DictConfig) -> list[str]:
-    """All mistakes of a composed command, one line each. Builds nothing."""
+    """Return all mistakes in the configuration of a command, one line each. Builds nothing."""
     sources = Sources(cfg)
     lines = []
     for key, given, message in _check_call(cfg, "", Any):
@@ -45,15 +45,15 @@ def check(cfg: DictConfig) -> list[str]:
 
 
 def keeps_run_folder(cfg: DictConfig) -> bool:
-    """Whether the command leaves records and results in a folder of its own."""
+    """Whether the command writes records and results to a run folder."""
     return RUN_DIR in parameters(resolve(cfg._target_))
 
 
 def parameters(target: Any) -> dict[str, inspect.Parameter]:
-    """A callable's parameters by name, annotations evaluated where they can be; none known: anything goes.
+    """Return a callable's parameters by name, with annotations evaluated where possible.
 
-    Where a class hands `**more` on to its base, the base's parameters are its own; likewise those of a callable that
-    the annotation of `**more` names, as `Hardware` does.
+    The `**more` of a class is replaced by the parameters of its base class; a `**more` with an annotation that names a
+    callable, as in `Hardware`, by those of that callable. A callable with no readable signature accepts anything.
     """
     known = dict(_signature(target).parameters)
     for base in target.__mro__[1:-1] if inspect.isclass(target) else ():
@@ -70,14 +70,14 @@ def parameters(target: Any) -> dict[str, inspect.Parameter]:
 
 
 def forwarded_options(node: DictConfig) -> list[str]:
-    """The keys of a node that are arguments of the callable which its target names in the annotation of `**more`."""
+    """Return the keys of a node that are arguments of the callable named in the annotation of the target's `**more`."""
     target = resolve(node._target_)
     own = _signature(target).parameters
     return [str(key) for key in node if key in parameters(target) and key not in own]
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """The most likely meant of dotted `names`, or "". A full last part (`lr` for `optim.lr`) beats likeness."""
+    """Return the dotted name closest to `name`, or "". An equal last part (`lr` for `optim.lr`) beats similarity."""
     known = sorted(names, key=lambda n: (n.count("."), n))
     ends, end = [n.rpartition(".")[2] for n in known], name.rpartition(".")[2]
     if end in ends:
@@ -89,19 +89,19 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 
 def show(value: Any) -> str:
-    """A value as it would be typed, shortened."""
+    """Return a value as it would be typed, shortened to 60 characters."""
     text = value if isinstance(value, str) else json.dumps(value, default=str)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _check_call(node: DictConfig, key: str, expected: Any) -> Iterator[Mistake]:
-    """Check one `_target_` node, `expected` being the annotation of the parameter it is given to."""
+    """Yield the mistakes in one `_target_` node. expected: the annotation of the parameter that receives it."""
     name = _raw(node).get("_target_")
     try:
         target = resolve(name)
-    except Exception as error:  # whatever importing a module may raise
+    except Exception as error:  # importing a module may raise anything
         yield Mistake(_join(key, "_target_"), name, f"can't be imported: {first_line(error)}")
-        target = _unknown  # what lies within is still checked
+        target = _unknown  # the arguments inside are still checked
     partial = bool(node.get("_partial_"))
     made = target if inspect.isclass(target) else _signature(target).return_annotation
     produced = functools.partial if partial else made
@@ -146,7 +146,7 @@ def _check_value(
             return
         plain = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
     except InterpolationToMissingValueError:
-        return  # the missing value is reported where it is
+        return  # the missing value is reported at its own key
     except OmegaConfBaseException as error:
         yield Mistake(key, _raw(parent)[field], f"can't be resolved: {first_line(error)}")
         return
@@ -162,14 +162,14 @@ def _check_value(
 
 
 def _leaf_mistake(value: Any, expected: Any) -> str:
-    """What is wrong with plain data for an annotation; "" if nothing is."""
+    """Return why plain data does not fit an annotation; "" if it does."""
     if isinstance(value, dict) and _entry(expected, dict) is None:
         return f"a mapping without _target_, expected {type_name(expected)}"
     try:
-        # Strict JSON is YAML's own idea of types: a list serves a tuple, an int a float, a string a Path; no more.
+        # Strict JSON has YAML's types: a list is valid for a tuple, an int for a float, a string for a Path; no more.
         _adapter(expected).validate_json(json.dumps(value, default=str), strict=True)
     except PydanticSchemaGenerationError:
-        return ""  # an annotation pydantic can't read allows anything
+        return ""  # an annotation that pydantic can't handle allows anything
     except ValidationError as failed:
         errors = failed.errors()
         if any(error["type"] in _WANTS_OBJECT for error in errors):
@@ -186,7 +186,7 @@ def _leaf_mistake(value: Any, expected: Any) -> str:
 
 
 def _about_quotes(key: str, value: Any, expected: Any) -> str:
-    """What to write, if a wrong value would be right with quotes or without them."""
+    """Return a hint if a wrong value would be valid with quotes or without them; else ""."""
     if isinstance(value, str):
         try:
             bare = yaml.safe_load(value)
@@ -203,12 +203,12 @@ def _adapter(annotation: Any) -> TypeAdapter[Any]:
     annotation = Any if annotation is inspect.Parameter.empty or isinstance(annotation, str) else annotation
     try:
         return TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True))
-    except PydanticUserError:  # dataclasses and the like bring a config of their own
+    except PydanticUserError:  # dataclasses and similar types have their own config
         return TypeAdapter(annotation)
 
 
 def _unknown(**_: Any) -> Any:
-    """Stands for a target that can't be imported: takes anything, may be anything."""
+    """Stand in for a target that can't be imported: accept any arguments, fit any annotation."""
 
 
 def _signature(target: Any) -> inspect.Signature:
@@ -216,12 +216,12 @@ def _signature(target: Any) -> inspect.Signature:
         return inspect.signature(target, eval_str=True)
     except NameError:  # a name imported for type checkers only: such annotations stay strings, which allow anything
         return inspect.signature(target)
-    except (TypeError, ValueError):  # not callable in Python's own terms, such as some built-ins
+    except (TypeError, ValueError):  # Python knows no signature, as for some built-ins
         return inspect.signature(_unknown)
 
 
 def _members(annotation: Any) -> list[Any]:
-    """The alternatives of an annotation, without the constraints of `Annotated`."""
+    """Return the members of a union, or the annotation alone, without the constraints of `Annotated`."""
     origin = get_origin(annotation)
     if origin is Annotated:
         return _members(get_args(annotation)[0])
@@ -231,7 +231,7 @@ def _members(annotation: Any) -> list[Any]:
 
 
 def _fits(produced: Any, expected: Any) -> bool:
-    """Whether an object of class `produced` may be given for an annotation; in doubt, yes."""
+    """Whether an object of class `produced` fits an annotation; True if that is uncertain."""
     produced = get_origin(produced) or produced
     if not inspect.isclass(produced) or produced in (Any, inspect.Parameter.empty):
         return True
@@ -241,7 +241,7 @@ def _fits(produced: Any, expected: Any) -> bool:
 def _is_subclass(produced: type, expected: Any) -> bool:
     if expected in (Any, inspect.Parameter.empty) or not inspect.isclass(expected):
         return expected is not Literal
-    if str(expected) in map(str, produced.__mro__):  # a user's own class derives from the real one, see signatures.py
+    if str(expected) in map(str, produced.__mro__):  # by name: signatures.py loads a copy of the base class
         return True
     try:
         return issubclass(produced, expected)
@@ -250,7 +250,7 @@ def _is_subclass(produced: type, expected: Any) -> bool:
 
 
 def _entry(annotation: Any, container: type) -> Any:
-    """What the entries of a list or dict should be; None where the annotation takes no such container."""
+    """Return the annotation of the entries of a list or dict; None if the annotation accepts no such container."""
     for member in _members(annotation):
         origin = get_origin(member) or member
         if _is_subclass(container, Sequence if origin is tuple else origin):
@@ -266,7 +266,7 @@ def _holds_nodes(plain: Any) -> bool:
 
 
 def _raw(node: DictConfig | ListConfig) -> Any:
-    """The content as written, interpolations included."""
+    """Return the content as written, with interpolations unresolved."""
     return OmegaConf.to_container(node, resolve=False)
 
 
@@ -286,5 +286,5 @@ def _join(key: str, field: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type where it has none."""
+    """Return the first line of an error's message, or its type if the message is empty."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

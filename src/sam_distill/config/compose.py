@@ -1,4 +1,4 @@
-"""Compose a command's jobs before Hydra does, which stops at the first bad override: here all of them are told."""
+"""Compose a command's jobs before Hydra does: Hydra stops at the first bad override, but all should be reported."""
 
 import re
 import shlex
@@ -25,7 +25,7 @@ from sam_distill.runs.overrides import quoted_override
 
 
 def _when(given: str, wanted: str | Sequence[str], value: Any, otherwise: Any = None) -> Any:
-    """${when:given,wanted,value,otherwise}: where one choice follows another. wanted: one value, or a list of them."""
+    """Resolve ${when:given,wanted,value,otherwise}: one choice depends on another. wanted: one value, or a list."""
     choices = [wanted] if isinstance(wanted, str) else wanted
     return value if given in choices else otherwise
 
@@ -34,14 +34,14 @@ OmegaConf.register_new_resolver("when", _when, replace=True)
 
 
 def _scaled(paper: Any, small: Any, *, _root_: DictConfig) -> Any:
-    """${scaled:paper,small}: the paper's own number, or what a CPU can do in an hour, as `scale` says."""
+    """Resolve ${scaled:paper,small} by `scale`: the paper's number, or one that lets a CPU finish in an hour."""
     return small if _root_.get("scale") == "small" else paper
 
 
 OmegaConf.register_new_resolver("scaled", _scaled, replace=True)
 
-BAD_CONFIG = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError)  # what composing raises
-_CHOICE_HINTS = {  # what may be meant by a choice that there isn't
+BAD_CONFIG = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError)  # raised while composing
+_CHOICE_HINTS = {  # hints for a choice that does not exist, by group
     "hydra/launcher": "; pip install 'sam-distill[sweeps]' brings joblib and submitit_*",
     "teacher": "; for any other SAM give teacher.checkpoint=...",
     "data": "; for a folder of images give data=folder data.path=...",
@@ -51,9 +51,9 @@ _CHOICE_HINTS = {  # what may be meant by a choice that there isn't
 def compose_jobs(
     conf_dir: Path, command: str, overrides: list[str], multirun: bool = False
 ) -> tuple[list[DictConfig], list[str]]:
-    """The jobs that a command line stands for (several only in a multirun), and one line for each mistake in it.
+    """Return the configuration of each job (several only in a multirun), and one line for each mistake.
 
-    Jobs keep their `hydra` node, and leave out the overrides that are mistakes. No jobs: the files themselves are bad.
+    Configurations keep their `hydra` node and omit wrong overrides. If the files of conf/ are wrong, there are none.
     """
     with initialize_config_dir(str(conf_dir), job_name=command, version_base="1.3"):
         composer = _Composer(command)
@@ -71,7 +71,7 @@ def compose_jobs(
 
 
 class _Composer:
-    """Hydra's compose within `initialize_config_dir`, collecting mistakes instead of raising them."""
+    """Wrapper of Hydra's compose that collects mistakes instead of raising; needs `initialize_config_dir` around it."""
 
     def __init__(self, command: str) -> None:
         self.command = command
@@ -101,7 +101,7 @@ class _Composer:
         return parsed
 
     def refuse_sweeps(self, parsed: list[Override]) -> None:
-        """Without -m, nothing may have several values."""
+        """Report each override that has several values: that needs -m."""
         for override in parsed:
             if override.is_sweep_override():
                 key, value = override.get_key_element(), str(override.input_line).partition("=")[2]
@@ -109,7 +109,7 @@ class _Composer:
                 self.mistakes.append(f"{override.input_line}: {advice}")
 
     def jobs(self, parsed: list[Override], config: DictConfig) -> list[list[Override]]:
-        """Each job's overrides, as Hydra's own sweeper makes them, the sweep of an experiment file included."""
+        """Return each job's overrides as Hydra's own sweeper makes them, including the sweep of an experiment file."""
         swept = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
         values: dict[str, list[str]] = {}
         for override in self.parser.parse_overrides(swept) + parsed:
@@ -122,18 +122,18 @@ class _Composer:
         return [self.parser.parse_overrides(list(job)) for job in product(*values.values())]
 
     def compose_good(self, parsed: Sequence[Override]) -> DictConfig:
-        """Compose with as many of the overrides as can be; the rest are mistakes."""
-        # Hydra's compose alone looks into further folders, such as --config-dir.
-        known = [] if any(override.key_or_group == "hydra.searchpath" for override in parsed) else parsed
-        wrong = [(override, names[0]) for override in known if (names := self._wrong_choices(override))]
+        """Compose with as many of the overrides as possible, and report the rest as mistakes."""
+        # Only Hydra's compose sees the choices in additional folders, such as --config-dir.
+        checkable = [] if any(override.key_or_group == "hydra.searchpath" for override in parsed) else parsed
+        wrong = [(override, names[0]) for override in checkable if (names := self._wrong_choices(override))]
         self.mistakes += [f"{override.input_line}: {self._no_such_choice(override, name)}" for override, name in wrong]
         refused = [override for override, _ in wrong]
         rest = [override for override in parsed if not (override in refused or _is_within(override, refused))]
         with suppress(*BAD_CONFIG):
             return self.compose(rest)
         good: list[Override] = []
-        config = self.compose(good)  # raises if the files themselves are at fault
-        for override in sorted(rest, key=lambda o: not self._choices(o)):  # values may need the choices
+        config = self.compose(good)  # raises if the files themselves are wrong
+        for override in sorted(rest, key=lambda o: not self._choices(o)):  # choices first: values may need them
             if _is_within(override, refused):
                 continue
             try:
@@ -148,7 +148,7 @@ class _Composer:
         return self.loader.get_group_options(str(override.key_or_group))
 
     def _wrong_choices(self, override: Override) -> list[str]:
-        """What is chosen from a group that does not have it. Paths and interpolations are left to Hydra."""
+        """Return the chosen names that their group does not have. Paths and interpolations are left to Hydra."""
         if not (choices := self._choices(override)) or override.is_sweep_override():
             return []
         value = override.value()
@@ -173,7 +173,7 @@ class _Composer:
             return _reason(error)
         parent = key.rpartition(".")[0]
         allowed = _parameters_of(cfg, parent)
-        if key in allowed:  # a parameter with a default of its own, that no file mentions
+        if key in allowed:  # a parameter with a default, which no file mentions
             return f"in no file yet; add it with +{override.input_line}"
         if elsewhere := self._choices_with(key):
             return f"no such key with the {key.partition('.')[0]} chosen; there is one with {', '.join(elsewhere)}"
@@ -181,7 +181,7 @@ class _Composer:
         return f"no such key{guess and f'; did you mean {guess}?'}"
 
     def _choices_with(self, key: str) -> list[str]:
-        """Choices of the group that `key` begins with, such as strategy=coupled, that do have this key."""
+        """Return the choices that have this key, such as strategy=coupled, in the group that `key` begins with."""
         group, having = key.partition(".")[0], []
         for choice in self.loader.get_group_options(group):
             with suppress(*BAD_CONFIG):
@@ -191,12 +191,12 @@ class _Composer:
 
 
 def _is_within(override: Override, refused: Sequence[Override]) -> bool:
-    """Whether it is about a node that isn't there because its choice was refused."""
+    """Whether the override belongs to a node that is missing because its choice was refused."""
     return any(str(override.key_or_group).startswith(f"{other.key_or_group}.") for other in refused)
 
 
 def _separated_by_spaces(text: str, words: list[str]) -> list[str]:
-    """What belongs to `text`, as in `batch_size = 4`, which the shell takes apart at its spaces."""
+    """Return the words that belong to `text`, as in `batch_size = 4`, which the shell splits at its spaces."""
     if "=" not in text and words and words[0].startswith("="):
         return words[:2] if words[0] == "=" else words[:1]
     lone = text.endswith("=") and bool(words) and "=" not in words[0] and not words[0].startswith(("-", "~"))
@@ -204,7 +204,7 @@ def _separated_by_spaces(text: str, words: list[str]) -> list[str]:
 
 
 def _rest_of_list(text: str, words: list[str]) -> list[str]:
-    """The words that belong to `text`, as in `point=[10, 20]` without quotes, which the shell splits at its space."""
+    """Return the words that belong to `text`, as in `point=[10, 20]` unquoted, which the shell splits at its space."""
     ends = (end for end in range(1, len(words) + 1) if _open_brackets(" ".join([text, *words[:end]])) == 0)
     return words[: next(ends, 0)] if _open_brackets(text) > 0 else []
 
@@ -214,7 +214,7 @@ def _open_brackets(text: str) -> int:
 
 
 def _unreadable(text: str, rest: list[str], reason: str) -> str:
-    """A line about an override that isn't one; what it says to write works when pasted into a shell."""
+    """Return the message for an override that can't be parsed; its suggestion can be pasted into a shell."""
     together = " ".join([text, *rest])
     key, equals, value = text.partition("=")
     if not equals:
@@ -223,7 +223,7 @@ def _unreadable(text: str, rest: list[str], reason: str) -> str:
         return f"{together}: torn apart at its spaces; leave them out, or quote it: {shlex.quote(together)}"
     if _open_brackets(text) > 0:
         return f"{text}: a bracket is not closed"
-    if "(" in value and re.fullmatch(r"[-+\d.e,\s()\[\]]+", value):  # as Python has it
+    if "(" in value and re.fullmatch(r"[-+\d.e,\s()\[\]]+", value):  # a tuple, as in Python
         listed = value.translate(str.maketrans("()", "[]"))
         return f"{text}: lists have square brackets: {shlex.quote(f'{key}={listed}')}"
     return f"{text}: can't be read ({reason}); quote it: " + shlex.quote(quoted_override(key, value))
@@ -236,19 +236,19 @@ def _reason(error: Exception) -> str:
 
 
 def _dotted_names(cfg: DictConfig) -> set[str]:
-    """Of all nodes and values, Hydra's own left out."""
+    """Return the dotted names of all nodes and values, without Hydra's own."""
     paths = [key.split(".") for key, _ in leaves(OmegaConf.to_container(cfg, resolve=False))]
     names = {tuple(path[:end]) for path in paths for end in range(1, len(path) + 1) if path[0] != "hydra"}
     return {".".join(name) for name in names if not name[-1].startswith("_")}
 
 
 def _parameters_of(cfg: DictConfig, parent: str) -> set[str]:
-    """Dotted names of what the target of the node `parent` accepts."""
+    """Return the dotted names of the parameters that the target of the node `parent` accepts."""
     node: Any = OmegaConf.select(cfg, parent, throw_on_missing=False) if parent else cfg
     if not isinstance(node, DictConfig) or "_target_" not in node:
         return set()
     try:
         names = parameters(resolve(node._target_))
-    except Exception:  # check() tells what is wrong with the target
+    except Exception:  # check() reports what is wrong with the target
         return set()
     return {f"{parent}.{name}" if parent else name for name in names}

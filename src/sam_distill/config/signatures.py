@@ -1,4 +1,4 @@
-"""Signatures of this package's code and of Lightning's Trainer, without torch and the like: they import for seconds."""
+"""Read signatures of this package and of Lightning's Trainer without torch and other imports that take seconds."""
 
 import builtins
 import pkgutil
@@ -11,12 +11,12 @@ from typing import Any
 from pydantic_core import core_schema
 
 PACKAGE = "sam_distill"
-QUICK = (f"{PACKAGE}.", "pytorch_lightning.trainer.")  # names that are resolved here
+QUICK = (f"{PACKAGE}.", "pytorch_lightning.trainer.")  # prefixes of names that are loaded without slow imports
 _modules: dict[str, ModuleType] = {}
 
 
 def resolve(name: str) -> Any:
-    """The class or function of this dotted name. One of QUICK is good for its signature only."""
+    """Return the class or function with this dotted name. If it is one of QUICK, only its signature is usable."""
     if not name.startswith(QUICK):
         return pkgutil.resolve_name(name)
     module, _, attribute = name.rpartition(".")
@@ -24,7 +24,7 @@ def resolve(name: str) -> Any:
 
 
 class _StandIn:
-    """For a library that is not imported, and for whatever is taken from it: a base class, a decorator, a constant."""
+    """Placeholder for a library that is not imported, and for its base classes, decorators, constants and so on."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -57,12 +57,12 @@ class _StandIn:
 
 class _Module(ModuleType):
     def __getattr__(self, name: str) -> Any:
-        """A submodule, as in `from sam_distill.models import weights`."""
+        """Return a submodule, as in `from sam_distill.models import weights`."""
         return _load(f"{self.__name__}.{name}")
 
 
 def _find(name: str) -> ModuleSpec | None:
-    """importlib's find_spec imports the packages that the module lies in; this does not."""
+    """Return a module's spec. Unlike importlib's find_spec, this does not import the packages that contain it."""
     package = name.rpartition(".")[0]
     if not package:
         return find_spec(name)
@@ -71,7 +71,7 @@ def _find(name: str) -> ModuleSpec | None:
 
 
 def _load(name: str) -> ModuleType:
-    """Run a module beside the real one, with stand-ins for what is neither loaded nor quick to load."""
+    """Execute a second copy of a module, with stand-ins for outside libraries that are not yet imported."""
     if name not in _modules:
         spec = _find(name)
         if spec is None or spec.loader is None:
@@ -79,7 +79,7 @@ def _load(name: str) -> ModuleType:
         module = _modules[name] = _Module(name)
         module.__dict__.update(__file__=spec.origin, __builtins__=vars(builtins) | {"__import__": _import})
         real = sys.modules.get(name)
-        sys.modules[name] = module  # dataclasses look there for the names in annotations
+        sys.modules[name] = module  # dataclasses look up the names in annotations there
         try:
             exec(spec.loader.get_code(name), module.__dict__)  # type: ignore[attr-defined]
         finally:

@@ -1,4 +1,4 @@
-"""Which file, or the command line, gave a key of a composed configuration: Hydra doesn't keep it, messages need it."""
+"""Find the file that set a key of a composed configuration, or the command line: Hydra does not keep this."""
 
 import re
 from collections.abc import Iterator
@@ -13,12 +13,12 @@ _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def task_overrides(hydra: Any) -> list[str]:
-    """A job's own overrides as typed: their interpolations belong to the job, not to Hydra's node."""
+    """Return a job's overrides as typed; their interpolations refer to the job, not to Hydra's node."""
     return list(OmegaConf.to_container(hydra.overrides.task, resolve=False))  # type: ignore[arg-type]
 
 
 def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and their values; a dict that is empty, or whose keys are no names, is a value."""
+    """Yield dotted keys and their values; a dict that is empty, or has keys that are not strings, is a value."""
     for key, value in node.items():
         if isinstance(value, dict) and value and all(isinstance(name, str) for name in value):
             yield from leaves(value, f"{prefix}{key}.")
@@ -28,19 +28,19 @@ def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 @lru_cache
 def _content(text: str) -> dict[str, Any]:
-    """Of a configuration file, as far as keys go."""
+    """Return the content of a configuration file as plain YAML, which is enough to look up keys."""
     return yaml.load(text, _LOADER) or {}
 
 
 class _Source(NamedTuple):
-    """One configuration file and the dotted place its content went to ("" is the root)."""
+    """Configuration file and the dotted key under which its content is placed ("" is the root)."""
 
     name: str
     text: str
     package: str
 
     def own_key(self, key: str) -> str | None:
-        """The key as the file itself spells it, or None if its content lies elsewhere."""
+        """Return the key as written in the file itself, or None if the file's content is placed elsewhere."""
         if not self.package or key == self.package:
             return key.removeprefix(self.package)
         return key.removeprefix(self.package + ".") if key.startswith(self.package + ".") else None
@@ -58,14 +58,14 @@ class _Source(NamedTuple):
 
 
 def _bases(path: Path) -> list[Path]:
-    """The files of the same group that a choice begins with, as muon.yaml does with adamw.yaml."""
+    """Return the files of the same group that a choice includes in its defaults, as muon.yaml does adamw.yaml."""
     defaults = _content(path.read_text()).get("defaults") or []
     named = [name for name in defaults if isinstance(name, str) and "/" not in name]
     return [base for name in named if (base := path.with_name(f"{name}.yaml")).is_file()]
 
 
 class Sources:
-    """The files of one composed configuration; `cfg` still has its `hydra` node."""
+    """Files that one composed configuration was made from. cfg: with its `hydra` node."""
 
     def __init__(self, cfg: DictConfig) -> None:
         hydra = cfg.hydra
@@ -88,13 +88,13 @@ class Sources:
         ]
 
     def where(self, key: str) -> str:
-        """The last to define the key; for a key that nobody gave, the file of the node it is missing from."""
+        """Return the last file that defines the key, or "command line"; for a missing key, the file of its node."""
         if any(f"{key}.".startswith(f"{override}.") for override in self._overridden):
             return "command line"
         return self._defining(key)[-1].name
 
     def comment(self, key: str) -> str:
-        """The comment beside a key's line, or beside a group's in the command's defaults; "" if there is none."""
+        """Return the comment beside a key, or beside a group in the command's defaults list; "" if there is none."""
         name = re.escape(key.rpartition(".")[2])
         for file in reversed(self._files[:1] if key in self.choices else self._defining(key)):
             line = re.search(rf"^\s*(?:- )?(?:optional )?{name}:.*?#\s*(.+)$", file.text, re.MULTILINE)
@@ -103,13 +103,13 @@ class Sources:
         return ""
 
     def options(self, group: str) -> list[str]:
-        """The choices there are, without recipes for other commands."""
+        """Return the choices of a group, without experiments for other commands."""
         files = [path for root in self._roots for path in (root / group).glob("*.yaml")]
         if group == "experiment":
             files = [path for path in files if _content(path.read_text()).get("_target_") in (None, self._target)]
         return sorted({path.stem for path in files})
 
     def _defining(self, key: str) -> list[_Source]:
-        """Those that define it, the one in force last; if none does, the one it would belong to."""
+        """Return the files that define `key`, the effective one last; else the file of the node it would belong to."""
         inside = [file for file in self._files if file.own_key(key) is not None]
         return [file for file in inside if file.defines(key)] or [max(inside, key=lambda file: len(file.package))]

@@ -1,4 +1,4 @@
-"""Annotations in SA-1B's JSON, and in COCO's and LVIS's: run lengths or polygons, rasterised a few at a time."""
+"""Annotations in the JSON of SA-1B, COCO and LVIS: read run lengths or polygons, and rasterise a few at a time."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -19,41 +19,41 @@ from sam_distill.types import CELL, FRAME, LOW_RES, RunLengths, Sample, UserErro
 
 
 @contextmanager
-def _readable(name: str) -> Iterator[None]:
-    """What goes wrong within ends as a UserError: the annotations of `name` can't be read."""
+def _user_error_if_unreadable(name: str) -> Iterator[None]:
+    """Turn any exception raised inside into a UserError: the annotations of `name` can't be read."""
     try:
         yield
-    except Exception as error:  # JSON, a missing key, or what pycocotools makes of bytes that are no run lengths
+    except Exception as error:  # bad JSON, a missing key, or anything pycocotools raises on bad run lengths
         raise UserError(f"{name}: the annotations can't be read ({type(error).__name__}: {error})") from None
 
 
 def draw_annotations(sample: Sample, name: str, count: int, seed: int) -> Tensor:
-    """`count` masks drawn from a sample's JSON, without repetition: [count, 256, 256] bool in the frame.
+    """Return `count` masks drawn without repetition from a sample's JSON: [count, 256, 256] bool in the frame.
 
-    Empty masks at the end where there are fewer. A cell is in a mask if at least half of it is. Each epoch draws anew.
-    name: of the file, for the UserError that says that it is damaged.
+    If there are fewer, the last masks are empty. A cell is True if the mask covers at least half of it. The draw
+    depends on (seed, key, epoch). name: of the file, for the UserError raised if it is damaged.
     """
     drawn = np.zeros((count, LOW_RES, LOW_RES), bool)
-    with _readable(name):
-        found = json.loads(sample.json)["annotations"]
-        order = generator(seed, sample.key, sample.epoch, "annotations").permutation(len(found))[:count]
+    with _user_error_if_unreadable(name):
+        annotations = json.loads(sample.json)["annotations"]
+        order = generator(seed, sample.key, sample.epoch, "annotations").permutation(len(annotations))[:count]
         for place, index in enumerate(order):
-            drawn[place] = _at_low_res(found[index]["segmentation"], sample.original_size)
+            drawn[place] = _at_low_res(annotations[index]["segmentation"], sample.original_size)
     return torch.from_numpy(drawn)
 
 
 def check_json(content: bytes, name: str) -> None:
-    """A UserError if an image's JSON, the file `name`, is damaged: it is to be one object."""
-    with _readable(name):
+    """Raise UserError if `content`, the JSON file `name` of an image, is damaged or not a JSON object."""
+    with _user_error_if_unreadable(name):
         if not isinstance(found := json.loads(content), dict):
             raise TypeError(f"a {type(found).__name__}")
 
 
 def run_lengths(sample: Sample) -> list[RunLengths]:
-    """All masks of an image, from its JSON; COCO's crowds and empty masks are left out."""
+    """Return all masks in an image's JSON, without COCO's crowds and empty masks; raise UserError if there are none."""
     if not sample.json:
         raise UserError(f"{sample.key}: it has no annotations")
-    with _readable(sample.key):
+    with _user_error_if_unreadable(sample.key):
         found = [one["segmentation"] for one in json.loads(sample.json)["annotations"] if not one.get("iscrowd")]
         masks = [mask for each in found if coco.area(mask := _compressed(each, sample.original_size)) > 0]
         for mask in masks:
@@ -66,7 +66,7 @@ def run_lengths(sample: Sample) -> list[RunLengths]:
 
 @dataclass(frozen=True)
 class AnnotatedImage:
-    """An image of a dataset's file of annotations. name: with what folders the file gives. size: (H, W), if it says."""
+    """Image in an annotation file. name: with the folders that the file gives. size: (H, W), or None if not given."""
 
     name: PurePosixPath
     size: Size | None
@@ -74,12 +74,12 @@ class AnnotatedImage:
 
 
 def coco_json(path: Path) -> list[AnnotatedImage]:
-    """A dataset's file of annotations, COCO's or LVIS's: each of its images that has any."""
+    """Return the images of a COCO or LVIS annotation file that have annotations; raise UserError if it is damaged."""
     images: dict[Any, AnnotatedImage] = {}
     try:
         content = json.loads(path.read_bytes())
         for one in content["images"]:
-            name = PurePosixPath(one.get("file_name") or one["coco_url"])  # LVIS has COCO's address alone
+            name = PurePosixPath(one.get("file_name") or one["coco_url"])  # LVIS gives only the COCO URL
             size = one.get("height"), one.get("width")
             images[one["id"]] = AnnotatedImage(name, size if all(size) else None, [])
         for number, one in enumerate(content["annotations"]):
@@ -96,22 +96,22 @@ def coco_json(path: Path) -> list[AnnotatedImage]:
 
 
 def annotations_by_file(files: Sequence[Path], annotated: Sequence[AnnotatedImage]) -> dict[Path, AnnotatedImage]:
-    """The annotations of each file, by its name; by the folders around it where several have the same name.
+    """Return the annotations of each file, matched by its name, or also by its folders if several have the same name.
 
-    Raises ValueError where these don't tell, either.
+    Raise ValueError if the folders leave it ambiguous. Files without annotations are left out.
     """
     deepest = max((len(image.name.parts) for image in annotated), default=0)
-    ends: dict[tuple[str, ...], list[Path]] = {}  # of paths: the last part, the last two, ...
+    files_by_ending: dict[tuple[str, ...], list[Path]] = {}  # ending of a path: its last part, its last two, ...
     for file in files:
         for depth in range(1, min(deepest, len(file.parts)) + 1):
-            ends.setdefault(file.parts[-depth:], []).append(file)
+            files_by_ending.setdefault(file.parts[-depth:], []).append(file)
     found: dict[Path, tuple[int, AnnotatedImage]] = {}
     for image in annotated:
         parts = image.name.parts
-        depth = next((depth for depth in range(len(parts), 0, -1) if parts[-depth:] in ends), 0)
+        depth = next((depth for depth in range(len(parts), 0, -1) if parts[-depth:] in files_by_ending), 0)
         if not depth:
             continue
-        file, *others = ends[parts[-depth:]]
+        file, *others = files_by_ending[parts[-depth:]]
         if others:
             raise ValueError(f"{image.name} may be {file} or {others[0]}")
         known, other = found.get(file, (0, image))
@@ -123,7 +123,7 @@ def annotations_by_file(files: Sequence[Path], annotated: Sequence[AnnotatedImag
 
 
 def _compressed(segmentation: Any, size: tuple[int, int]) -> RunLengths:
-    """segmentation: polygons, or run lengths as a list or as text."""
+    """Return compressed run lengths. segmentation: polygons, or run lengths as a list or as text."""
     if isinstance(segmentation, list):
         return coco.merge(coco.frPyObjects(segmentation, *size))
     if isinstance(segmentation["counts"], list):
@@ -132,7 +132,7 @@ def _compressed(segmentation: Any, size: tuple[int, int]) -> RunLengths:
 
 
 def _at_low_res(segmentation: dict[str, Any], original_size: Size) -> np.ndarray:
-    """[256, 256] bool. A mask may be of another resolution than its image, but not of another shape."""
+    """Return a mask in the frame: [256, 256] bool. It may differ from its image in resolution, not in aspect ratio."""
     height, width = segmentation["size"]
     if np.abs(np.subtract(frame_size((height, width)), frame_size(original_size))).max() > FRAME / 100:
         raise ValueError(f"a mask of {[height, width]} pixels for an image of {original_size}")

@@ -1,4 +1,4 @@
-"""What every data source offers: an endless, resumable training stream and a small fixed validation set."""
+"""Base class of the data sources: an endless, resumable training stream and a small fixed validation set."""
 
 import logging
 import zlib
@@ -18,24 +18,25 @@ from sam_distill.types import FRAME, Batch, Sample, UserError
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")  # what a source keeps its images in: files, keys, or tars of them
+T = TypeVar("T")  # item of a source: an image file, a key, or a shard with many images
 
-Split = Literal["all", "val"]  # what to evaluate on: everything there is, or what training holds out
+Split = Literal["all", "val"]  # evaluate on all images, or on those held out for validation
 
 
 class SkippedSamples:
-    """What could not be read: a warning and a count for each, once, whichever process of a loader comes across it.
+    """Record of what could not be read: each is counted and logged once.
 
-    unreadable: [images] bool in shared memory, a flag per training image. Ranks put theirs together now and then.
+    unreadable: [training images] bool in shared memory, seen by all loader workers. Ranks merge theirs now and then.
+    others: reasons for everything else, known to this process only.
     """
 
     def __init__(self, train_images: int) -> None:
-        with torch.inference_mode(False):  # the first to ask may be a validation, whose tensors training can't change
+        with torch.inference_mode(False):  # training can't modify inference tensors, and validation may be first here
             self.unreadable = torch.zeros(train_images, dtype=torch.bool).share_memory_()
         self.others: set[str] = set()
 
     def report(self, reason: str, *indices: int) -> None:
-        """Training images are skipped; when none is left to train on, that is the end."""
+        """Mark the training images with these indices as unreadable; raise UserError when no readable one is left."""
         if not self.unreadable[list(indices)].all():
             self.unreadable[list(indices)] = True
             log.warning("skipped: %s", reason)
@@ -43,7 +44,7 @@ class SkippedSamples:
             raise UserError(f"not one of {len(self.unreadable)} training images can be read; for one, {reason}")
 
     def note(self, reason: str) -> None:
-        """Anything else is skipped: a validation or evaluation image, the end of a truncated tar."""
+        """Record that anything else is skipped: a validation or evaluation image, the end of a truncated tar."""
         if reason not in self.others:
             self.others.add(reason)
             log.warning("skipped: %s", reason)
@@ -55,7 +56,7 @@ class SkippedSamples:
 class DataSource(ABC, Generic[T]):
     """Images to train on and, disjoint from them, a few to validate on. A subclass sets `train` and `val`.
 
-    shortage: a line for those who train, where fewer images are held out than were asked for; else empty.
+    shortage: a warning, shown when training, if fewer images are held out than requested; else empty.
     """
 
     train: Sequence[T]
@@ -64,70 +65,70 @@ class DataSource(ABC, Generic[T]):
 
     @abstractmethod
     def keys(self, items: Sequence[T]) -> list[str]:
-        """The key of each image."""
+        """Return the key of each image."""
 
     @abstractmethod
     def loads(self, items: Sequence[T]) -> Iterator[Callable[[], Sample]]:
-        """Each image, not yet decoded; a UserError from the call says that it is damaged."""
+        """Yield a function for each image that decodes it, or raises UserError if it is damaged."""
 
     @abstractmethod
     def train_stream(
         self, start: int, seed: int, rank: int, world_size: int, batch_size: int
     ) -> IterableDataset[Sample]:
-        """Samples without end, epoch after epoch, each in an order of its own that (seed, epoch) decides.
+        """Return an endless stream of samples, epoch after epoch, each in its own order given by (seed, epoch).
 
-        Ranks and loader workers share the images out. start: images that this rank has consumed already, where a
-        resumed run goes on. batch_size: per rank; the loader takes batches of it from its workers in turn.
+        Ranks and loader workers divide the images among them. start: images that this rank has already consumed; a
+        resumed run continues there. batch_size: per rank; the loader takes such batches from its workers in turn.
         """
 
     @abstractmethod
     def blocks(self, size: int) -> list[Sequence[T]]:
-        """The images held out, then those to train on, `size` or fewer in each: a tar of `sam-distill cache`."""
+        """Return blocks of at most `size` images, held-out ones first: each becomes a tar of `sam-distill cache`."""
 
     def count(self, items: Sequence[T]) -> int:
-        """How many images, damaged ones included."""
+        """Return the number of images in the items, including damaged ones."""
         return len(items)
 
     def eval_items(self, split: Split) -> Sequence[T]:
-        """What to evaluate on; data.images or data.fraction choose among `all`. Here the held-out images alone."""
+        """Return the items to evaluate on (default: held-out ones); data.images or data.fraction choose among `all`."""
         return self.val
 
     @property
     def has_annotations(self) -> bool:
-        """Whether any image comes with annotations."""
+        """Whether any image has annotations."""
         return False
 
     def annotate(self, count: int, seed: int) -> None:
-        """Have every training image come with `count` of its annotations; without effect on streams made before."""
+        """Add `count` annotations, drawn with `seed`, to every training sample; existing streams are not affected."""
         raise UserError("these data have no annotations: take data=sa1b, or a cache of it")
 
     def load_json(self) -> None:
-        """Have every image come with the JSON that holds its annotations; without effect on streams made before."""
+        """Add the JSON that holds an image's annotations to every sample; existing streams are not affected."""
         raise UserError(
             "these data have no annotations: take data=sa1b, a cache of it, or data.annotations of a folder"
         )
 
     @property
     def num_train_images(self) -> int:
-        """Images in one epoch, over all ranks."""
+        """Number of images in one epoch, summed over all ranks."""
         return self.count(self.train)
 
     @property
     def val_images(self) -> int:
-        """How many are held out for validation, which may be fewer than were asked for."""
+        """Number of images held out for validation, possibly fewer than requested."""
         return self.count(self.val)
 
     @property
     def fingerprint(self) -> str:
-        """Of the set of images to train on: equal for the same keys."""
+        """Hash of the set of training image keys: equal for the same keys in any order."""
         return fingerprint(digests(self.keys(self.train)))
 
     def val_samples(self) -> list[Sample]:
-        """The validation images, the same ones in every run, decoded and held in memory (2 MB each)."""
+        """Return the validation images, the same in every run, decoded and held in memory (2 MB each)."""
         return list(self.readable(self.loads(self.val)))
 
     def readable(self, loads: Iterable[Callable[[], Sample]]) -> Iterator[Sample]:
-        """What these give; damaged images are told and left out."""
+        """Yield the decoded images; record damaged ones in `skipped_samples` and leave them out."""
         for load in loads:
             try:
                 yield load()
@@ -140,20 +141,20 @@ class DataSource(ABC, Generic[T]):
 
     @property
     def skipped(self) -> int:
-        """How many damaged images and tars were found so far."""
+        """Number of damaged images and tars found so far."""
         return len(self.skipped_samples)
 
     @property
     def skipped_by_tar(self) -> dict[str, int]:
-        """How many damaged training images were found in each tar, where images come in tars."""
+        """Number of damaged training images found in each tar; empty if the images are not in tars."""
         return {}
 
 
 @dataclass(eq=False)
 class EvalStream(IterableDataset[Sample]):
-    """Every readable image to evaluate on, once, shared out to loader workers.
+    """Stream of every readable image to evaluate on, each once, divided among the loader workers.
 
-    truth: those with annotations, which they bring along.
+    truth: add each image's annotations as ground truth, and skip images without any.
     """
 
     source: DataSource
@@ -172,13 +173,13 @@ def _with_truth(load: Callable[[], Sample]) -> Sample:
 
 
 def loader_worker() -> tuple[int, int]:
-    """(number of this loader worker, how many there are); (0, 1) where the loader has none."""
+    """Return (index of this loader worker, number of workers); (0, 1) if the loader has none."""
     info = get_worker_info()
     return (info.id, info.num_workers) if info else (0, 1)
 
 
 def collate(samples: list[Sample]) -> Batch:
-    """Lay each image into the top-left corner of a black frame: B samples -> images [B, 3, 1024, 1024] uint8."""
+    """Return the batch with each image top-left in a black frame: B samples -> images [B, 3, 1024, 1024] uint8."""
     images = torch.zeros(len(samples), 3, FRAME, FRAME, dtype=torch.uint8)
     for frame, sample in zip(images, samples, strict=True):
         height, width = sample.image.shape[-2:]
@@ -189,7 +190,7 @@ def collate(samples: list[Sample]) -> Batch:
         sizes=torch.tensor([sample.image.shape[-2:] for sample in samples]),
         original_sizes=torch.tensor([sample.original_size for sample in samples]),
         epochs=[sample.epoch for sample in samples],
-        # Of every eighth row, which is enough to tell two pictures apart.
+        # Every eighth row is enough to tell two images apart.
         checksums=[zlib.crc32(sample.image[:, ::8].contiguous().numpy().data) for sample in samples],
         annotations=_stacked(sample.annotations for sample in samples),
         teacher_embedding=_stacked(sample.teacher_embedding for sample in samples),
@@ -198,6 +199,6 @@ def collate(samples: list[Sample]) -> Batch:
 
 
 def _stacked(values: Iterable[torch.Tensor | None]) -> torch.Tensor | None:
-    """One tensor for the batch, where every sample has one."""
+    """Return the tensors of the samples stacked, or None if they have none."""
     tensors = [value for value in values if value is not None]
     return torch.stack(tensors) if tensors else None

@@ -1,11 +1,11 @@
 """The distillation cache: images with their teacher's embeddings in self-contained tars (design, section 5).
 
-    manifest.json          what made it, and every tar's count, size and hash
-    teacher.pt             the teacher without its backbone: what it takes to turn an embedding into masks
+    manifest.json          the settings that made it, and every tar's image count, size and hash
+    teacher.pt             the teacher without its backbone: all that is needed to turn an embedding into masks
     cache-000000.tar       key.jpg (resized to the frame), key.embedding (of that jpg), key.json (size, annotations)
 
-A tar is written under a temporary name and renamed when whole. Its line for the manifest lies beside it first, so that
-several processes can write at once and a killed one loses only the tar in hand.
+A tar is written under a temporary name and renamed when complete. Before that, its manifest entry is written to a file
+beside it, so that several processes can write at once and a killed one loses only its current tar.
 """
 
 import io
@@ -33,7 +33,7 @@ MANIFEST = "manifest.json"
 
 
 class Cache(Sa1b):
-    """What `sam-distill cache` has written to `path`. The images held out are those that its source held out."""
+    """Cache that `sam-distill cache` wrote to `path`. It holds out the same images as the source it was made from."""
 
     kinds = (".embedding", ".json")
     path: str
@@ -71,12 +71,12 @@ class Cache(Sa1b):
         return bool(self.manifest["annotations"])
 
     def decode(self, encoded: EncodedSample) -> Sample:
-        jpg, embedding, about = encoded.contents
+        jpg, embedding, metadata = encoded.contents
         key = encoded.shard.key(encoded.member)
         where = f"{key} in {encoded.shard.tar}"
         picture, _ = decode(jpg, where)
         try:
-            height, width = json.loads(about)["original_size"]
+            height, width = json.loads(metadata)["original_size"]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{where}: its JSON can't be read ({error})") from None
         sample = Sample(key, to_frame(picture), (height, width), encoded.epoch)
@@ -85,19 +85,19 @@ class Cache(Sa1b):
 
 
 def members(sample: Sample, jpg: bytes, embedding: Any, dtype: Dtype) -> dict[str, bytes]:
-    """What a tar holds of one image, by name. embedding: [256, 64, 64] float32, of exactly that jpg."""
-    about = json.loads(sample.json) if sample.json else {"annotations": []}
-    about["original_size"] = list(sample.original_size)
+    """Return the tar members of one image: name -> content. embedding: [256, 64, 64] float32, of exactly that jpg."""
+    metadata = json.loads(sample.json) if sample.json else {"annotations": []}
+    metadata["original_size"] = list(sample.original_size)
     size = (sample.image.shape[1], sample.image.shape[2])
     return {
         f"{sample.key}.jpg": jpg,
         f"{sample.key}.embedding": pack(embedding, size, dtype),
-        f"{sample.key}.json": json.dumps(about).encode(),
+        f"{sample.key}.json": json.dumps(metadata).encode(),
     }
 
 
 class ShardWriter:
-    """One tar of the cache, which is there only when it is whole."""
+    """Writer of one tar of the cache, which appears under its final name only when it is complete."""
 
     def __init__(self, folder: Path, number: int) -> None:
         self.path = folder / shard_name(number)
@@ -108,13 +108,13 @@ class ShardWriter:
 
     def add(self, content: Mapping[str, bytes]) -> None:
         for name, data in content.items():
-            info = tarfile.TarInfo(name)  # no times, no owner: the same images make the same bytes
+            info = tarfile.TarInfo(name)  # without time and owner: the same images give the same bytes
             info.size = len(data)
             self._tar.addfile(info, io.BytesIO(data))
         self.images += 1
 
     def finish(self) -> None:
-        """Leave the tar, and beside it its line for the manifest."""
+        """Write the manifest entry beside the tar, then give the tar its final name."""
         self._tar.close()
         line = {"images": self.images, "bytes": self._part.stat().st_size, "sha256": file_sha256(self._part)}
         line["skipped"] = self.skipped
@@ -136,7 +136,7 @@ def done(folder: Path, number: int) -> bool:
 
 
 def update_manifest(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Gather the lines of all tars that are there; `facts` say what made them."""
+    """Write and return the manifest: the entries of all finished tars, and `facts`, the settings that made them."""
     with FileLock(folder / ".manifest.lock"):
         lines = {p.name: json.loads(p.with_suffix(".json").read_text()) for p in sorted(folder.glob("cache-*.tar"))}
         manifest = {**facts, "images": sum(line["images"] for line in lines.values()), "shards": lines}

@@ -1,9 +1,9 @@
-"""Teachers' embeddings as bytes.
+"""Teacher embeddings as bytes.
 
-A third of a 3:2 image's frame is padding. It can't be left out altogether: the mask decoder looks at it, and without it
-a teacher's masks agree with themselves to 0.97 only. Averaged over blocks of 3 x 8 cells it takes 14 kB as int8, and
-they agree to 0.994 and better (experiments/scale). So a 3:2 image takes 0.72 MB as int8 and 1.44 MB as fp16; fp32
-keeps the whole square, 4.19 MB.
+A third of a 3:2 image's frame is padding. It can't be dropped, because the mask decoder attends to it: with zeros in
+its place, the teacher's masks have a mean IoU of only 0.97 with those from the full embedding. Averaged over blocks
+of 3 x 8 cells, the padding takes 14 kB as int8, and the mean IoU is 0.994 or more (experiments/scale). So a 3:2 image
+takes 0.72 MB as int8 and 1.44 MB as fp16; fp32 keeps the whole square, 4.19 MB.
 """
 
 from typing import Literal
@@ -18,13 +18,13 @@ from sam_distill.types import EMBED_DIM, FRAME, GRID, UserError
 
 Dtype = Literal["int8", "fp16", "fp32"]
 
-_ACROSS, _ALONG = 3, 8  # cells of a block of padding across, and blocks along the image's side
+_ACROSS, _ALONG = 3, 8  # blocks of padding: depth in cells, and number of blocks along the image's side
 
 
 def pack(embedding: Tensor, size: tuple[int, int], dtype: Dtype) -> bytes:
-    """embedding [256, 64, 64] float32 of an image with `size` (h, w) in the frame -> bytes.
+    """Return as bytes the embedding [256, 64, 64] float32 of an image with `size` (h, w) in the frame.
 
-    int8: each channel is divided by its largest absolute value.
+    int8: each channel has its own scale, its largest absolute value / 127.
     """
     embedding = embedding.float().cpu()
     if dtype == "fp32":
@@ -43,7 +43,7 @@ def pack(embedding: Tensor, size: tuple[int, int], dtype: Dtype) -> bytes:
 
 
 def unpack(content: bytes, name: str) -> Tensor:
-    """[256, 64, 64] float32. name: for the UserError that says that it is damaged."""
+    """Return the embedding that `pack` packed: [256, 64, 64] float32. Raise UserError with `name` if it is damaged."""
     try:
         parts = {key: part.float() for key, part in load(content).items()}
         scale = parts.pop("scale", torch.ones(EMBED_DIM))[:, None, None]

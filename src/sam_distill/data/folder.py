@@ -1,4 +1,4 @@
-"""Images in a folder and its subfolders."""
+"""Data source for the images in a folder and its subfolders."""
 
 import json
 import os
@@ -13,19 +13,19 @@ from sam_distill.images import decode, to_frame
 from sam_distill.selection import Fraction, Images, ValImages, choose, digests, is_image, limit_val_images, unique_keys
 from sam_distill.types import Sample, UserError
 
-DRAWN = ("pictures", "wandb")  # in a run folder
+DRAWN = ("pictures", "wandb")  # subfolders of a run folder with images that the run has drawn
 
 
 @dataclass(frozen=True)
 class ImageFile:
-    """key: the path below the folder, without its suffix unless two images differ in nothing else."""
+    """Image in a folder. key: its path below the folder, without the suffix unless two images differ only in that."""
 
     key: str
     path: Path
 
 
 class Folder(IndexedSource[ImageFile]):
-    """Every jpg, png, webp, bmp and tif below `path`; those whose keys hash lowest are held out for validation."""
+    """Every jpg, png, webp, bmp and tif below `path`; images with the lowest key hashes are held out for validation."""
 
     def __init__(
         self,
@@ -77,21 +77,21 @@ class Folder(IndexedSource[ImageFile]):
 
 
 def image_files(folder: Path) -> list[Path]:
-    """Images at any depth, hidden files and folders left out. Links are followed, but no folder is entered twice.
+    """Return the images at any depth, without hidden files and folders. Follow links, but enter no folder twice.
 
-    What a run has drawn is left out, too: outputs/ may lie in the folder that runs are trained on.
+    Images that a run has drawn are left out, too, because outputs/ may lie in the folder that runs are trained on.
     """
     found, entered, tops = [], set(), [str(folder)]
-    for top in tops:  # links wait their turn, so that what lies below has its own name rather than a link's
-        for parent, below, names in os.walk(top):
-            about = os.stat(parent)
-            if (about.st_dev, about.st_ino) in entered:
-                below.clear()
+    for top in tops:  # links come last, so that a file inside `folder` is found under its own path first
+        for parent, subfolders, names in os.walk(top):
+            stat = os.stat(parent)
+            if (stat.st_dev, stat.st_ino) in entered:
+                subfolders.clear()
                 continue
-            entered.add((about.st_dev, about.st_ino))
+            entered.add((stat.st_dev, stat.st_ino))
             drawn = DRAWN if "status.json" in names and "config.yaml" in names else ()
-            below[:] = sorted(name for name in below if not name.startswith(".") and name not in drawn)
-            tops += [path for name in below if os.path.islink(path := os.path.join(parent, name))]
+            subfolders[:] = sorted(name for name in subfolders if not name.startswith(".") and name not in drawn)
+            tops += [path for name in subfolders if os.path.islink(path := os.path.join(parent, name))]
             found += [Path(parent, name) for name in names if is_image(name)]
     return sorted(found)
 

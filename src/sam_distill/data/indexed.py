@@ -1,4 +1,4 @@
-"""Sources with random access: a subclass says how to load one image, and has everything else for it."""
+"""Data sources with random access: a subclass implements only `key` and `load`."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,15 +14,15 @@ from sam_distill.types import Sample, UserError
 
 
 class IndexedSource(DataSource[T]):
-    """A source whose images can be loaded one by one, in any order. A subclass sets `train` and `val`."""
+    """Data source with images that can be loaded one by one in any order. A subclass sets `train` and `val`."""
 
     @abstractmethod
     def key(self, item: T) -> str:
-        """The key that the item's sample will have."""
+        """Return the key that the item's sample will have."""
 
     @abstractmethod
     def load(self, item: T) -> Sample:
-        """Decode one image; a UserError says that it is damaged."""
+        """Decode one image; raise UserError if it is damaged."""
 
     def keys(self, items: Sequence[T]) -> list[str]:
         return [self.key(item) for item in items]
@@ -39,23 +39,23 @@ class IndexedSource(DataSource[T]):
 
 
 class IndexedStream(IterableDataset[Sample]):
-    """The training stream of an `IndexedSource`.
+    """Training stream of an `IndexedSource`.
 
     Epochs, each a permutation, follow one another in one endless sequence; ranks take its images in turn. Batch b
-    of a rank is therefore the same images whatever the number of workers, before and after a resume. In place of a
-    damaged image comes the next one of the epoch that can be read.
+    of a rank therefore has the same images for any number of workers, before and after a resume. A damaged image is
+    replaced by the next one of the epoch that can be read.
     """
 
     def __init__(
         self, source: IndexedSource, start: int, seed: int, rank: int, world_size: int, batch_size: int
     ) -> None:
         self.source = source
-        self.skipped_samples = source.skipped_samples  # made here, before there are workers, so that they share it
+        self.skipped_samples = source.skipped_samples  # created before the workers start, so that they share it
         self.start, self.seed, self.batch_size = start, seed, batch_size
         self.rank, self.world_size = rank, world_size
 
     def __iter__(self) -> Iterator[Sample]:
-        """The batches that fall to this worker."""
+        """Yield the samples of this worker's batches."""
         worker, workers = loader_worker()
         images, order, order_epoch = len(self.source.train), np.empty(0, np.int64), -1
         for batch in count(worker, workers):
@@ -67,10 +67,10 @@ class IndexedStream(IterableDataset[Sample]):
                 yield replace(self._load(chain(order[place:], order[:place])), epoch=epoch)
 
     def _load(self, indices: Iterable[np.int64]) -> Sample:
-        """The first of these images that can be read."""
+        """Return the first of these images that can be read."""
         for index in indices:
             try:
                 return self.source.load(self.source.train[int(index)])
             except UserError as error:
-                self.skipped_samples.report(str(error), int(index))  # raises when there is none left
+                self.skipped_samples.report(str(error), int(index))  # raises UserError when none is left
         raise AssertionError

@@ -1,14 +1,14 @@
-"""The embedded default: enough to distil something that works, with no download and no dataset.
+"""The built-in default data source: enough to distil a student that works, with no download and no dataset.
 
-scikit-image and matplotlib carry a few photographs. Four of them, whole and in close-ups, are the validation set; of
-the others the training images are made. Most are scenes after the "dead leaves" model (Lee, Mumford and Huang, 2001:
-objects that hide one another have the statistics of natural images): shaded shapes with soft shadows, cut out of
-photographs or painted. The teacher says what an object is, so a scene need not look true.
+scikit-image and matplotlib contain a few photographs. Four of them, whole and as close-ups, are the validation set; the
+training images are made from the others. Most are scenes after the "dead leaves" model (Lee, Mumford and Huang, 2001:
+objects that occlude one another have the statistics of natural images): shaded shapes with soft shadows, cut out of
+photographs or painted. The teacher decides what an object is, so a scene need not look realistic.
 
-Licences, as the packages state them. Public domain or "no known copyright restrictions": astronaut and
+Licences, as stated by the packages. Public domain or "no known copyright restrictions": astronaut and
 hubble_deep_field (NASA), rocket (SpaceX), coins, ihc. CC0: brick, camera (Lav Varshney),
 chelsea (Stefan van der Walt), coffee (Rachel Michetti), grass, gravel, retina.
-grace_hopper, of which matplotlib says nothing, is the US Navy's official portrait: public domain as a federal work.
+matplotlib states none for grace_hopper, the US Navy's official portrait: public domain as a federal work.
 """
 
 from functools import cache, lru_cache
@@ -28,15 +28,15 @@ from sam_distill.selection import Fraction, ValImages
 from sam_distill.types import Sample
 
 VAL_PHOTOS = ("chelsea.png", "coffee.png", "astronaut.png", "rocket.jpg")
-TRAIN_PHOTOS = ("camera.png", "coins.png", "grace_hopper.jpg")  # things
-SURFACES = ("brick.png", "grass.png", "gravel.png", "hubble_deep_field.jpg", "ihc.png", "retina.jpg")
-SIDE = 512  # long side of a drawn image, pixels
+TRAIN_PHOTOS = ("camera.png", "coins.png", "grace_hopper.jpg")  # photographs with objects
+SURFACES = ("brick.png", "grass.png", "gravel.png", "hubble_deep_field.jpg", "ihc.png", "retina.jpg")  # textures
+SIDE = 512  # long side of a generated image, pixels
 
 Pixels = NDArray[np.float32]  # [h, w, 3] in 0..1
 
 
 class Photos(IndexedSource[str]):
-    """Photographs and collages of photographs, each drawn on the fly from its key and, but for validation, the seed."""
+    """Photographs and collages of them, generated on the fly from the key and, except for validation, the seed."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class Photos(IndexedSource[str]):
 
 
 def source(number: int) -> str:
-    """The photograph that a validation image shows."""
+    """Return the name of the photograph that a validation image shows."""
     return Path(VAL_PHOTOS[number % len(VAL_PHOTOS)]).stem
 
 
@@ -70,7 +70,7 @@ def val_image(number: int) -> Image.Image:
 
 @lru_cache(maxsize=500)
 def train_image(seed: int, number: int) -> Image.Image:
-    """One in four is a part of a photograph, the others are scenes. Kept, as drawing costs as much as training."""
+    """Return a part of a photograph (one in four) or a scene. Cached: generating an image costs as much as training."""
     rng = np.random.default_rng([seed, number])
     pixels = close_up(rng) if rng.random() < 0.25 else scene(rng)
     return Image.fromarray((pixels.clip(0, 1) * 255).astype(np.uint8))
@@ -78,7 +78,7 @@ def train_image(seed: int, number: int) -> Image.Image:
 
 @cache
 def photo(name: str) -> Image.Image:
-    """A photograph of the installed packages, as RGB."""
+    """Return a photograph from the installed packages as RGB, its long side at most 2 * SIDE."""
     folder = Path(skimage.__file__).parent / "data"
     if name == "grace_hopper.jpg":
         folder = Path(matplotlib.get_data_path()) / "sample_data"
@@ -89,7 +89,7 @@ def photo(name: str) -> Image.Image:
 
 
 def crop(image: Image.Image, rng: np.random.Generator, smallest: float, largest: float) -> Image.Image:
-    """A random part, between `smallest` and `largest` of the image in each direction."""
+    """Return a random part of the image; each side is between `smallest` and `largest` times that of the image."""
     w, h = (round(side * rng.uniform(smallest, largest)) for side in image.size)
     x, y = int(rng.integers(image.width - w + 1)), int(rng.integers(image.height - h + 1))
     return image.crop((x, y, x + w, y + h))
@@ -100,13 +100,13 @@ def fill(image: Image.Image, size: tuple[int, int]) -> Pixels:
 
 
 def enlarge(values: NDArray[np.float64], size: tuple[int, int]) -> Pixels:
-    """A smooth field from a few values, [h, w, channels]. Pillow resizes floats one channel at a time."""
+    """Interpolate values [h, w, channels] to `size` (width, height). Pillow resizes floats one channel at a time."""
     planes = [Image.fromarray(plane.astype(np.float32)) for plane in np.moveaxis(values, 2, 0)]
     return np.stack([np.asarray(plane.resize(size, Image.Resampling.BICUBIC)) for plane in planes], 2)
 
 
 def recolour(pixels: Pixels, rng: np.random.Generator, strength: float) -> Pixels:
-    """Another material in another light: the colour channels mixed and tinted, gamma and contrast changed."""
+    """Return the pixels in other material and light: colour channels mixed and tinted, gamma and contrast changed."""
     mix = ((1 - strength) * np.eye(3) + strength * rng.dirichlet([0.7] * 3, size=3)).astype(np.float32)
     tint = np.exp(rng.normal(0, 0.5 * strength, 3)).clip(0.3, 1.6).astype(np.float32)
     mixed: Pixels = (pixels @ mix.T).clip(0, 1) ** np.float32(np.exp(rng.normal(0, 0.35)))
@@ -114,7 +114,7 @@ def recolour(pixels: Pixels, rng: np.random.Generator, strength: float) -> Pixel
 
 
 def material(rng: np.random.Generator, size: tuple[int, int]) -> Pixels:
-    """Something to fill an area of (width, height) with: a part of a photograph, or two-way shaded, grainy paint."""
+    """Return a fill of `size` (width, height): part of a photograph, or grainy paint shaded in both directions."""
     kind = rng.random()
     if kind < 0.65:
         names = TRAIN_PHOTOS if kind < 0.25 else SURFACES
@@ -130,7 +130,7 @@ def material(rng: np.random.Generator, size: tuple[int, int]) -> Pixels:
 
 
 def outline(rng: np.random.Generator) -> NDArray[np.float64]:
-    """A closed curve around (0, 0) that reaches 1: a polygon, an ellipse or a blob. [n, 2]."""
+    """Return a closed curve around (0, 0): [n, 2], largest absolute coordinate 1; a polygon, an ellipse or a blob."""
     kind = rng.random()
     if kind < 0.3:
         corners = int(rng.choice([3, 4, 4, 4, 5, 6]))
@@ -147,8 +147,8 @@ def outline(rng: np.random.Generator) -> NDArray[np.float64]:
 
 
 def put_object(canvas: Pixels, radius: float, light: NDArray[np.float64], rng: np.random.Generator) -> None:
-    """Lay a shaded shape on the canvas, and its shadow on what is below."""
-    side = 2 * int(1.3 * radius + 3)  # of a square around the shape and its shadow
+    """Draw a shaded shape on the canvas, in place, and its shadow on what lies below."""
+    side = 2 * int(1.3 * radius + 3)  # side of a square around the shape and its shadow
     left, top = (int(rng.uniform(0, length) - side / 2) for length in canvas.shape[1::-1])
     below = canvas[max(top, 0) : top + side, max(left, 0) : left + side]
     y, x = max(-top, 0), max(-left, 0)
@@ -165,7 +165,7 @@ def put_object(canvas: Pixels, radius: float, light: NDArray[np.float64], rng: n
 
 
 def close_up(rng: np.random.Generator) -> Pixels:
-    """A part of a training photograph, in another light."""
+    """Return a part of a training photograph in another light."""
     part = crop(photo(TRAIN_PHOTOS[rng.integers(len(TRAIN_PHOTOS))]), rng, 0.35, 1)
     if rng.random() < 0.5:
         part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -174,7 +174,7 @@ def close_up(rng: np.random.Generator) -> Pixels:
 
 
 def scene(rng: np.random.Generator) -> Pixels:
-    """Objects before a surface, or between ground and sky: the large ones first, many small ones last."""
+    """Return a scene: objects in front of one surface, or of ground and sky; large ones first, many small ones last."""
     short = int(SIDE * rng.choice([2 / 3, 3 / 4, 1.0], p=[0.5, 0.3, 0.2]))
     w, h = (SIDE, short) if rng.random() < 0.7 else (short, SIDE)
     canvas = material(rng, (w, h)).clip(0, 1)
@@ -182,7 +182,7 @@ def scene(rng: np.random.Generator) -> Pixels:
         horizon = int(h * rng.uniform(0.2, 0.8))
         canvas[horizon:] = material(rng, (w, h - horizon)).clip(0, 1)
     light = rng.uniform(-0.25, 0.25, 2)
-    radii = SIDE * (0.04 * (1 - rng.random(rng.integers(3, 25))) ** -0.7).clip(0, 0.4)  # a power law, as in nature
+    radii = SIDE * (0.04 * (1 - rng.random(rng.integers(3, 25))) ** -0.7).clip(0, 0.4)  # power law, as in nature
     for radius in np.sort(radii)[::-1].tolist():
         put_object(canvas, radius, light, rng)
     return canvas

@@ -1,7 +1,7 @@
-"""SA-1B as it is published: tars of sa_N.jpg and sa_N.json, streamed as they are.
+"""SA-1B as it is published: tars of sa_N.jpg and sa_N.json, streamed without unpacking or conversion.
 
-The tars' headers tell what is there, what to hold out, and where a resumed run goes on. Training then reads each tar
-from front to back.
+The tars' headers are read first: they are enough to list the images, to choose those to hold out, and to find where a
+resumed run continues. Training then reads each tar from front to back.
 """
 
 import logging
@@ -26,12 +26,12 @@ log = logging.getLogger(__name__)
 
 
 class Sa1b(DataSource[Shard]):
-    """Tars in SA-1B's layout; conf/data/sa1b.yaml says what each option means.
+    """Data source for tars in SA-1B's layout; conf/data/sa1b.yaml explains each option.
 
-    Validation takes the first images of several tars, evenly spaced, out of `path`, unless it has its own `val_path`.
+    The first images of several evenly spaced tars are held out for validation: of `val_path` if given, else of `path`.
     """
 
-    kinds: tuple[str, ...] = ()  # companions that are read with every image
+    kinds: tuple[str, ...] = ()  # kinds of companions that are read with every image
 
     def __init__(
         self,
@@ -56,12 +56,12 @@ class Sa1b(DataSource[Shard]):
         self._set_up(shards, val, rest, problems)
 
     def _set_up(self, shards: list[Shard], val: list[Shard], rest: list[Shard], problems: list[str]) -> None:
-        """Validation takes `val`; training what `images` or `fraction` choose of the rest."""
+        """Validate on `val`, train on what `images` or `fraction` choose of `rest`. Raise UserError if it is empty."""
         if not rest:
             total = self.count(shards)
             raise UserError(f"data.path={self.path} leaves nothing to train on: all {total} images are held out")
         self.shards, self.val, self.train = shards, val, choose_images(rest, self.images, self.fraction)
-        self.annotations: tuple[int, int] | None = None  # how many per image, and the seed to draw them with
+        self.annotations: tuple[int, int] | None = None  # (number per image, seed to draw them with)
         for problem in problems:
             self.skipped_samples.note(problem)
 
@@ -127,14 +127,14 @@ class Sa1b(DataSource[Shard]):
         self.kinds = tuple(dict.fromkeys([*self.kinds, ".json"]))
 
     def decode(self, encoded: EncodedSample) -> Sample:
-        """A UserError says that it is damaged."""
+        """Decode one image; raise UserError if it is damaged."""
         key = encoded.shard.key(encoded.member)
         picture, original_size = decode(encoded.contents[0], f"{key} in {encoded.shard.tar}")
         sample = Sample(key, to_frame(picture, original_size), original_size, encoded.epoch)
         return self.with_annotations(sample, encoded) if ".json" in self.kinds else sample
 
     def with_annotations(self, sample: Sample, encoded: EncodedSample) -> Sample:
-        """With its JSON, the last of its companions, and, in training, with masks drawn from it if they are wanted."""
+        """Return the sample with its JSON (the last companion) and, for training after `annotate`, masks from it."""
         sample = replace(sample, json=encoded.contents[-1])
         if self.annotations is None or encoded.index == NOT_TRAINED_ON:
             return sample

@@ -1,4 +1,4 @@
-"""The training stream of tars, as a pipeline of WebDataset's: its own stages neither split exactly nor resume."""
+"""Training stream of tars, a WebDataset pipeline of our own stages: WebDataset's neither split exactly nor resume."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -21,9 +21,9 @@ NOT_TRAINED_ON = -1
 
 @dataclass(frozen=True)
 class EncodedSample:
-    """An image as it lies in its tar, with the companions that are wanted.
+    """Image still encoded, as stored in its tar. contents: its bytes, then those of its companions, empty if absent.
 
-    index: among all training images, or NOT_TRAINED_ON.
+    index: position among all training images, or NOT_TRAINED_ON.
     """
 
     index: int
@@ -35,9 +35,10 @@ class EncodedSample:
 
 @dataclass(frozen=True)
 class Share:
-    """What a loader worker reads in an epoch.
+    """Images that one loader worker reads in one epoch.
 
-    parts: (number of a shard, which of its images), in this order. consumed: images that the run had before it stopped.
+    parts: (shard index, indices of images in that shard), in reading order.
+    consumed: number of images of this share that were already used when the run stopped.
     """
 
     epoch: int
@@ -49,12 +50,12 @@ class Share:
 
 
 class TarStream(DataPipeline):
-    """Shards in a new order each epoch, shared out, read, shuffled block by block, decoded.
+    """Pipeline that orders shards anew each epoch, divides them among workers, reads, shuffles in blocks and decodes.
 
-    With at least as many shards as loader workers on all ranks, shards are dealt out in turn, else each worker reads
-    every shard and images are dealt out. A worker shuffles `shuffle_buffer` images at a time. Blocks, unlike a
-    reservoir, have no memory: a resumed run with the same ranks, workers and batch size goes on exactly where the
-    first one stopped, opening only tars it needs (damaged images aside, which shift what follows).
+    With at least as many shards as loader workers on all ranks, workers take whole shards in turn; otherwise each one
+    reads every shard, and they take its images in turn. A worker shuffles `shuffle_buffer` images at a time. Such a
+    block, unlike a reservoir, depends on no earlier images: a resumed run with the same ranks, workers and batch size
+    continues exactly where the first one stopped, opening only tars it needs (but damaged images shift what follows).
     """
 
     def __init__(self, source: "Sa1b", start: int, seed: int, rank: int, world_size: int, batch_size: int) -> None:
@@ -68,26 +69,26 @@ class TarStream(DataPipeline):
         )
         self.source = source
         self.shards = source.train
-        self.first = np.cumsum([0, *map(len, self.shards)])  # of each shard, among all images
-        self.skipped_samples = source.skipped_samples  # made here, before there are workers, so that they share it
+        self.first = np.cumsum([0, *map(len, self.shards)])  # index of each shard's first image among all images
+        self.skipped_samples = source.skipped_samples  # created before the workers start, so that they share it
         self.shuffle_buffer = source.shuffle_buffer
         self.batches_done, self.batch_size, self.seed = start // batch_size, batch_size, seed
         self.rank, self.world_size = rank, world_size
 
     def _worker(self) -> tuple[int, int, int]:
-        """(number among the loader workers of all ranks, how many those are, images it gave before the run stopped)."""
+        """Return (index among the loader workers of all ranks, their number, images it gave before the run stopped)."""
         worker, workers = loader_worker()
-        worker = (self.batches_done + worker) % workers  # whose turn it was when the run stopped
+        worker = (self.batches_done + worker) % workers  # worker 0 takes over from the one that was next
         consumed = len(range(worker, self.batches_done, workers)) * self.batch_size
         return self.rank * workers + worker, self.world_size * workers, consumed
 
     def shuffle_shards(self) -> Iterator[tuple[int, NDArray[np.int64]]]:
-        """Epochs without end, each with an order of the shards."""
+        """Yield (epoch, order of the shards) without end."""
         for epoch in count():
             yield epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.shards))
 
     def split_by_node_and_worker(self, epochs: Iterable[tuple[int, NDArray[np.int64]]]) -> Iterator[Share]:
-        """The deal goes on round the workers from epoch to epoch: none gets more than the others in the long run."""
+        """Yield this worker's share of each epoch. Turns go on across epochs: over time, all get equally many."""
         worker, workers, _ = self._worker()
         for epoch, order in epochs:
             if len(order) >= workers:
@@ -102,7 +103,7 @@ class TarStream(DataPipeline):
             yield Share(epoch, parts)
 
     def resume(self, shares: Iterable[Share]) -> Iterator[Share]:
-        """Without what this worker read before the run stopped."""
+        """Drop the shares that this worker finished before the run stopped; set `consumed` of the first one left."""
         _, _, consumed = self._worker()
         for share in shares:
             if consumed < len(share):
@@ -110,7 +111,7 @@ class TarStream(DataPipeline):
             consumed = max(0, consumed - len(share))
 
     def tar_to_samples(self, shares: Iterable[Share]) -> Iterator[tuple[Share, Iterator[EncodedSample]]]:
-        """Each share with its images, from the beginning of the block in which the run stopped."""
+        """Yield each share with its images, from the beginning of the block in which the run stopped."""
         for share in shares:
             yield share, self._read(share, share.consumed - share.consumed % self.shuffle_buffer)
 
@@ -130,7 +131,7 @@ class TarStream(DataPipeline):
                 self.skipped_samples.report(f"{message}: the tar has changed or broken", *missing.values())
 
     def shuffle(self, shares: Iterable[tuple[Share, Iterator[EncodedSample]]]) -> Iterator[EncodedSample]:
-        """Block by block; the last of an epoch is shorter."""
+        """Yield the images shuffled block by block; the last block of an epoch may be shorter."""
         worker, _, _ = self._worker()
         for share, images in shares:
             first_block, consumed = divmod(share.consumed, self.shuffle_buffer)
@@ -143,7 +144,7 @@ class TarStream(DataPipeline):
                 del read, block[max(0, len(block) - consumed) :]
                 consumed = 0
                 while block:
-                    yield block.pop()  # and free its memory
+                    yield block.pop()  # pop, to free its memory
 
     def decode(self, images: Iterable[EncodedSample]) -> Iterator[Sample]:
         for image in images:

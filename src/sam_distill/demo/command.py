@@ -1,4 +1,4 @@
-"""`sam-distill demo`."""
+"""The command `sam-distill demo`."""
 
 import logging
 import os
@@ -26,7 +26,7 @@ def demo(
     host: str,
     port: Annotated[int, Field(ge=1, le=65535)],
 ) -> None:
-    """Serve a page to try a student on until it is interrupted; conf/demo.yaml says what each option means."""
+    """Serve a web page to try a student, until interrupted; conf/demo.yaml explains each option."""
     try:
         from sam_distill.demo.page import build
     except ImportError as error:
@@ -38,9 +38,9 @@ def demo(
     names = short if len(set(short)) == len(chosen) else chosen
     loaded = [optimize_for_inference(load_sam(source)).to(trainer.kind) for source in chosen]
     models = dict(zip(names, loaded, strict=True))
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # Gradio asks itself whether it is there
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # Gradio sends requests to its own page at start-up
     with TemporaryDirectory() as folder:
-        os.environ.setdefault("GRADIO_TEMP_DIR", folder)  # its own, /tmp/gradio, is the first user's of this machine
+        os.environ.setdefault("GRADIO_TEMP_DIR", folder)  # the default, /tmp/gradio, belongs to its first user
         page = build(models, [photo(name) for name in VAL_PHOTOS], points_per_side)
         try:
             page.launch(server_name=host, server_port=port, quiet=True, prevent_thread_lock=True)

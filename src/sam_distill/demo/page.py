@@ -1,4 +1,4 @@
-"""A page in the browser: click on an image, and see the masks of a student and its teacher. The only Gradio code."""
+"""Web page of the demo: click on an image to see the masks of a student and its teacher. The only Gradio code."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -20,12 +20,12 @@ from sam_distill.predict.predictor import SamPredictor
 FOREGROUND, BACKGROUND, BOX = "point on it", "point beside it", "box: two corners"
 HINT = "Click on a picture."
 COLOURS = (STUDENT, TEACHER)
-LONG_SIDE = 1600  # pixels; larger images are reduced, for the way to the browser and back
+LONG_SIDE = 1600  # pixels; larger images are reduced, for a faster transfer to the browser and back
 
 
 @dataclass
 class Visit:
-    """One visitor's image, and what has been asked of it."""
+    """One visitor's image and the prompts given so far."""
 
     image: Image.Image
     predictors: dict[str, SamPredictor]
@@ -35,7 +35,7 @@ class Visit:
 
     @property
     def box(self) -> list[int] | None:
-        """[x0, y0, x1, y1], once it has two corners apart from each other."""
+        """Return [x0, y0, x1, y1], or None until there are two corners that differ in x and y."""
         if len(self.corners) < 2:
             return None
         (left, right), (top, bottom) = (sorted(side) for side in zip(*self.corners, strict=True))
@@ -53,7 +53,7 @@ class Visit:
 
 
 def build(models: Mapping[str, Sam], examples: Sequence[Image.Image], points_per_side: int) -> gr.Blocks:
-    """The page. models: by name, the student first. points_per_side: of the grid that segments everything."""
+    """Return the page. models: by name, the student first. points_per_side: of the grid for "segment everything"."""
     with gr.Blocks(title="sam-distill", analytics_enabled=False) as page:
         visit = gr.State()
         gr.Markdown(f"## sam-distill\n**{'** beside **'.join(models)}**. Load an image, then click on it.")
@@ -68,8 +68,8 @@ def build(models: Mapping[str, Sam], examples: Sequence[Image.Image], points_per
         gr.Examples([[example] for example in examples], source)
         shown = [visit, *views, message]
 
-        def empty(said: str) -> list[Any]:
-            return [None, *[None] * len(models), said]
+        def empty(text: str) -> list[Any]:
+            return [None, *[None] * len(models), text]
 
         def load(image: Image.Image | None) -> list[Any]:
             return empty(HINT) if image is None else _begin(image, models)
@@ -113,7 +113,7 @@ def _begin(image: Image.Image, models: Mapping[str, Sam]) -> list[Any]:
 
 
 def _answer(visit: Visit) -> list[Any]:
-    """Masks for what has been clicked."""
+    """Predict and draw the masks for the clicks so far."""
     drawn: dict[str, Any] = {"points": visit.points + visit.corners, "box": visit.box}
     drawn["labels"] = visit.labels + [1] * len(visit.corners)
     if not visit.points and visit.box is None:

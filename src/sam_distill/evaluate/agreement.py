@@ -1,4 +1,4 @@
-"""Agreement: do student and teacher cut out the same thing for the same prompt? (Paper, section 3.2.)"""
+"""Agreement protocol: IoU between the masks of student and teacher for the same prompts (paper, section 3.2)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from sam_distill.types import LOW_RES, valid_area
 
 @dataclass
 class Agreement(Protocol):
-    """Points are uniform over the image; boxes are the tight boxes of the teacher's masks at those points."""
+    """Protocol with points, uniform over the image, and the tight boxes of the teacher's masks for those points."""
 
     points: Annotated[int, Field(gt=0)] = 4
     kinds: Annotated[Sequence[Literal["point", "box"]], Field(min_length=1)] = ("point", "box")
@@ -31,13 +31,13 @@ class Agreement(Protocol):
 
     def ask(self, teacher: SamView) -> list[Target]:
         batch = teacher.batch
-        draw = PromptRng(batch.keys, [0] * len(batch), self.seed)  # the same points whenever an image is judged
+        draw = PromptRng(batch.keys, [0] * len(batch), self.seed)  # always epoch 0: the same points in every evaluation
         at_points = point_prompts(uniform_points(draw, batch.sizes, self.points).unsqueeze(2))
-        answer = teacher.low_res(at_points)
-        in_boxes = box_prompts(boxes_of(answer > 0, valid_area(batch.sizes, LOW_RES)))
+        low_res = teacher.low_res(at_points)
+        in_boxes = box_prompts(boxes_of(low_res > 0, valid_area(batch.sizes, LOW_RES)))
         targets = []
         if "point" in self.kinds:
-            targets.append(Target("point", at_points, teacher.upscaled(answer)))
+            targets.append(Target("point", at_points, teacher.upscaled(low_res)))
         if "box" in self.kinds:
             targets.append(Target("box", in_boxes, teacher.masks(in_boxes)))
         return targets

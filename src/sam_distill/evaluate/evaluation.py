@@ -1,4 +1,4 @@
-"""Judge a finished model by a protocol."""
+"""Evaluate a finished model by a protocol with prompts."""
 
 import time
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ from sam_distill.runs.progress import CountProgress
 from sam_distill.teachers import Teacher
 from sam_distill.types import UserError
 
-BLIND_IMAGES = 100  # the blind baseline is computed on so many images at most, which it holds in memory (9 MB each)
+BLIND_IMAGES = 100  # the blind baseline uses at most this many images and holds them in memory (9 MB each)
 
 
 @torch.inference_mode()
@@ -35,7 +35,7 @@ def judge(
     batch_size: int,
     run_dir: Path,
 ) -> dict[str, Any]:
-    """Compare `student` and `teacher` on the images of `source`; writes metrics.json, prompts.csv and pictures/."""
+    """Compare `student` and `teacher` on the images of `source`; write metrics.json, prompts.csv and pictures/."""
     started = time.perf_counter()
     total = source.count(source.eval_items(split))
     if not total:
@@ -46,24 +46,24 @@ def judge(
     for model in (student, teacher.sam):
         if isinstance(model, Sam):
             model.to(hardware.kind).to(memory_format=torch.channels_last)
-    result, of_teacher = Judge(protocol).to(hardware.kind), Judge(protocol).to(hardware.kind)
+    result, teacher_result = Judge(protocol).to(hardware.kind), Judge(protocol).to(hardware.kind)
     answers: list[Answer] = []
     with CountProgress(total, "Evaluating") as progress:
         stream = EvalStream(source, split, truth=annotated)
         for batch in hardware.loader(stream, batch_size=batch_size, collate_fn=collate):
             batch = batch.to(hardware.kind)
-            with hardware.autocast():  # decoders as well: a training judges so, too
-                theirs = protocol.see(teacher.sam, teacher.embed(batch), batch)
+            with hardware.autocast():  # as in validation during training; SamView decodes in float32 all the same
+                teacher_view = protocol.see(teacher.sam, teacher.embed(batch), batch)
                 if isinstance(student, Sam):
-                    ours: View = protocol.see(student, student.encode(batch.images, batch.sizes), batch)
+                    student_view: View = protocol.see(student, student.encode(batch.images, batch.sizes), batch)
                 else:
-                    ours = student.see(batch)
-                targets = protocol.ask(theirs)
+                    student_view = student.see(batch)
+                targets = protocol.ask(teacher_view)
                 if annotated:
-                    of_teacher.update(theirs, theirs.embedding, targets)
-                result.update(ours, theirs.embedding, targets)
+                    teacher_result.update(teacher_view, teacher_view.embedding, targets)
+                result.update(student_view, teacher_view.embedding, targets)
             if images < BLIND_IMAGES:
-                answers.append((batch, theirs.embedding, targets))
+                answers.append((batch, teacher_view.embedding, targets))
             images += len(batch)
             progress.add(len(batch))
     about = facts(student, hardware, images, total, time.perf_counter() - started)
@@ -73,13 +73,13 @@ def judge(
             f"not one prompt counts: {images} images are too small for them, or the {protocol.reference}'s masks are"
             " all empty"
         )
-    looked_at = sum(len(batch) for batch, _, _ in answers)
-    summed = torch.stack([embedding.float().sum(0) for _, embedding, _ in answers]).sum(0)
+    blind_images = sum(len(batch) for batch, _, _ in answers)
+    embedding_sum = torch.stack([embedding.float().sum(0) for _, embedding, _ in answers]).sum(0)
     with hardware.autocast():
-        baseline = blind(Judge(protocol).to(hardware.kind), teacher.sam, answers, summed, looked_at)
-    metrics |= result.intervals() | baseline | ({"blind/images": looked_at} if baseline else {})
+        baseline = blind(Judge(protocol).to(hardware.kind), teacher.sam, answers, embedding_sum, blind_images)
+    metrics |= result.intervals() | baseline | ({"blind/images": blind_images} if baseline else {})
     if annotated:
-        metrics |= {f"teacher/{n}": value for n, value in of_teacher.compute().items() if n.startswith("miou/")}
+        metrics |= {f"teacher/{n}": value for n, value in teacher_result.compute().items() if n.startswith("miou/")}
     metrics |= about
     write_json(run_dir / "metrics.json", metrics | protocol.description)
     write_prompts(run_dir / "prompts.csv", result.comparisons)
@@ -90,7 +90,7 @@ def judge(
 
 
 def facts(student: Sam | OtherModel, hardware: Hardware, images: int, total: int, seconds: float) -> dict[str, Any]:
-    """What an evaluation's metrics.json says beside the scores. total: images, damaged ones included."""
+    """Return the entries of metrics.json that are not scores. total: number of images, damaged ones included."""
     if not images:
         raise UserError("not one image could be read: there is nothing to evaluate")
     about = student.parameter_counts if isinstance(student, Sam) else student.description

@@ -1,6 +1,6 @@
-"""Everything: do student and teacher find the same things in an image, without being asked for any? (Paper, Figure 6.)
+"""Everything protocol: compare all masks that student and teacher find in an image without prompts (paper, Figure 6).
 
-Each of the teacher's masks is compared with the student's nearest; and the student's are judged as detections of them.
+Scores: IoU of each teacher mask with the nearest student mask; AP and recall of the student's masks as detections.
 """
 
 import contextlib
@@ -39,24 +39,24 @@ from sam_distill.runs.progress import CountProgress
 from sam_distill.teachers import LiveTeacher
 from sam_distill.types import BOX_BOTTOM_RIGHT, BOX_TOP_LEFT
 
-Records = list[dict[str, Any]]  # masks as SA-1B has them: segmentation (COCO run lengths), area, bbox, predicted_iou
-MAX_MASKS = 1000  # masks of an image that count
-PICTURES = 8  # images drawn
+Records = list[dict[str, Any]]  # masks in SA-1B's format: segmentation (COCO run lengths), area, bbox, predicted_iou
+MAX_MASKS = 1000  # masks per image that count for AP and recall, at most
+PICTURES = 8  # images to draw
 
 
 @dataclass(frozen=True)
 class Everything:
-    """generator: makes of a SAM what segments everything, with the options to compare by."""
+    """Protocol that segments everything. generator: builds the mask generator of a SAM; holds its options."""
 
     generator: partial[SamAutomaticMaskGenerator]
 
     @property
     def description(self) -> dict[str, Any]:
-        """What must be known to compare two numbers."""
+        """Return the settings that must be equal for two scores to be comparable."""
         return {"generator": ", ".join(f"{name} {value}" for name, value in self.generator.keywords.items())}
 
     def masks(self, model: Sam | OtherModel, frame: np.ndarray) -> Records:
-        """frame: [h, w, 3] uint8, an image at the frame's resolution, as the masks are, too."""
+        """Return the non-empty masks, at the size of `frame`: [h, w, 3] uint8, an unpadded image in the frame."""
         if isinstance(model, Sam):
             records = self.generator(model, output_mode="coco_rle").generate(frame)
         else:
@@ -64,14 +64,14 @@ class Everything:
         return [record for record in records if record["area"] > 0]
 
     def cached_masks(self, teacher: str, sam: Sam, frame: np.ndarray) -> Records:
-        """The same of a teacher, kept in $SAM_DISTILL_HOME/everything. teacher: its sha256, and in what precision."""
-        asked = f"{teacher} {self.description['generator']} {frame.shape}".encode() + frame.tobytes()
-        file = home() / "everything" / f"{hashlib.sha256(asked).hexdigest()[:32]}.json"
+        """Return `masks` of the teacher, cached in $SAM_DISTILL_HOME/everything. teacher: its sha256 and precision."""
+        cache_key = f"{teacher} {self.description['generator']} {frame.shape}".encode() + frame.tobytes()
+        file = home() / "everything" / f"{hashlib.sha256(cache_key).hexdigest()[:32]}.json"
         if file.is_file():
             records: Records = json.loads(file.read_text())
             return records
         records = self.masks(sam, frame)
-        with contextlib.suppress(OSError):  # what can't be kept is asked anew
+        with contextlib.suppress(OSError):  # without a cache file, the masks are computed again next time
             file.parent.mkdir(parents=True, exist_ok=True)
             write_text(file, json.dumps(records))
         return records
@@ -79,7 +79,7 @@ class Everything:
 
 @dataclass
 class Detections:
-    """What was found in all images so far. teacher, student: the masks of each image."""
+    """Masks found in all images so far. teacher, student: the masks of each image. rows: one per teacher mask."""
 
     teacher: list[Records] = field(default_factory=list)
     student: list[Records] = field(default_factory=list)
@@ -91,7 +91,7 @@ class Detections:
         self.rows += nearest(image, teacher, student)
 
     def compute(self) -> dict[str, float]:
-        """Flat metrics by their names in metrics.json."""
+        """Return flat metrics by their names in metrics.json; scores only if the teacher has found a mask."""
         ious = np.array([row.iou for row in self.rows])
         lists = {"masks": self.student, "teacher/masks": self.teacher}
         metrics = {name: float(np.mean(list(map(len, records)))) for name, records in lists.items()}
@@ -105,7 +105,7 @@ class Detections:
 
 
 def nearest(image: str, teacher: Records, student: Records) -> list[Comparison]:
-    """Each of the teacher's masks with the student's that has the highest IoU with it; the prompt is its box."""
+    """Compare each teacher mask with the student mask of the highest IoU; the prompt is the teacher mask's box."""
     iou = _iou(teacher, student)
     rows = []
     for number, record in enumerate(teacher):
@@ -126,11 +126,11 @@ def nearest(image: str, teacher: Records, student: Records) -> list[Comparison]:
 
 
 def average_precision(teacher: Sequence[Records], student: Sequence[Records]) -> dict[str, float]:
-    """COCO's AP and AR of the student's masks by those of the teacher, all of one class, scored by predicted IoU.
+    """Return COCO's AP and AR of the student's masks against the teacher's: one class, predicted IoU as confidence.
 
-    Means over IoUs of 0.5 to 0.95; `ap/50` at 0.5. Up to `MAX_MASKS` masks per image.
+    Means over the IoU thresholds 0.5 to 0.95; `ap/50` at 0.5 alone. At most `MAX_MASKS` masks per image count.
     """
-    images = [{"id": number, "height": 0, "width": 0} for number in range(len(teacher))]  # run lengths have the size
+    images = [{"id": number, "height": 0, "width": 0} for number in range(len(teacher))]  # run lengths hold the size
     truth, found = COCO(), COCO()
     for dataset, masks in ((truth, teacher), (found, student)):
         annotations = [
@@ -141,21 +141,21 @@ def average_precision(teacher: Sequence[Records], student: Sequence[Records]) ->
         for index, annotation in enumerate(annotations, 1):
             annotation["id"] = index
         dataset.dataset = {"images": images, "categories": [{"id": 1}], "annotations": annotations}
-    with contextlib.redirect_stdout(io.StringIO()):  # it reports to the screen
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
         truth.createIndex()
         found.createIndex()
-        judge = COCOeval(truth, found, "segm")
-        judge.params.maxDets = [MAX_MASKS]
-        judge.params.areaRng, judge.params.areaRngLbl = [[0, 1e10]], ["all"]
-        judge.evaluate()
-        judge.accumulate()
-    precision, recall = judge.eval["precision"][..., 0, 0, 0], judge.eval["recall"][:, 0, 0, 0]
+        evaluator = COCOeval(truth, found, "segm")
+        evaluator.params.maxDets = [MAX_MASKS]
+        evaluator.params.areaRng, evaluator.params.areaRngLbl = [[0, 1e10]], ["all"]
+        evaluator.evaluate()
+        evaluator.accumulate()
+    precision, recall = evaluator.eval["precision"][..., 0, 0, 0], evaluator.eval["recall"][:, 0, 0, 0]
     means = {"ap": precision.mean(), "ap/50": precision[0].mean(), "recall": recall.mean()}
-    return {name: round(float(value), 9) for name, value in means.items()}  # COCOeval divides by a hair too much
+    return {name: round(float(value), 9) for name, value in means.items()}  # COCOeval adds a tiny number to a divisor
 
 
 def _records(masks: Tensor) -> Records:
-    """masks: [N, h, w] bool, the surest first; nothing is known of how sure they are but their order."""
+    """Return records of masks, [N, h, w] bool, most confident first; `predicted_iou` only encodes that order."""
     records = []
     for number, mask in enumerate(masks.cpu().numpy()):
         runs = coco.encode(np.asfortranarray(mask, np.uint8))
@@ -166,7 +166,7 @@ def _records(masks: Tensor) -> Records:
 
 
 def _iou(first: Records, second: Records) -> np.ndarray:
-    """[first, second]."""
+    """Return the IoU of each pair of masks: [first, second]."""
     masks = [[record["segmentation"] for record in records] for records in (first, second)]
     return np.asarray(coco.iou(*masks, [0] * len(second))).reshape(len(first), len(second))
 
@@ -176,7 +176,7 @@ def judge_everything(
     *, student: Sam | OtherModel, teacher: LiveTeacher, source: DataSource, split: Split, protocol: Everything,
     hardware: Hardware, batch_size: int, run_dir: Path,
 ) -> dict[str, Any]:  # fmt: skip
-    """Writes metrics.json, prompts.csv with a row for each of the teacher's masks, and pictures/."""
+    """Compare `student` and `teacher`; write metrics.json, prompts.csv with a row per teacher mask, and pictures/."""
     started, total = time.perf_counter(), source.count(source.eval_items(split))
     for model in (student, teacher.sam):
         if isinstance(model, Sam):

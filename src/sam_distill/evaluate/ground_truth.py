@@ -1,8 +1,8 @@
-"""Ground truth: how close do masks come to the dataset's own annotations, and what would the teacher have scored?
+"""Ground truth protocol: IoU of the masks of student and teacher with the dataset's own annotations.
 
-Clicks follow SAM's own evaluation (Kirillov et al., 2023, section 7.1 and appendix D.1): the first one at the point of
-the mask that is farthest from its border, each further one likewise in the largest error. The earlier mask is not fed
-back, so that models without such an input can be judged alike.
+Clicks follow SAM's own evaluation (Kirillov et al., 2023, section 7.1 and appendix D.1): the first click is the pixel
+of the mask farthest from its border, each further click the farthest in the missed or the surplus area, whichever is
+deeper. The earlier mask is not fed back, so that models without such an input can be evaluated in the same way.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,7 +26,7 @@ from sam_distill.types import ABSENT, BACKGROUND, FOREGROUND, upload
 
 @dataclass
 class GroundTruth(Protocol):
-    """So many annotations per image, drawn by (seed, image key), are asked for by clicks and by boxes."""
+    """Protocol with clicks and boxes. annotations: number per image (None: all), drawn by (seed, image key)."""
 
     reference = "annotation"
     annotations: Annotated[int, Field(gt=0)] | None = 8
@@ -80,15 +80,15 @@ class GroundTruth(Protocol):
 
 
 def _corrected(student: View, target: Target, answers: MaskOf) -> Target:
-    """With one more click for every prompt, unless its mask is right to the last pixel."""
+    """Return the target with one more click per prompt, except where the student's mask has no wrong pixel."""
     valid, device = target.prompts.valid.cpu(), target.prompts.points.device
     points, labels = torch.zeros(*valid.shape, 2), torch.full(valid.shape, ABSENT)
     for i, (_, original_size) in enumerate(student.sizes):
         asked = valid[i].nonzero().flatten().tolist()
         if not asked:
             continue
-        right, answer = (torch.stack([masks(i, p) for p in asked]) for masks in (target.masks, answers))
-        errors = torch.stack([right & ~answer, answer & ~right], dim=1).cpu().numpy()  # the image's, in one go
+        truth, answer = (torch.stack([masks(i, p) for p in asked]) for masks in (target.masks, answers))
+        errors = torch.stack([truth & ~answer, answer & ~truth], dim=1).cpu().numpy()  # one transfer per image
         for p, (missing, surplus) in zip(asked, errors, strict=True):
             missed, too_much = _deepest(missing), _deepest(surplus)
             depth, place = max(missed, too_much)
@@ -100,7 +100,7 @@ def _corrected(student: View, target: Target, answers: MaskOf) -> Target:
 
 
 def _deepest(mask: np.ndarray) -> tuple[float, tuple[float, float]]:
-    """The point (x, y) of [H, W] that is farthest from the outside of the mask, and how far that is."""
+    """Return (distance, (x, y)) of the pixel of `mask`, [H, W], that is farthest from its outside; 0 if it is empty."""
     depth = distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1]
     y, x = np.unravel_index(depth.argmax(), depth.shape)
     return float(depth[y, x]), (float(x), float(y))

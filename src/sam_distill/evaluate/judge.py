@@ -1,4 +1,4 @@
-"""A protocol's comparisons summed up over batches, with a row per prompt and a few pictures: validation, `evaluate`."""
+"""Scores of a protocol over all batches, with a row per prompt and a few pictures: for validation and `evaluate`."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -21,12 +21,12 @@ from sam_distill.teachers import check_finite
 from sam_distill.types import GRID, Batch, valid_area
 
 BLIND = "an encoder that answers every image with the teacher's mean embedding of the others"
-PICTURES = 8  # rows drawn per judgement: one prompt per image, of one kind and another in turn
+PICTURES = 8  # rows to draw: one prompt per image, the kinds of prompts in turn
 
 
 @dataclass(frozen=True)
 class Picture:
-    """An outcome that is drawn. image: of the original size, and so are the masks, [H, W] bool."""
+    """Outcome to draw. image: at original size; reference, student: masks at that size, [H, W] bool."""
 
     image: Image.Image
     comparison: Comparison
@@ -34,7 +34,7 @@ class Picture:
     student: np.ndarray
 
 
-Answer = tuple[Batch, Tensor, list[Target]]  # the teacher's embedding and the right masks
+Answer = tuple[Batch, Tensor, list[Target]]  # a batch, the teacher's embedding, the prompts and reference masks
 
 
 def _of_all_ranks(rows: list[Comparison]) -> list[Comparison]:
@@ -46,12 +46,12 @@ def _of_all_ranks(rows: list[Comparison]) -> list[Comparison]:
 
 
 class Judge(nn.Module):
-    """Compares students with the answers of one teacher."""
+    """Module that compares a student's masks with the reference masks, batch by batch, and computes the scores."""
 
     def __init__(self, protocol: Protocol) -> None:
         super().__init__()
         self.protocol = protocol
-        # Without their look for NaN, for which a GPU would have to be waited for.
+        # Without torchmetrics' check for NaN, which would have to wait for the GPU.
         mean = partial(MeanMetric, nan_strategy="disable")
         self.miou = nn.ModuleDict({kind: MeanIoU() for kind in protocol.kinds})
         self.empty = nn.ModuleDict({kind: mean() for kind in protocol.kinds})
@@ -61,14 +61,14 @@ class Judge(nn.Module):
     def reset(self) -> None:
         self.comparisons: list[Comparison] = []
         self.pictures: list[Picture] = []
-        self._wanted: dict[str, str] = {}  # image -> the kind of prompt to draw
+        self._wanted: dict[str, str] = {}  # image -> the kind of prompt to draw; empty once it is drawn
         for metric in self.modules():
             if isinstance(metric, Metric):
                 metric.reset()
 
     @torch.no_grad()
     def update(self, student: View, teacher_embedding: Tensor, targets: list[Target]) -> None:
-        """teacher_embedding: [B, 256, 64, 64]; targets: the right answers, from `protocol.ask`."""
+        """Add a batch. teacher_embedding: [B, 256, 64, 64]; targets: prompts and reference masks of `protocol.ask`."""
         batch = student.batch
         if student.embedding is not None:
             check_finite(batch.keys, student=student.embedding, teacher=teacher_embedding)
@@ -87,10 +87,10 @@ class Judge(nn.Module):
             self._draw(outcome, student)
 
     def compute(self) -> dict[str, float]:
-        """Flat metrics by their names in metrics.json, over all ranks; `comparisons` then has all ranks' rows, too.
+        """Return flat metrics by their names in metrics.json, over all ranks; `comparisons` then has all ranks' rows.
 
-        empty/KIND: the share of the prompts/KIND to which the student's mask is empty. A kind without a prompt that
-        counts has no scores.
+        empty/KIND: the share of the prompts/KIND for which the student's mask is empty. A prompt counts if its
+        reference mask is not empty; a kind without a prompt that counts has no scores.
         """
         scores = {kind: metric.compute() for kind, metric in self.miou.items()}  # type: ignore[operator]
         counted = {kind: score for kind, score in scores.items() if score["prompts"] > 0}
@@ -105,7 +105,7 @@ class Judge(nn.Module):
         return result
 
     def intervals(self) -> dict[str, float]:
-        """After `compute`: the middle 95% of each mIoU over images drawn anew, `miou/KIND/low` and `miou/KIND/high`."""
+        """Return, after `compute`, the 95% bootstrap interval of each mIoU over images, `miou/KIND/low` and `/high`."""
         bounds: dict[str, float] = {}
         for kind in self.protocol.kinds:
             rows = [row for row in self.comparisons if row.kind == kind]
@@ -120,7 +120,7 @@ class Judge(nn.Module):
             self._wanted[row.image] = self.protocol.kinds[len(self._wanted) % len(self.protocol.kinds)]
         if self._wanted.get(row.image) != row.kind:
             return
-        self._wanted[row.image] = ""  # done
+        self._wanted[row.image] = ""  # drawn
         i = batch.keys.index(row.image)
         (height, width), original_size = student.sizes[i]
         frame = batch.images[i, :, :height, :width].permute(1, 2, 0).cpu().numpy()
@@ -129,7 +129,7 @@ class Judge(nn.Module):
         self.pictures.append(Picture(original, row, reference, answer))
 
     def sheet(self) -> Image.Image:
-        """Each of the pictures as a row: the image with its prompt, the right mask, the student's."""
+        """Return the pictures as rows: the image with its prompt, the reference mask, the student's mask."""
         rows = []
         for picture in self.pictures:
             row = picture.comparison
@@ -141,10 +141,10 @@ class Judge(nn.Module):
 
 
 def blind(judge: Judge, teacher: Sam, answers: Iterable[Answer], total: Tensor, images: int) -> dict[str, float]:
-    """What an encoder scores that never looks: it answers each image with the teacher's mean embedding of the others.
+    """Return the mIoU of an encoder that never looks: each image gets the teacher's mean embedding of the others.
 
-    Large masks forgive a lot, so a student has learned something only as far as it beats this. A single image has no
-    others, and gets no score. total: the sum of all embeddings, [256, 64, 64]; images: how many (over all ranks).
+    Large masks give a high IoU even so: a student has learned something only if it scores higher. A single image has
+    no others and gets no score. total: sum of all embeddings, [256, 64, 64]; images: their number (over all ranks).
     """
     if images < 2:
         return {}

@@ -1,7 +1,7 @@
-"""Point pairs: one point on the thing, one beside it, at growing distances (paper, Table 7).
+"""Point pairs protocol: a foreground point and a background point, at growing distances (paper, Table 7).
 
-The paper leaves open how points are chosen, in which pixels distances are counted, and whether the second point may
-lie on the thing as well. Ours are options; the defaults are the plainest reading.
+The paper does not say how points are chosen, in which pixels distances are measured, and whether the second point may
+lie on the object as well. These are options here; the defaults are the simplest reading.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from sam_distill.types import ABSENT, BACKGROUND, FOREGROUND, upload
 
 @dataclass
 class PointPairs(Protocol):
-    """The foreground point is uniform over the image; the background point lies in a random direction."""
+    """Protocol with a foreground point, uniform over the image, and a background point in a random direction."""
 
     distances: Annotated[Sequence[Annotated[int, Field(gt=0)]], Field(min_length=1)] = (100, 200, 300, 400, 500)
     pairs: Annotated[int, Field(gt=0)] = 1
@@ -50,8 +50,8 @@ class PointPairs(Protocol):
             others = points_at(draw, points, batch.sizes, wanted, wanted)
             fits = ((others - points).norm(dim=-1, keepdim=True) - wanted).abs()[..., 0] < 2
             if self.outside:
-                of_the_first = teacher.low_res(point_prompts(points.unsqueeze(2))) > 0
-                fits &= ~at_points(of_the_first, others)
+                first_masks = teacher.low_res(point_prompts(points.unsqueeze(2))) > 0
+                fits &= ~at_points(first_masks, others)
             signs = upload([FOREGROUND, BACKGROUND], points.device).expand(*points.shape[:2], 2)
             labels = signs.masked_fill(~fits[..., None], ABSENT)
             prompts = point_prompts(torch.stack([points, others], 2), labels)

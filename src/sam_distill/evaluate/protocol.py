@@ -1,4 +1,4 @@
-"""What every way to judge a student by prompts shares: the same prompts for both models, their masks compared."""
+"""Base of the protocols with prompts: both models get the same prompts, and their masks are compared."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +19,7 @@ from sam_distill.types import BACKGROUND, Batch, Prompts
 
 @dataclass(frozen=True)
 class Target:
-    """Prompts of one kind, and the masks that are right for them."""
+    """Prompts of one kind and their reference masks."""
 
     kind: str
     prompts: Prompts
@@ -28,9 +28,10 @@ class Target:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One prompt's outcome. `iou` is NaN if the right mask is empty. Points and areas are in original pixels.
+    """Result of one prompt. `iou` is NaN if the reference mask is empty. Points and areas are in original pixels.
 
-    prompt: x and y of each of its points, and SAM's label of each; a box is its two corners.
+    prompt: x and y of each of its points; labels: SAM's label of each; a box is its two corners.
+    teacher_area: of the reference mask, also where that is an annotation.
     """
 
     image: str
@@ -44,7 +45,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A comparison, and what makes its masks, [H, W] bool, once more for those who want to draw it."""
+    """Comparison, with functions that compute its two masks again for drawing: [H, W] bool."""
 
     comparison: Comparison
     teacher: Callable[[], Tensor]
@@ -52,12 +53,12 @@ class Outcome:
 
 
 class Protocol(ABC):
-    """How a student is judged.
+    """Way to evaluate a student by prompts.
 
-    kinds: of prompts, each with a score of its own, `miou/KIND`.
-    reference: whose masks count as right: the teacher's, or the annotations', by which the teacher is judged as well.
-    token: which of the decoder's masks counts, for both sides; see `SamView`.
-    seed: of the points, together with the image's key.
+    kinds: the kinds of prompts, each with a score of its own, `miou/KIND`.
+    reference: source of the reference masks: `teacher`, or `annotation`, where the teacher is evaluated as well.
+    token: which of the decoder's masks counts, for student and teacher; see `SamView`.
+    seed: of all random draws, together with the image's key.
     """
 
     kinds: Sequence[str]
@@ -67,7 +68,7 @@ class Protocol(ABC):
 
     @property
     def description(self) -> dict[str, str | int]:
-        """What must be known to compare two numbers."""
+        """Return the settings that must be equal for two scores to be comparable."""
         return {"token": self.token, "averaging": "per prompt", "prompt_seed": self.seed}
 
     def see(self, sam: Sam, embedding: Tensor, batch: Batch) -> SamView:
@@ -75,21 +76,21 @@ class Protocol(ABC):
 
     @abstractmethod
     def ask(self, teacher: SamView) -> list[Target]:
-        """Draw the prompts for the images that the teacher sees, and take down the right answers."""
+        """Draw prompts for the images of the teacher's view, and return them with their reference masks."""
 
     def compare(self, student: View, target: Target) -> Iterator[Outcome]:
-        """The student's answers to the same prompts, compared at each image's original size."""
+        """Yield, for each prompt, the comparison of student mask and reference mask, at the image's original size."""
         yield from outcomes(student, target, student.masks(target.prompts))
 
 
 def outcomes(student: View, target: Target, answers: MaskOf) -> Iterator[Outcome]:
-    """answers: the student's. All pixels are counted before the first number is looked at, so a GPU is seldom idle."""
+    """Yield an outcome per prompt. answers: the student's masks. Counts are copied together: a GPU is seldom idle."""
     prompts = replace(target.prompts, masks=None).to("cpu")
     points, labels, places = prompts.points, prompts.labels, prompts.valid.nonzero().tolist()
     if not places:
         return
     counted = torch.stack([overlap(answers(i, p), target.masks(i, p)) for i, p in places]).cpu()
-    for (i, p), iou, (area, right_area, _) in zip(places, iou_of(counted).tolist(), counted.tolist(), strict=True):
+    for (i, p), iou, (area, target_area, _) in zip(places, iou_of(counted).tolist(), counted.tolist(), strict=True):
         (_, width), (_, original_width) = student.sizes[i]
         scale, real = original_width / width, labels[i, p] >= BACKGROUND
         comparison = Comparison(
@@ -98,22 +99,22 @@ def outcomes(student: View, target: Target, answers: MaskOf) -> Iterator[Outcome
             prompt=tuple(round(value * scale, 1) for value in points[i, p][real].flatten().tolist()),
             labels=tuple(labels[i, p][real].tolist()),
             iou=iou,
-            teacher_area=right_area,
+            teacher_area=target_area,
             student_area=area,
         )
         yield Outcome(comparison, partial(target.masks, i, p), partial(answers, i, p))
 
 
-COLUMNS = list(Comparison.__dataclass_fields__)  # of prompts.csv
+COLUMNS = list(Comparison.__dataclass_fields__)  # the columns of prompts.csv
 
 
 def write_prompts(path: Path, comparisons: Sequence[Comparison]) -> None:
-    """A row per prompt: image, kind, prompt (original pixels), SAM's labels, IoU, areas (original pixels)."""
+    """Write a row per prompt: image, kind, prompt (original pixels), SAM's labels, IoU, areas (original pixels)."""
     write_csv(path, COLUMNS, prompt_rows(comparisons))
 
 
 def prompt_rows(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
-    """By COLUMNS; prompt and labels as text."""
+    """Return a dict per comparison, with the keys COLUMNS; prompt and labels as text, numbers separated by spaces."""
     rows = [asdict(comparison) for comparison in comparisons]
     for row in rows:
         row |= {key: " ".join(f"{value:g}" for value in row[key]) for key in ("prompt", "labels")}

@@ -1,4 +1,4 @@
-"""Who is judged: a model that looks at a batch of images, and can then be asked for masks."""
+"""Views: a batch of images as seen by one model, which returns a mask for each prompt."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -18,40 +18,41 @@ MaskOf = Callable[[int, int], Tensor]  # (image, prompt) -> [H, W] bool, at the 
 
 
 class View(ABC):
-    """embedding: [B, 256, 64, 64], or None of a model that has none to compare."""
+    """Batch of images, seen by one model. embedding: [B, 256, 64, 64]; None if the model has none to compare."""
 
     batch: Batch
     embedding: Tensor | None
 
     @cached_property
     def sizes(self) -> list[tuple[Size, Size]]:
-        """Of each image: (h, w) within the frame, and the original's (H, W)."""
+        """Return for each image its size (h, w) within the frame and its original size (H, W)."""
         both = torch.cat([self.batch.sizes, self.batch.original_sizes], dim=1).tolist()
         return [((h, w), (height, width)) for h, w, height, width in both]
 
     @abstractmethod
     def masks(self, prompts: Prompts) -> MaskOf:
-        """One mask for each prompt."""
+        """Return a function that computes the mask of a prompt, one mask per prompt."""
 
 
 class OtherModel(ABC):
-    """A model that is judged, but is no SAM. description: its size and options, for metrics.json."""
+    """Model that is evaluated but is no SAM. description: its size and options, for metrics.json."""
 
     description: dict[str, Any]
 
     @abstractmethod
     def see(self, batch: Batch) -> View:
-        """Look at these images."""
+        """Return the model's view of the batch."""
 
     @abstractmethod
     def everything(self, image: Tensor) -> Tensor:
-        """image: [3, h, w] uint8 RGB, its long side 1024 -> [N, h, w] bool, the surest first; N may be 0."""
+        """Return all masks: [3, h, w] uint8 RGB, long side 1024 -> [N, h, w] bool, most confident first; N may be 0."""
 
 
 @dataclass(eq=False)
 class SamView(View):
-    """A SAM's. token: which of the decoder's masks counts: `single` = token 0; `best` = of tokens 1-3 the one with the
-    highest predicted IoU.
+    """View by a SAM.
+
+    token: which of the decoder's masks counts: `single` = token 0; `best` = the highest predicted IoU of tokens 1-3.
     """
 
     sam: Sam
@@ -61,7 +62,7 @@ class SamView(View):
 
     @torch.no_grad()
     def low_res(self, prompts: Prompts) -> Tensor:
-        """[B, P, 256, 256] logits, in float32 whatever precision training uses: all are judged alike."""
+        """Return logits [B, P, 256, 256], decoded in float32 whatever precision training uses, to be comparable."""
         with torch.autocast(self.embedding.device.type, enabled=False):
             masks = self.sam.decode(self.embedding.float(), prompts, MULTI if self.token == "best" else SINGLE)
         if self.token == "single":
@@ -72,6 +73,6 @@ class SamView(View):
         return self.upscaled(self.low_res(prompts))
 
     def upscaled(self, low_res: Tensor) -> MaskOf:
-        """low_res: as above."""
+        """Return a function that computes a mask at original size from the logits `low_res`, [B, P, 256, 256]."""
         sizes = self.sizes
         return lambda image, prompt: upscale_masks(low_res[image, prompt], *sizes[image]) > 0

@@ -1,4 +1,4 @@
-"""An export in its runtime against PyTorch, by values: the same photographs, the same prompts."""
+"""Comparison of an export in its runtime with the PyTorch model, on the same photographs and prompts."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -15,16 +15,18 @@ from sam_distill.images import upscale_masks
 from sam_distill.models.sam import Sam
 from sam_distill.types import ALL, BACKGROUND, BOX_BOTTOM_RIGHT, BOX_TOP_LEFT, FOREGROUND, Sample
 
-LEAST_IOU = {None: 0.999, "fp16": 0.995, "int8": 0.97}  # by `quantize`
+LEAST_IOU = {None: 0.999, "fp16": 0.995, "int8": 0.97}  # of mean mask IoU and of cosine, by `quantize`
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How near an export comes to PyTorch over `images` photographs and `prompts` prompts.
+    """Agreement of an export with PyTorch over `images` photographs and `prompts` prompts.
 
-    embedding: the largest difference. cosine: the least, of the embeddings. mask_iou: mean and worst, of the masks that
-    an app would take, at the picture's own size. predicted_iou: the largest difference.
-    Seconds are medians for one picture and one prompt.
+    embedding: largest absolute difference of the embeddings.
+    cosine: lowest cosine similarity of the two embeddings of a photograph.
+    mask_iou, worst_mask_iou: mean and lowest IoU of the masks that an app would choose, at the picture's own size.
+    predicted_iou: largest absolute difference of the predicted IoUs.
+    encoder_seconds, decoder_seconds, pytorch_encoder_seconds, pytorch_decoder_seconds: medians, per picture or prompt.
     """
 
     images: int
@@ -40,7 +42,7 @@ class Agreement:
     pytorch_decoder_seconds: float
 
     def good(self, least_iou: float) -> bool:
-        return self.mask_iou >= least_iou and self.cosine >= least_iou  # not if one is NaN
+        return self.mask_iou >= least_iou and self.cosine >= least_iou  # False if one is NaN
 
     def as_json(self) -> dict[str, float]:
         return {name: float(f"{value:.6g}") for name, value in asdict(self).items()}
@@ -48,15 +50,15 @@ class Agreement:
 
 @torch.no_grad()
 def compare(sam: Sam, runner: Runner, samples: Sequence[Sample]) -> Agreement:
-    """Both from the picture to the mask: `runner` decodes what it has encoded itself."""
-    embeddings, cosines, ious, estimates = [], [], [], []
+    """Compare the two from the picture to the mask: each decodes the embedding that it computed itself."""
+    embeddings, cosines, ious, iou_errors = [], [], [], []
     seconds: list[list[float]] = [[], [], [], []]
 
     def timed(which: int, run: Callable[..., Any], *arguments: Any) -> Any:
         started = perf_counter()
-        answer = run(*arguments)
+        result = run(*arguments)
         seconds[which].append(perf_counter() - started)
-        return answer
+        return result
 
     for sample in samples:
         expected = timed(2, sam.encode, *in_frame(sample))
@@ -64,18 +66,18 @@ def compare(sam: Sam, runner: Runner, samples: Sequence[Sample]) -> Agreement:
         embeddings.append(float((found - expected).abs().max()))
         cosines.append(float(F.cosine_similarity(found.flatten().double(), expected.flatten().double(), dim=0)))
         for prompt in prompts(sam, expected, sample):
-            right = timed(3, sam.decode, expected, prompt.as_sam_has_it(), ALL)
+            reference = timed(3, sam.decode, expected, prompt.as_sam_has_it(), ALL)
             low_res, iou = timed(1, runner.decode, found.numpy(), prompt)
-            best = 1 + int(right.iou[0, 0, 1:].argmax()) if prompt.ambiguous else 0
-            ious.append(_iou(torch.from_numpy(low_res[best]), right.low_res[0, 0, best], sample))
-            estimates.append(float(np.abs(iou - right.iou[0, 0].numpy()).max()))
-    agreement = np.max(embeddings), np.min(cosines), np.mean(ious), np.min(ious), np.max(estimates)  # keep NaN
+            best = 1 + int(reference.iou[0, 0, 1:].argmax()) if prompt.ambiguous else 0
+            ious.append(_iou(torch.from_numpy(low_res[best]), reference.low_res[0, 0, best], sample))
+            iou_errors.append(float(np.abs(iou - reference.iou[0, 0].numpy()).max()))
+    agreement = np.max(embeddings), np.min(cosines), np.mean(ious), np.min(ious), np.max(iou_errors)  # NaN stays NaN
     medians = [np.median(times) for times in seconds]
     return Agreement(len(samples), len(ious), *map(float, [*agreement, *medians]))
 
 
 def prompts(sam: Sam, embedding: Tensor, sample: Sample) -> Iterator[Prompt]:
-    """Two clicks, a click with one beside the thing, a box, and three clicks that go on from a mask."""
+    """Yield two single clicks, a click with a background click, a box, and three clicks with the box's mask."""
     height, width = sample.image.shape[-2:]
     low, middle, high = torch.tensor([[0.25], [0.5], [0.75]]) * torch.tensor([width, height])
     yield Prompt(middle[None], torch.tensor([FOREGROUND]))
@@ -87,9 +89,9 @@ def prompts(sam: Sam, embedding: Tensor, sample: Sample) -> Iterator[Prompt]:
     yield Prompt(torch.stack([low, middle, high]), torch.tensor([FOREGROUND, BACKGROUND, FOREGROUND]), earlier)
 
 
-def _iou(logits: Tensor, right: Tensor, sample: Sample) -> float:
-    """Of two low-res masks at the picture's own size; 1 if both are empty."""
+def _iou(logits: Tensor, reference: Tensor, sample: Sample) -> float:
+    """Return the IoU of two low-res masks, upscaled to the picture's own size; 1 if both are empty."""
     height, width = sample.image.shape[-2:]
-    a, b = (upscale_masks(x, (height, width), sample.original_size) > 0 for x in (logits, right))
+    a, b = (upscale_masks(x, (height, width), sample.original_size) > 0 for x in (logits, reference))
     union = (a | b).sum()
     return float((a & b).sum() / union) if union else 1.0

@@ -1,4 +1,4 @@
-"""What every exported graph takes and gives, as code checks it and as contract.json tells it to an app."""
+"""Inputs and outputs of every exported graph, for the checks in code and, as contract.json, for apps."""
 
 import json
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ EMBEDDINGS, IOUS, LOW_RES_MASKS = "image_embeddings", "iou_predictions", "low_re
 
 @dataclass(frozen=True)
 class Settings:
-    """What was chosen for an export; the head of its contract.json. points: that a prompt can have."""
+    """Settings of an export, the first entries of its contract.json. points: the most that a prompt can have."""
 
     format: str
     quantize: Quantize | None
@@ -32,21 +32,21 @@ class Settings:
 
     @classmethod
     def read(cls, file: Path) -> tuple["Settings", dict[str, Any]]:
-        """Those of an export, and all that its contract.json says."""
+        """Return the settings in a contract.json, and its whole content."""
         content = json.loads(file.read_text())
         return cls(**{field.name: content[field.name] for field in fields(cls)}), content
 
 
 def contracts(folder: Path) -> list[Path]:
-    """The contract.json of an export, or of each export in a folder of several."""
+    """Return the path of the contract.json of an export, or of each export in a folder of several."""
     return sorted({*folder.glob(CONTRACT), *folder.glob(f"*/{CONTRACT}")})
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One tensor of a graph. A side with a name instead of a number is free.
+    """Input or output tensor of a graph. A dimension with a name instead of a number is dynamic.
 
-    example: a size for each free side, nobody's special case, to trace the graph with.
+    example: the shape to trace the graph with if a dimension is dynamic; no size in it may be a special case.
     """
 
     name: str
@@ -101,5 +101,5 @@ UPSCALING = (
 
 
 def graph_as_json(file: str, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> dict[str, Any]:
-    """Tensors in the order in which the graph takes and gives them."""
+    """Return a graph's part of contract.json; the tensors are in the order of the graph's inputs and outputs."""
     return {"file": file, "inputs": [t.as_json() for t in inputs], "outputs": [t.as_json() for t in outputs]}

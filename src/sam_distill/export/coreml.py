@@ -1,6 +1,6 @@
-"""Core ML (.mlpackage), for Apple's devices: converted by coremltools. Only a Mac could run it.
+"""format=coreml: Core ML files (.mlpackage) for Apple's devices, converted by coremltools. Only a Mac can run them.
 
-So the program is checked: its inputs and outputs are the contract's, and no tensor has more than five dimensions.
+The files are checked without running them: inputs and outputs are the contract's, no tensor has over five dimensions.
 """
 
 import logging
@@ -24,19 +24,22 @@ from sam_distill.types import UserError
 logging.getLogger("coremltools").setLevel(logging.ERROR)
 
 ENCODER, DECODER = "encoder.mlpackage", "decoder.mlpackage"
-OLDEST = ct.target.iOS17  # and macOS 14
+OLDEST = ct.target.iOS17  # oldest systems that can run the files: iOS 17 and macOS 14
 MOST_DIMENSIONS = 5
 INT8 = OptimizationConfig(op_type_configs={"linear": OpLinearQuantizerConfig(mode="linear_symmetric", dtype="int8")})
 
 
 @register_torch_op(override=True)
 def alias(context: Any, node: Any) -> None:
-    """A tensor under another name, as torch.export writes it: coremltools 9 does not know that one."""
+    """Convert torch.export's `alias`, a tensor under another name, to no operation: coremltools 9 does not know it."""
     noop(context, node)
 
 
 def write(sam: Sam, folder: Path, settings: Settings) -> dict[str, Any]:
-    """Write encoder.mlpackage and decoder.mlpackage. fp16: weights and arithmetic; int8: weights of linear layers."""
+    """Write encoder.mlpackage and decoder.mlpackage; return the graphs' parts of contract.json.
+
+    fp16: weights and arithmetic in 16 bits. int8: in addition, the weights of the encoder's linear layers in 8 bits.
+    """
     sam, quantize = prepared(sam), settings.quantize
     return {
         "encoder": _write_graph(Encoder(sam, settings.normalize), folder / ENCODER, quantize),
@@ -48,7 +51,7 @@ def write(sam: Sam, folder: Path, settings: Settings) -> dict[str, Any]:
 def _write_graph(graph: Any, path: Path, quantize: Quantize | None) -> dict[str, Any]:
     inputs = tuple(tensor.zeros() for tensor in graph.inputs)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the converter's own affairs
+        warnings.simplefilter("ignore")  # the converter's warnings about its own code
         program = torch.export.export(graph.eval(), inputs, strict=False).run_decompositions({})
         try:
             model = ct.convert(
@@ -69,7 +72,7 @@ def _write_graph(graph: Any, path: Path, quantize: Quantize | None) -> dict[str,
 
 
 def _check(spec: Any, graph: Any) -> None:
-    """What was written takes and gives the contract's tensors, and no tensor has more dimensions than Core ML can."""
+    """Raise UserError unless the file has the contract's inputs and outputs, and at most MOST_DIMENSIONS per tensor."""
     for found, expected in ((spec.description.input, graph.inputs), (spec.description.output, graph.outputs)):
         said = [(feature.name, tuple(feature.type.multiArrayType.shape)) for feature in found]
         types = {feature.type.multiArrayType.dataType for feature in found}

@@ -1,4 +1,4 @@
-"""ExecuTorch (.pte), for Android and iOS: PyTorch's own export, computed by XNNPACK, run by ExecuTorch's runtime."""
+"""format=executorch: .pte files for Android and iOS, from torch.export; ExecuTorch's runtime runs them with XNNPACK."""
 
 import logging
 import warnings
@@ -27,15 +27,15 @@ logging.getLogger("executorch").setLevel(logging.ERROR)
 
 ENCODER, DECODER = "encoder.pte", "decoder.pte"
 INT8 = Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int8, weight_granularity=PerAxis(0))
-# What stays in the graph although it depends on weights alone: positions, which are larger than their rule, and int8.
+# Operators not folded into constants: positions (`arange`), since the result is larger, and dequantising int8 weights.
 NOT_FOLDED = {torch.ops.aten.arange.default, torch.ops.torchao.dequantize_affine.default}
 
 
 def write(sam: Sam, folder: Path, settings: Settings) -> dict[str, Any]:
-    """Write encoder.pte and decoder.pte.
+    """Write encoder.pte and decoder.pte; return the graphs' parts of contract.json. Raise UserError for fp16.
 
-    int8: the encoder's linear layers, as each picture has their inputs, but those with more inputs than outputs: an
-    MLP's second makes half of the error.
+    int8: quantise the encoder's linear layers, weights once and inputs by each picture's range, except layers with more
+    inputs than outputs: an MLP's second layer causes half of the error.
     """
     if settings.quantize == "fp16":
         raise UserError("quantize=fp16 does not go with format=executorch, whose masks are wrong in it: take int8")
@@ -60,7 +60,7 @@ def open_runner(folder: Path, settings: Settings) -> Runner:
 def _write_graph(graph: Any, path: Path) -> dict[str, Any]:
     inputs = tuple(tensor.zeros() for tensor in graph.inputs)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's own affairs
+        warnings.simplefilter("ignore")  # the exporter's warnings about its own code
         program = torch.export.export(graph.eval(), inputs, strict=False)
         program = constant_prop_pass(program, NOT_FOLDED)  # XNNPACK takes linear layers of constant weights only
         lowered = to_edge_transform_and_lower(program, get_transform_passes(), [XnnpackPartitioner()])
@@ -74,6 +74,6 @@ def _open(path: Path) -> Run:
 
     def run(values: Sequence[np.ndarray]) -> list[np.ndarray]:
         outputs = method.execute([torch.from_numpy(value) for value in values])
-        return [output.clone().numpy() for output in outputs]  # the runtime uses its own memory again
+        return [output.clone().numpy() for output in outputs]  # the next call overwrites the memory
 
     return run

@@ -1,7 +1,7 @@
-"""What a model can be exported to for use without PyTorch. Each format is a module with two functions:
+"""Export formats for use without PyTorch. Each format is a module with two functions:
 
 write(sam, folder, settings) -> the graphs' parts of contract.json
-open_runner(folder, settings) -> a `runner.Runner` that runs what was written in its runtime, if it has one here
+open_runner(folder, settings) -> a `runner.Runner` for the written graphs; only if a runtime for them exists here
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,10 @@ from sam_distill.types import UserError
 
 @dataclass(frozen=True)
 class Format:
-    """extra: of pyproject.toml, and the packages that it brings. runtime: what an export is run in, if anything is."""
+    """Export format. extra: its extra in pyproject.toml. packages: those that the extra installs.
+
+    runtime: name of the runtime that runs the export here, or None.
+    """
 
     extra: str
     packages: tuple[str, ...]
@@ -31,7 +34,7 @@ FORMATS = {
 
 
 def load_format(name: str) -> Any:
-    """The module, if what it needs is installed."""
+    """Return the format's module; raise UserError if a package that it needs is not installed."""
     known = FORMATS[name]
     if missing := [package for package in known.packages if find_spec(package) is None]:
         raise UserError(f"format={name} needs {', '.join(missing)}: pip install 'sam-distill[{known.extra}]'")

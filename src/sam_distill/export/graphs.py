@@ -1,7 +1,7 @@
-"""The two static graphs that every runtime can take: an image encoder, and a prompt encoder with a mask decoder.
+"""The two static graphs that every runtime can run: an image encoder, and a prompt encoder with a mask decoder.
 
-No encoder has more than four dimensions that is a TinyViT or a convolutional one; the decoder ends with a view of five.
-BatchNorm is folded into the convolutions, and attention biases and a ViT's positions are made once.
+Tensors of a TinyViT or a convolutional encoder have four dimensions at most; the decoder ends with a view of five.
+BatchNorm is folded into the convolutions; attention biases and a ViT's position embedding are computed once, at export.
 """
 
 from typing import Any
@@ -19,11 +19,11 @@ from sam_distill.models.prompt_encoder import PromptEncoder
 from sam_distill.models.sam import PIXEL_MEAN, PIXEL_STD, Sam
 from sam_distill.types import ABSENT, ALL, BOX_BOTTOM_RIGHT, BOX_TOP_LEFT, NOT_A_POINT, Prompts
 
-NOTHING = 1000.0  # below every logit
+NOTHING = 1000.0  # more than any logit: subtracted for an unknown label
 
 
 class Encoder(nn.Module):
-    """The image encoder, normalising included or not."""
+    """Image encoder, with or without the normalisation of the image."""
 
     mean: Tensor
     std: Tensor
@@ -42,7 +42,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The prompt encoder and the mask decoder, for one prompt of up to `points` points."""
+    """Prompt encoder and mask decoder, for one prompt of up to `points` points."""
 
     def __init__(self, sam: Sam, points: int) -> None:
         super().__init__()
@@ -59,11 +59,11 @@ class Decoder(nn.Module):
         mask_input: Tensor,
         has_mask_input: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """low_res_masks [1, 4, 256, 256] and iou_predictions [1, 4]; all float32, the inputs as `contract` has them.
+        """Return low_res_masks [1, 4, 256, 256] and iou_predictions [1, 4]; all float32, inputs as in `contract`.
 
-        SAM ends points without a box with one NOT_A_POINT. That is done here, and the app's filling is left out of
-        attention, so that the answer is exactly SAM's for any number of points. A graph can't refuse a label that
-        SAM does not have, so it answers with nothing: empty masks and predicted IoUs far below 0.
+        SAM appends one NOT_A_POINT to points without a box. The graph does so itself, and keeps the app's padding
+        points out of attention, so that the result equals SAM's for any number of points. A graph can't raise an error
+        for a label that SAM does not know, so it returns empty masks and predicted IoUs far below 0.
         """
         present = point_labels - (point_labels == NOT_A_POINT).float() * (NOT_A_POINT - ABSENT)
         highest = point_labels.amax(dim=1, keepdim=True)
@@ -79,29 +79,29 @@ class Decoder(nn.Module):
 
 
 def dense_prompt(prompt_encoder: PromptEncoder, mask: Tensor, has_mask: Tensor) -> Tensor:
-    """[1, 1, 4096, 256]: of `mask`, [1, 1, 256, 256] logits, if `has_mask`, [1], is 1; of no mask if it is 0."""
+    """Return [1, 1, 4096, 256]: the embedding of `mask` [1, 1, 256, 256] if `has_mask` [1] is 1, of no mask if 0."""
     given = prompt_encoder.embed_masks(mask).unsqueeze(0)
     return has_mask * given + (1 - has_mask) * prompt_encoder.no_mask_embed.weight
 
 
 def prepared(sam: Sam) -> Sam:
-    """A copy of `sam` that computes the same in layers that exporters and runtimes like."""
+    """Return a float32 copy on the CPU that computes the same with layers that exporters and runtimes support."""
     sam = simplified(sam).cpu().float()
     layer: Any
     for layer in list(sam.image_encoder.modules()):
-        if isinstance(layer, VisionTransformerSAM):  # brings its positions in the size of its pictures
+        if isinstance(layer, VisionTransformerSAM):  # resize its position embedding to its image size
             vit: Any = layer
             grid = [sam.image_size // vit.patch_embed.patch_size[0]] * 2
             vit.pos_drop, vit.pos_embed = Positions(resample_abs_pos_embed_nhwc(vit.pos_embed, grid)), None
-        if hasattr(layer, "fused_attn"):  # as a kernel of its own, ONNX lacks it for SAM's ViT, and XNNPACK at all
+        if hasattr(layer, "fused_attn"):  # ONNX has no such kernel for SAM's ViT, and XNNPACK has none at all
             layer.fused_attn = False
     return sam
 
 
 class Positions(nn.Module):
-    """Adds what a ViT's patches get for their places, [1, h, w, C].
+    """Layer that adds a ViT's position embedding: [1, h, w, C], already resized.
 
-    timm's own code, once exported, resizes that in every run, which few runtimes can.
+    timm's own code, once exported, would resize it in every run, which few runtimes support.
     """
 
     positions: Tensor

@@ -1,4 +1,4 @@
-"""LiteRT (.tflite), for Android above all: converted by litert-torch, run by LiteRT's own interpreter."""
+"""format=litert: .tflite files, mainly for Android, converted by litert-torch and run by LiteRT's own interpreter."""
 
 import logging
 import os
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before LiteRT is imported: it tells every pass
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # set before LiteRT is imported, which logs every pass otherwise
 
 import litert_torch
 from ai_edge_litert.interpreter import Interpreter
@@ -52,7 +52,7 @@ def _write_graph(graph: Any, path: Path, quantize: str | None) -> dict[str, Any]
 
 
 def _quantized(content: bytes, quantize: str) -> bytes:
-    """fp16: all weights. int8: those of linear layers, activations as each picture has them; the others fp16."""
+    """Quantise weights: convolutions to fp16, linear layers to `quantize`; int8 activations by each picture's range."""
     quantizer = Quantizer(content)
     halved = CONVOLUTIONS if quantize == "int8" else (*CONVOLUTIONS, LINEAR)
     for operation in halved:

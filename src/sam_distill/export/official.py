@@ -1,4 +1,4 @@
-"""Checkpoints that load where they are used: in MobileSAM's code, in SAM's, and in whatever reads safetensors."""
+"""Checkpoints for use elsewhere: in MobileSAM's code, in SAM's code, and in any code that reads safetensors."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from sam_distill.models.checkpoints import DESCRIPTION, describe, in_words, offi
 from sam_distill.models.sam import Sam
 from sam_distill.types import UserError
 
-# What the official `sam_model_registry` of each code builds under which name.
+# The encoders that the official `sam_model_registry` of MobileSAM and of SAM builds, by their names there.
 REGISTRIES: dict[str, dict[str, dict[str, Any]]] = {
     "mobile_sam": {"vit_t": {"class": "TinyViT", "size": "5m"}},
     "sam": {
@@ -22,13 +22,16 @@ REGISTRIES: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def official_names(sam: Sam) -> dict[str, str]:
-    """The code that builds this very architecture, and its name in that code's registry; empty if none does."""
+    """Return {layout: name in its registry} for each official code that builds this architecture; may be empty."""
     encoder = describe(sam)["encoder"]
     return {kind: name for kind, models in REGISTRIES.items() for name, spec in models.items() if spec == encoder}
 
 
 def save_official(sam: Sam, path: Path, layout: Literal["mobile_sam", "sam"]) -> str:
-    """Write a file that the official code loads strictly. Returns the name it has in that code's registry."""
+    """Write a file that the official code loads strictly; return the model's name in that code's registry.
+
+    Raise UserError if that code does not build this architecture.
+    """
     found = official_names(sam)
     if layout not in found:
         fits = f"format={next(iter(found))}" if found else "format=onnx or format=safetensors"
@@ -41,7 +44,7 @@ def save_official(sam: Sam, path: Path, layout: Literal["mobile_sam", "sam"]) ->
 
 
 def save_safetensors(sam: Sam, path: Path, half: bool = False) -> None:
-    """Write the official key names as safetensors; the metadata say how to build the model again. half: in float16."""
+    """Write safetensors with the official key names; the metadata say how to build the model. half: in float16."""
     state = official_state(sam)
     if half:
         state.update({key: value.half() for key, value in state.items() if value.is_floating_point()})

@@ -1,4 +1,4 @@
-"""ONNX files: any graph of ours written, quantised and opened in ONNX Runtime; and format=onnx itself."""
+"""format=onnx, and functions that write any graph as an ONNX file, quantise it, and open it in ONNX Runtime."""
 
 import logging
 import math
@@ -25,16 +25,16 @@ from sam_distill.models.sam import Sam
 from sam_distill.types import FRAME, Sample, UserError
 
 for exporter in ("onnx_ir", "onnxscript", "torch.onnx", "onnxruntime"):
-    logging.getLogger(exporter).setLevel(logging.ERROR)  # they tell every constant that they fold
+    logging.getLogger(exporter).setLevel(logging.ERROR)  # they log every constant that they fold
 
-OPSET = 18  # what PyTorch's exporter writes natively; ONNX Runtime reads it since 1.14
-LARGEST_FILE = 2**31 - 2**24  # bytes of weights that fit into one ONNX file beside its graph
+OPSET = 18  # PyTorch's exporter writes it natively; ONNX Runtime reads it since 1.14
+LARGEST_FILE = 2**31 - 2**24  # bytes of weights that fit into one ONNX file together with its graph
 ENCODER, DECODER = "encoder.onnx", "decoder.onnx"
 LEAST_VALUES = 1024  # a tensor with fewer is not worth halving
 
 
 def write(sam: Sam, folder: Path, settings: Settings) -> dict[str, Any]:
-    """Write encoder.onnx and decoder.onnx in segment-anything's layout; beyond 2 GB weights lie in a file beside."""
+    """Write encoder.onnx and decoder.onnx in segment-anything's layout; weights beyond 2 GB get a file of their own."""
     sam = prepared(sam)
     return {
         "encoder": write_graph(AnySizeEncoder(sam), folder / ENCODER, settings.quantize),
@@ -48,7 +48,7 @@ def open_runner(folder: Path, settings: Settings) -> Runner:
 
 @dataclass(frozen=True)
 class OnnxRunner:
-    """Runs files in segment-anything's layout."""
+    """Runner of files in segment-anything's layout."""
 
     encoder: InferenceSession
     decoder: InferenceSession
@@ -72,16 +72,17 @@ def encoder_input(sample: Sample) -> dict[str, np.ndarray]:
 
 
 def open_session(model: Path) -> InferenceSession:
-    """On the CPU, with as many threads as PyTorch."""
+    """Open an ONNX file on the CPU, with as many threads as PyTorch uses."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     return InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def write_graph(graph: Any, path: Path, quantize: Quantize | None = None) -> dict[str, Any]:
-    """Write a module that has `inputs` and `outputs` (`contract.TensorSpec`). Returns its part of contract.json.
+    """Write a module that has `inputs` and `outputs` (`contract.TensorSpec`); return its part of contract.json.
 
-    A decoder is no faster in int8, but loses a hundredth of its masks' IoU: it gets fp16.
+    A decoder gets fp16 in place of int8, in which it is no faster but loses a hundredth of its masks' IoU.
+    Raise UserError if a model to quantise is larger than 2 GB.
     """
     free = {side: Dim(str(side), max=FRAME if graph.inputs[0].dtype == "uint8" else None)
             for tensor in graph.inputs for side in tensor.shape if isinstance(side, str)}  # fmt: skip
@@ -90,7 +91,7 @@ def write_graph(graph: Any, path: Path, quantize: Quantize | None = None) -> dic
     if quantize and size > LARGEST_FILE:
         raise UserError(f"quantize={quantize} takes models of up to 2 GB")
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # the exporter's own affairs
+        warnings.simplefilter("ignore")  # the exporter's warnings about its own code
         torch.onnx.export(
             graph.eval(),
             tuple(tensor.zeros() for tensor in graph.inputs),
@@ -110,29 +111,29 @@ def write_graph(graph: Any, path: Path, quantize: Quantize | None = None) -> dic
 
 
 def quantize_file(path: Path, quantize: Quantize) -> None:
-    """fp16: all weights. int8: those of most linear layers, and fp16 for the others."""
+    """Quantise a file's weights. fp16: all in fp16. int8: those of most linear layers in int8, the others in fp16."""
     if quantize == "int8":
         _quantize_linear_layers(path)
     _halve_weights(path)
 
 
 def _gelu(x: Any, approximate: str = "none") -> Any:
-    """As ONNX Runtime recognises it, to run it as one operator: PyTorch's own x * (0.5 * (1 + erf)) it does not."""
+    """Write GELU so that ONNX Runtime runs it as one operator, unlike PyTorch's form x * (0.5 * (1 + erf))."""
     op: Any = opset18
     one, half, root = (op.CastLike(op.Constant(value_float=value), x) for value in (1.0, 0.5, math.sqrt(2)))
     return op.Mul(op.Mul(x, op.Add(op.Erf(op.Div(x, root)), one)), half)
 
 
 def _quantize_linear_layers(path: Path) -> None:
-    """Weights of linear layers in 8 bits, a scale per channel; activations by the range that each picture has.
+    """Quantise weights of linear layers to 8 bits, with a scale per channel; activations by each picture's range.
 
-    Not of layers with more inputs than outputs: an MLP's second makes most of the error.
+    Skip layers with more inputs than outputs: an MLP's second layer causes most of the error.
     """
     model = onnx.load(path)
     matrices = [tensor for tensor in model.graph.initializer if len(tensor.dims) == 2]
     narrow = {matrix.name for matrix in matrices if matrix.dims[0] <= matrix.dims[1]}  # no more inputs than outputs
     excluded = [node.name for node in model.graph.node if node.op_type == "MatMul" and node.input[1] not in narrow]
-    logging.disable(logging.WARNING)  # it tells of every tensor that it leaves alone
+    logging.disable(logging.WARNING)  # it logs every tensor that it leaves alone
     try:
         quantize_dynamic(
             model, path, op_types_to_quantize=["MatMul", "Gemm"], per_channel=True, weight_type=QuantType.QInt8,
@@ -143,7 +144,7 @@ def _quantize_linear_layers(path: Path) -> None:
 
 
 def _halve_weights(path: Path) -> None:
-    """Weights lie in the file in 16 bits; the runtime widens them when it loads it, and computes in 32."""
+    """Store weights in 16 bits; the runtime converts them to 32 bits at loading, and computes in 32 bits."""
     model = onnx.load(path)
     graph, casts = model.graph, []
     for tensor in graph.initializer:

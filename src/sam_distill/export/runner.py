@@ -1,4 +1,4 @@
-"""An export at work in its runtime: what the check and the benchmark call."""
+"""Runners: exports opened in their runtimes, with one interface for the check and the benchmark."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ from sam_distill.export.contract import Settings
 from sam_distill.models.sam import PIXEL_MEAN, PIXEL_STD, preprocess
 from sam_distill.types import BOX_TOP_LEFT, FRAME, LOW_RES, NOT_A_POINT, Prompts, Sample
 
-Run = Callable[[Sequence[np.ndarray]], Sequence[np.ndarray]]  # a graph: inputs and outputs in the contract's order
+Run = Callable[[Sequence[np.ndarray]], Sequence[np.ndarray]]  # runs a graph; arrays in the contract's order
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """points: [n, 2] (x, y) in frame pixels; labels: [n], SAM's 0 to 3; mask: [1, 256, 256] logits, or None."""
+    """Prompt. points: [n, 2] (x, y) in frame pixels; labels: [n], SAM's 0 to 3; mask: [1, 256, 256] logits or None."""
 
     points: Tensor
     labels: Tensor
@@ -29,24 +29,26 @@ class Prompt:
         return len(self.labels) == 1 and self.mask is None
 
     def as_sam_has_it(self) -> Prompts:
-        """Points without a box are closed by one that is none."""
-        closing = 0 if (self.labels >= BOX_TOP_LEFT).any() else 1
-        points = F.pad(self.points, (0, 0, 0, closing))[None, None]
-        labels = F.pad(self.labels, (0, closing), value=NOT_A_POINT)[None, None]
+        """Return the prompt as SAM's prompt encoder takes it: a NOT_A_POINT is appended to points without a box."""
+        padding = 0 if (self.labels >= BOX_TOP_LEFT).any() else 1
+        points = F.pad(self.points, (0, 0, 0, padding))[None, None]
+        labels = F.pad(self.labels, (0, padding), value=NOT_A_POINT)[None, None]
         return Prompts(points, labels, None if self.mask is None else self.mask[None, None])
 
 
 class Runner(Protocol):
+    """Exported model, opened in its runtime."""
+
     def encode(self, sample: Sample) -> np.ndarray:
-        """-> [1, 256, 64, 64]."""
+        """Return the embedding, [1, 256, 64, 64]."""
 
     def decode(self, embedding: np.ndarray, prompt: Prompt) -> tuple[np.ndarray, np.ndarray]:
-        """-> low-res logits [4, 256, 256] and predicted IoUs [4]."""
+        """Return low-res logits [4, 256, 256] and predicted IoUs [4]."""
 
 
 @dataclass(frozen=True)
 class ContractRunner:
-    """Runs the two graphs of `export.graphs`, in whatever runtime."""
+    """Runner of the two graphs of `export.graphs`, in any runtime."""
 
     encoder: Run
     decoder: Run
@@ -64,7 +66,7 @@ class ContractRunner:
 
 
 def contract_image(sample: Sample, settings: Settings) -> np.ndarray:
-    """The encoder's input, [1, 3, S, S] float32, with exactly what PyTorch's encoder sees."""
+    """Return the encoder graph's input, [1, 3, S, S] float32, with exactly the values that PyTorch's encoder gets."""
     image = preprocess(*in_frame(sample), settings.image_size)
     if settings.normalize == "inside":
         mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (PIXEL_MEAN, PIXEL_STD))
@@ -73,12 +75,12 @@ def contract_image(sample: Sample, settings: Settings) -> np.ndarray:
 
 
 def in_frame(sample: Sample) -> tuple[Tensor, Tensor]:
-    """[1, 3, 1024, 1024] uint8 and its valid size, [1, 2]."""
+    """Return the image padded to the frame, [1, 3, 1024, 1024] uint8, and its size (h, w) without padding, [1, 2]."""
     height, width = sample.image.shape[-2:]
     return F.pad(sample.image, (0, FRAME - width, 0, FRAME - height)).unsqueeze(0), torch.tensor([[height, width]])
 
 
 def mask_inputs(prompt: Prompt) -> list[np.ndarray]:
-    """mask_input and has_mask_input."""
+    """Return mask_input [1, 1, 256, 256] and has_mask_input [1], both float32."""
     mask = torch.zeros(1, LOW_RES, LOW_RES) if prompt.mask is None else prompt.mask
     return [mask.unsqueeze(0).numpy(), np.array([prompt.mask is not None], np.float32)]

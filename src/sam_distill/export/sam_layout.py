@@ -1,6 +1,6 @@
-"""The two graphs of format=onnx: segment-anything's own layout, with sizes and numbers of prompts left free.
+"""The two graphs of format=onnx: segment-anything's own layout, for images and prompts of any size and number.
 
-The decoder's tensors are named as in segment-anything's export, so that code written for that runs it.
+The decoder's tensors are named as in segment-anything's export, so that code written for that export can run it.
 """
 
 import torch
@@ -17,7 +17,7 @@ ENDING = "points without a box end with a point (0, 0) labelled -1"
 
 
 class Refusal(nn.Module):
-    """Ends a run of the graph if its input is wrong; else a tensor stays as it is."""
+    """Layer that makes the runtime fail if the graph's input is wrong, and otherwise returns a tensor unchanged."""
 
     nothing: Tensor
 
@@ -26,12 +26,12 @@ class Refusal(nn.Module):
         self.register_buffer("nothing", torch.zeros(1), persistent=False)
 
     def forward(self, x: Tensor, wrong: Tensor) -> Tensor:
-        """wrong: a bool. Then there is no such element of `nothing`, which is all a graph can say."""
+        """Return x, or fail if `wrong` (bool) is true: index 1 is out of range, a graph's only way to raise errors."""
         return x + self.nothing.index_select(0, wrong.long().reshape(1))
 
 
 class AnySizeEncoder(nn.Module):
-    """The image encoder with everything before it but the resize to the frame: an image that lacks it is an error."""
+    """Image encoder with all preprocessing but the resize to the frame: fails if the image's long side is not 1024."""
 
     reduce: Tensor
 
@@ -39,10 +39,10 @@ class AnySizeEncoder(nn.Module):
         super().__init__()
         self.refuse = Refusal()
         self.encoder = Encoder(sam, "outside")
-        # The reduction to S as products: runtimes read a resize with antialiasing each in its own way.
+        # The reduction to S is a matrix product, because runtimes differ in how they resize with antialiasing.
         unit = torch.eye(FRAME).view(1, 1, FRAME, FRAME)
         rows = F.interpolate(unit, size=(sam.image_size, FRAME), mode="bilinear", antialias=True)
-        self.register_buffer("reduce", rows[0], persistent=False)  # [1, S, 1024], which int8 leaves alone
+        self.register_buffer("reduce", rows[0], persistent=False)  # [1, S, 1024], not quantised by int8
         self.inputs = [TensorSpec("image", ("height", "width", 3), PICTURE, "uint8", (FRAME // 2, FRAME - 1, 3))]
         self.outputs = [EMBEDDING]
 
@@ -59,9 +59,9 @@ class AnySizeEncoder(nn.Module):
 
 
 class UpscalingDecoder(nn.Module):
-    """The prompt encoder, the mask decoder, and the way of its masks to the size of the original image.
+    """Prompt encoder and mask decoder, whose masks are up-sampled to the size of the original image.
 
-    A label that SAM does not know is an error.
+    It fails if a label is not one of SAM's.
     """
 
     def __init__(self, sam: Sam) -> None:
@@ -92,14 +92,14 @@ class UpscalingDecoder(nn.Module):
         has_mask_input: Tensor,
         orig_im_size: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """P prompts of N >= 1 points on one image; everything is float32.
+        """Decode P prompts of N >= 1 points each on one image; all tensors are float32.
 
         image_embeddings: [1, 256, 64, 64].
         point_coords: [P, N, 2], (x, y) in frame pixels; point_labels: [P, N], SAM's labels -1 to 3, see `types`.
         mask_input: [1, 1, 256, 256] logits of an earlier prediction, for all prompts; has_mask_input: [1], 1 or 0.
         orig_im_size: [2], (H, W).
-        Returns masks [P, 4, H, W] (logits; a mask is where they are > 0), iou_predictions [P, 4] and
-        low_res_masks [P, 4, 256, 256]. Mask 0 is for prompts without doubt, 1 to 3 for ambiguous ones.
+        Return masks [P, 4, H, W] (logits; a mask is where they are > 0), iou_predictions [P, 4] and
+        low_res_masks [P, 4, 256, 256]. Mask 0 is for unambiguous prompts, 1 to 3 for ambiguous ones.
         """
         unknown = (
             (point_labels < NOT_A_POINT) | (point_labels > BOX_BOTTOM_RIGHT) | (point_labels != point_labels.round())
@@ -113,11 +113,11 @@ class UpscalingDecoder(nn.Module):
 
 
 def _upscale(low_res: Tensor, original_size: Tensor) -> Tensor:
-    """`images.upscale_masks` for sizes that are tensors: [P, 4, 256, 256], [2] (H, W) -> [P, 4, H, W]."""
-    exact = original_size.double()  # in the arithmetic of `images.frame_size`
+    """Do the same as `images.upscale_masks`, with sizes as tensors: [P, 4, 256, 256], [2] (H, W) -> [P, 4, H, W]."""
+    exact = original_size.double()  # same float64 arithmetic as `images.frame_size`
     framed = (FRAME / exact.max() * exact + 0.5).long().clamp(min=1)
     (h, w), (height, width) = framed.tolist(), original_size.long().tolist()
-    for side in (h, w, height, width):  # for the exporter, which can't see values
+    for side in (h, w, height, width):  # bounds for the exporter, which can't see values
         torch._check(side >= 1)
     for side in (h, w):
         torch._check(side <= FRAME)

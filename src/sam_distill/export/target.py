@@ -1,4 +1,4 @@
-"""Where an export goes: a file or a folder that is complete, or not there."""
+"""Targets of exports: files or folders that are written only when they are complete."""
 
 import os
 import shutil
@@ -13,14 +13,17 @@ from sam_distill.types import UserError
 
 @contextmanager
 def atomic_target(target: Path, folder: bool) -> Iterator[Path]:
-    """A draft of a file or folder beside its final place, where it is moved when all went well."""
+    """Yield a draft file or folder beside the target, and move it to the target if no error occurs.
+
+    Raise UserError if the target is of the other kind, can't be written, or is a non-empty folder without an export.
+    """
     if target.exists() and target.is_dir() != folder:
         is_one, expected = ("a file", "a folder") if folder else ("a folder", "a file")
         raise UserError(f"path={target} is {is_one}: expected {expected}")
     if folder and target.is_dir() and not (target / CONTRACT).is_file() and any(target.iterdir()):
         raise UserError(f"path={target} holds other files than an export: give it a folder of its own")
     try:
-        place = Path(os.path.abspath(target))  # which has a name, unlike "."
+        place = Path(os.path.abspath(target))  # absolute, since "." has no name
         place.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=f".{place.name}.", dir=place.parent) as beside:
             draft = Path(beside) / place.name

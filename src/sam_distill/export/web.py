@@ -1,6 +1,6 @@
 """format=web: a folder that any static server can serve; the visitor's browser runs the model, in onnxruntime-web.
 
-The page is in page/, plain modules that are copied as they are. The runtime comes from npm, once, and is then kept.
+The page is in page/: plain modules, copied unchanged. The runtime is fetched from npm once, to $SAM_DISTILL_HOME.
 """
 
 import shutil
@@ -24,7 +24,7 @@ RUNTIME_FILES = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-sim
 
 
 def write(sam: Sam, folder: Path, settings: Settings) -> dict[str, Any]:
-    """Write the page, the runtime and the two graphs of the contract as ONNX files."""
+    """Write the page, the runtime, and the contract's graphs as ONNX files; raise UserError for normalize=outside."""
     if settings.normalize == "outside":
         raise UserError("normalize=outside does not go with format=web: its page gives the graph plain colours")
     shutil.copytree(_runtime(), folder / "runtime")
@@ -37,7 +37,7 @@ def write(sam: Sam, folder: Path, settings: Settings) -> dict[str, Any]:
 
 
 def open_runner(folder: Path, settings: Settings) -> Runner:
-    """Runs the files in ONNX Runtime itself, of which onnxruntime-web is the same code for browsers."""
+    """Return a runner of the files in ONNX Runtime; onnxruntime-web is the same code, built for browsers."""
     return ContractRunner(_open(folder / ENCODER), _open(folder / DECODER), settings)
 
 
@@ -48,7 +48,7 @@ def _open(path: Path) -> Run:
 
 
 def _runtime() -> Path:
-    """A folder with onnxruntime-web's files, fetched with npm if it isn't there yet."""
+    """Return the folder with onnxruntime-web's files; fetch them with npm if they are missing."""
     kept = home() / RUNTIME.replace("@", "-")
     if kept.is_dir():
         return kept

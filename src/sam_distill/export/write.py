@@ -1,4 +1,4 @@
-"""Write a model's graphs, run them in the format's own runtime, and compare with PyTorch."""
+"""Writing a model's graphs, running them in the format's own runtime, and comparing the results with PyTorch's."""
 
 import logging
 from dataclasses import asdict
@@ -20,7 +20,8 @@ log = logging.getLogger(__name__)
 def export_graphs(sam: Sam, folder: Path, settings: Settings, least_iou: float, samples: list[Sample]) -> None:
     """Write the graphs and their contract to `folder`, and print how far they agree with PyTorch.
 
-    samples: photographs to compare on. A UserError where masks agree to less than `least_iou`.
+    samples: photographs to compare on. Raise UserError if there are none, or if the mean mask IoU or the lowest cosine
+    of the embeddings is below `least_iou`.
     """
     module = load_format(settings.format)
     if not samples:
@@ -33,7 +34,7 @@ def export_graphs(sam: Sam, folder: Path, settings: Settings, least_iou: float, 
 def _checked(
     sam: Sam, folder: Path, settings: Settings, least_iou: float, samples: list[Sample]
 ) -> dict[str, object] | None:
-    """What came of running the graphs in the format's runtime; None if nothing here runs them."""
+    """Run the graphs in the format's runtime; return the comparison with PyTorch, or None if nothing here runs them."""
     module, runtime = load_format(settings.format), FORMATS[settings.format].runtime
     if runtime is None:
         log.warning("format=%s was not run: nothing here can. Compare its masks on a device", settings.format)

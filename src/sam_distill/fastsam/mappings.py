@@ -1,10 +1,10 @@
-"""From FastSAM's masks of everything in an image to one mask for a prompt.
+"""Rules that turn FastSAM's masks of everything in an image into one mask for a prompt.
 
-A SAM decodes a prompt. FastSAM segments everything first, then a rule of plain geometry answers. Which one is an
-option, for its releases differ in what they make of foreground and background points together.
+SAM decodes a prompt. FastSAM segments everything first, then a geometric rule combines these masks. The rule is an
+option, because FastSAM's releases treat foreground and background points together differently.
 
-All take masks [N, H, W] bool (N may be 0), points [K, 2] int64 (x, y) within them and labels [K] int64, FOREGROUND or
-BACKGROUND, in the order given; the answer is [H, W] bool.
+All rules for points take masks [N, H, W] bool (N may be 0), points [K, 2] int64 (x, y) within them and labels [K]
+int64, FOREGROUND or BACKGROUND, in the order given; they return a mask [H, W] bool.
 """
 
 from collections.abc import Callable
@@ -18,10 +18,10 @@ MappingName = Literal["official", "ultralytics_old", "ultralytics_new"]
 
 
 def official(masks: Tensor, points: Tensor, labels: Tensor) -> Tensor:
-    """FastSAM's own (`point_prompt`): masks are painted from large to small, each once for every point that it holds.
+    """Apply FastSAM's own rule (`point_prompt`): paint the masks from large to small, once for every point they hold.
 
-    A foreground point paints it in, a background point out, so the last point that a mask holds decides on it: a mask
-    with both is painted out if the background point comes second. What is painted out takes larger masks with it.
+    A foreground point paints the mask in, a background point erases it, so the last point that it holds decides: a mask
+    with both is erased if the background point comes second. Erasing also removes these pixels from larger masks.
     """
     held = _held(masks, points)
     masks, held = masks[held.any(1)], held[held.any(1)]
@@ -32,9 +32,9 @@ def official(masks: Tensor, points: Tensor, labels: Tensor) -> Tensor:
 
 
 def ultralytics_old(masks: Tensor, points: Tensor, labels: Tensor) -> Tensor:
-    """ultralytics 8.2, 8.3 and early 8.4: of the masks that hold points, those whose last one is foreground, together.
+    """Apply the rule of ultralytics 8.2, 8.3 and early 8.4: the union of the masks whose last point is foreground.
 
-    Nothing is taken out of them. With background points alone: all masks that hold none.
+    Nothing is erased from it. With background points alone: the union of all masks that hold none.
     """
     chosen = labels.new_full((len(masks),), not (labels == FOREGROUND).any()).bool()
     for held, label in zip(_held(masks, points).T, labels, strict=True):
@@ -43,9 +43,9 @@ def ultralytics_old(masks: Tensor, points: Tensor, labels: Tensor) -> Tensor:
 
 
 def ultralytics_new(masks: Tensor, points: Tensor, labels: Tensor) -> Tensor:
-    """ultralytics 8.4.190: masks that hold a foreground point and no background point, together, in whatever order.
+    """Apply the rule of ultralytics 8.4.190: the union of masks that hold a foreground point and no background point.
 
-    With background points alone: all masks that hold none.
+    The order of points does not matter. With background points alone: the union of all masks that hold none.
     """
     held = _held(masks, points)
     wanted = held[:, labels == FOREGROUND].any(1) | (not (labels == FOREGROUND).any())
@@ -53,7 +53,7 @@ def ultralytics_new(masks: Tensor, points: Tensor, labels: Tensor) -> Tensor:
 
 
 def best_for_box(masks: Tensor, box: Tensor) -> Tensor:
-    """FastSAM's `box_prompt`: the mask with the highest IoU with the area of the box, [4] (x0, y0, x1, y1)."""
+    """Apply FastSAM's `box_prompt`: return the mask with the highest IoU with the box, [4] (x0, y0, x1, y1)."""
     if not len(masks):
         return masks.new_zeros(masks.shape[1:])
     x0, y0, x1, y1 = box.long().tolist()
@@ -70,5 +70,5 @@ RULES: dict[MappingName, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 
 
 def _held(masks: Tensor, points: Tensor) -> Tensor:
-    """[N, K] bool: which mask holds which point."""
+    """Return which mask holds which point: [N, K] bool."""
     return masks[:, points[:, 1], points[:, 0]]

@@ -1,7 +1,7 @@
-"""FastSAM (Zhao et al., arXiv 2306.12156), which the paper compares MobileSAM with: Tables 6 and 7.
+"""FastSAM (Zhao et al., arXiv 2306.12156), with which the paper compares MobileSAM in Tables 6 and 7.
 
-A YOLOv8 that segments everything in one go; `mappings.py` makes that an answer to a prompt. It runs in ultralytics'
-package, which is under the AGPL-3.0: nothing imports it, or anything of it, unless a FastSAM is to be judged.
+It is a YOLOv8 that segments everything at once; `mappings.py` turns its masks into the mask of a prompt. It runs in the
+package ultralytics, which is under the AGPL-3.0 and is only imported when a FastSAM is evaluated.
 """
 
 import os
@@ -27,15 +27,15 @@ from sam_distill.models import weights
 from sam_distill.models.checkpoints import Checkpoint
 from sam_distill.types import BACKGROUND, BOX_BOTTOM_RIGHT, BOX_TOP_LEFT, FOREGROUND, FRAME, Batch, Prompts, UserError
 
-_ENVIRONMENT = {  # of ultralytics, which reads them when it is imported
-    "YOLO_OFFLINE": "1",  # don't look for a network, nor report on the user
+_ENVIRONMENT = {  # variables that ultralytics reads when it is imported
+    "YOLO_OFFLINE": "1",  # don't check for a network, don't report usage
     "YOLO_AUTOINSTALL": "0",  # don't call pip
     "YOLO_VERBOSE": "0",
 }
 
 
 def is_fastsam(checkpoint: str) -> bool:
-    """Whether it is one of our names, FastSAM's own (`FastSAM-s.pt`), or a file that ultralytics has written."""
+    """Whether it is a name in our weights table, FastSAM's file name (`FastSAM-s.pt`), or a file from ultralytics."""
     return _name(checkpoint) is not None or _is_pickled_by_ultralytics(Path(checkpoint).expanduser())
 
 
@@ -43,15 +43,15 @@ def _or_fastsam(checkpoint: Any, as_sam: ValidatorFunctionWrapHandler) -> Any:
     return checkpoint if isinstance(checkpoint, str) and is_fastsam(checkpoint) else as_sam(checkpoint)
 
 
-Judged = Annotated[Checkpoint, WrapValidator(_or_fastsam)]  # a SAM, or a FastSAM
+Judged = Annotated[Checkpoint, WrapValidator(_or_fastsam)]  # checkpoint of a SAM or a FastSAM
 
 
 class FastSam(OtherModel):
-    """A FastSAM, or any other YOLO of ultralytics' that makes masks.
+    """FastSAM, or any other YOLO segmentation model of ultralytics.
 
-    checkpoint: as `is_fastsam` knows it. Such a file is a pickle, which can run code when it is loaded: in full only if
-        its sha256 is that of a name of ours, any other as `weights_only`, limited to ultralytics' own classes.
-    mapping, conf, iou: conf/evaluate.yaml says what they mean.
+    checkpoint: see `is_fastsam`. The file is a pickle, which can run code when it is loaded. It is loaded in full only
+        if its sha256 is in our weights table, any other file as `weights_only`, limited to ultralytics' own classes.
+    mapping, conf, iou: see conf/evaluate.yaml.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class FastSam(OtherModel):
         iou: Annotated[float, Field(ge=0, le=1)] = 0.9,
     ) -> None:
         self.mapping, self.conf, self.iou = mapping, conf, iou
-        package = _ultralytics()  # before anything is downloaded for it
+        package = _ultralytics()  # first, so that nothing is downloaded if the package is missing
         name = _name(checkpoint)
         path = weights.fetch(name) if name else Path(checkpoint).expanduser()
         self.network = _load(package, path)
@@ -84,7 +84,7 @@ class FastSam(OtherModel):
 
 @dataclass(eq=False)
 class FastSamView(View):
-    """everything: the masks [N, h, w] bool of each image in `batch`, in the frame."""
+    """View by a FastSAM. everything: the masks [N, h, w] bool of each image in `batch`, in the frame."""
 
     everything: list[Tensor]
     batch: Batch
@@ -92,7 +92,7 @@ class FastSamView(View):
     embedding = None
 
     def masks(self, prompts: Prompts) -> MaskOf:
-        """A prompt is one box or some points."""
+        """Return a function that computes the mask of a prompt, which is one box or some points."""
 
         def mask(image: int, prompt: int) -> Tensor:
             answer = self._answer(self.everything[image], prompts.points[image, prompt], prompts.labels[image, prompt])
@@ -101,7 +101,7 @@ class FastSamView(View):
         return mask
 
     def _answer(self, masks: Tensor, points: Tensor, labels: Tensor) -> Tensor:
-        """points: [K, 2] (x, y) in the frame, labels: [K] as in `Prompts`, with others than points among them."""
+        """Return a prompt's mask. points: [K, 2] (x, y) in the frame; labels: [K] as in `Prompts`, with padding."""
         is_corner = (labels == BOX_TOP_LEFT) | (labels == BOX_BOTTOM_RIGHT)
         if is_corner.any():
             return best_for_box(masks, points[is_corner].flatten())
@@ -110,13 +110,13 @@ class FastSamView(View):
 
 
 def _name(checkpoint: str) -> str | None:
-    """Of our table, unless there is a file called so."""
+    """Return the name in our weights table, also for its published file name unless such a file exists; else None."""
     name = checkpoint if Path(checkpoint).exists() else weights.named(checkpoint) or checkpoint
     return name if name in weights.names("fastsam") else None
 
 
 def _is_pickled_by_ultralytics(path: Path) -> bool:
-    """Looks without unpickling."""
+    """Whether the file was written by ultralytics; it is searched without unpickling."""
     if not path.is_file() or not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
@@ -124,7 +124,7 @@ def _is_pickled_by_ultralytics(path: Path) -> bool:
 
 
 def _ultralytics() -> Any:
-    """The package, imported so that nothing else notices: it changes torch.save, Image.open, warnings and more."""
+    """Import the package, and undo what it changes globally: torch.save, Image.open, warnings and more."""
     settings = {"YOLO_CONFIG_DIR": str(weights.home())}
     try:
         with (
@@ -145,11 +145,11 @@ def _ultralytics() -> Any:
 
 def _load(package: Any, path: Path) -> Any:
     trusted = file_sha256(path) in map(weights.sha256, weights.names("fastsam"))
-    package.nn.tasks.SAFE_LOAD = not trusted  # its switch for weights_only, with a list of classes that may be built
+    package.nn.tasks.SAFE_LOAD = not trusted  # ultralytics' switch for weights_only, with its list of allowed classes
     try:
         network = package.models.FastSAM(str(path))
-    except Exception as error:  # whatever a broken or foreign file makes it raise
-        reason = re.split(r"\.\s|\n", str(error).removeprefix("ERROR ❌️ "))[0]  # the others are ultralytics' advice
+    except Exception as error:  # a broken or foreign file can make it raise anything
+        reason = re.split(r"\.\s|\n", str(error).removeprefix("ERROR ❌️ "))[0]  # the rest is ultralytics' advice
         raise UserError(f"{path} is no YOLO that loads safely ({reason})") from error
     if network.task != "segment":
         raise UserError(f"{path} is a YOLO for the task {network.task}: it makes no masks")

@@ -1,4 +1,4 @@
-"""Which layer of a network takes what another one gives, found by running it once."""
+"""Search for pairs of layers where one takes the other's output as its input, by running the network once."""
 
 from collections import Counter
 from functools import partial
@@ -12,21 +12,21 @@ from sam_distill.types import GRID
 Layers = tuple[type[nn.Module], ...]
 
 
-@torch.inference_mode(False)  # there changes in place are not counted
+@torch.inference_mode(False)  # inference mode does not count in-place changes
 @torch.no_grad()
 def neighbours(encoder: nn.Module, first: Layers, second: Layers) -> list[tuple[str, str]]:
-    """Names of a `first` and a `second` layer that takes exactly what the first one gives, whenever they run."""
-    made: list[tuple[str, Tensor, int]] = []  # by whom, and how often changed in place
+    """Return (first, second) names of layers where in every call the second takes exactly the first one's output."""
+    made: list[tuple[str, Tensor, int]] = []  # layer, its output, number of in-place changes
     calls: Counter[str] = Counter()
     pairs: Counter[tuple[str, str]] = Counter()
 
-    def after(_: nn.Module, given: Any, out: Tensor, name: str) -> None:
+    def after(_: nn.Module, inputs: Any, out: Tensor, name: str) -> None:
         calls[name] += 1
         made.append((name, out, out._version))
 
-    def before(_: nn.Module, given: Any, name: str) -> None:
+    def before(_: nn.Module, inputs: Any, name: str) -> None:
         calls[name] += 1
-        pairs.update((giver, name) for giver, out, version in made if out is given[0] and out._version == version)
+        pairs.update((source, name) for source, out, version in made if out is inputs[0] and out._version == version)
 
     hooks = []
     for name, layer in encoder.named_modules():
@@ -37,8 +37,8 @@ def neighbours(encoder: nn.Module, first: Layers, second: Layers) -> list[tuple[
     encoder(next(encoder.parameters()).new_zeros(1, 3, 2 * GRID, 2 * GRID))
     for hook in hooks:
         hook.remove()
-    taken = Counter(name for pair in pairs.elements() for name in pair)
-    return [pair for pair in pairs if all(taken[name] == calls[name] for name in pair)]
+    paired = Counter(name for pair in pairs.elements() for name in pair)
+    return [pair for pair in pairs if all(paired[name] == calls[name] for name in pair)]
 
 
 def replace_layer(model: nn.Module, name: str, layer: nn.Module) -> None:

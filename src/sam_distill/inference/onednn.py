@@ -1,6 +1,6 @@
-"""A layer, its bias and its activation in one pass over memory, on x86.
+"""Fusion of a layer, its bias and its activation into one pass over memory, on x86.
 
-PyTorch has oneDNN's operators for that, but calls them from its compiler only, which takes minutes.
+PyTorch has oneDNN's operators for this, but only its compiler calls them, and compiling takes minutes.
 """
 
 import copy
@@ -13,7 +13,7 @@ from sam_distill.inference.neighbours import neighbours, replace_layer
 from sam_distill.models.layers import DepthwiseConv2d
 from sam_distill.types import GRID
 
-ACTIVATIONS: dict[type[nn.Module], tuple[str, list[float], str]] = {  # oneDNN's name, numbers, and algorithm
+ACTIVATIONS: dict[type[nn.Module], tuple[str, list[float], str]] = {  # oneDNN's name, scalar arguments, algorithm
     nn.Identity: ("none", [], ""),
     nn.GELU: ("gelu", [], "none"),
     nn.ReLU: ("relu", [], ""),
@@ -24,27 +24,27 @@ ACTIVATIONS: dict[type[nn.Module], tuple[str, list[float], str]] = {  # oneDNN's
 
 
 class FusedLinear(nn.Linear):
-    """`activation(layer(x))`, in one pass where oneDNN can: on a CPU, without gradients, also in autocast's bf16."""
+    """Linear layer and activation, in one pass if oneDNN can: on a CPU, without gradients, also in autocast's bf16."""
 
     activation: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
         if not _can_compute(x):
             return self.activation(super().forward(x))
-        return torch.ops.mkldnn._linear_pointwise(*_as_autocast_has_it(self, x), *ACTIVATIONS[type(self.activation)])
+        return torch.ops.mkldnn._linear_pointwise(*_in_autocast_dtype(self, x), *ACTIVATIONS[type(self.activation)])
 
 
 class FusedConv2d(nn.Conv2d):
-    """The same of a convolution."""
+    """Convolution and activation, in one pass if oneDNN can, as in `FusedLinear`."""
 
     activation: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
         if not _can_compute(x):
             return self.activation(super().forward(x))
-        place = self.padding, self.stride, self.dilation, self.groups
+        geometry = self.padding, self.stride, self.dilation, self.groups
         return torch.ops.mkldnn._convolution_pointwise(
-            *_as_autocast_has_it(self, x), *place, *ACTIVATIONS[type(self.activation)]
+            *_in_autocast_dtype(self, x), *geometry, *ACTIVATIONS[type(self.activation)]
         )
 
 
@@ -55,30 +55,30 @@ LAYERS: dict[type[nn.Module], type[nn.Module]] = {
 
 @torch.no_grad()
 def with_fused_layers(encoder: nn.Module) -> nn.Module:
-    """Each activation that takes exactly what a linear layer or a convolution gives becomes a part of that layer."""
-    fused, nothing = copy.deepcopy(encoder), nn.Identity()
+    """Return a copy in which each linear layer and convolution applies the activation that takes exactly its output."""
+    fused, identity = copy.deepcopy(encoder), nn.Identity()
     layers = dict(fused.named_modules())
     pairs = neighbours(fused, tuple(LAYERS), tuple(ACTIVATIONS.keys() - {nn.Identity}))
-    activations = {giver: name for giver, name in pairs if _can_fuse(layers[giver], layers[name])}
+    activations = {layer_name: name for layer_name, name in pairs if _can_fuse(layers[layer_name], layers[name])}
     for name, layer in layers.items():
         if name in activations.values():
-            replace_layer(fused, name, nothing)
-        elif _can_fuse(layer, nothing):
-            _fuse(layer, layers[activations[name]] if name in activations else nothing)
-    picture = torch.rand(1, 3, 2 * GRID, 2 * GRID, generator=torch.Generator().manual_seed(0))
-    picture = picture.to(next(encoder.parameters()).device)
-    same = torch.allclose(fused(picture), encoder(picture), rtol=1e-3, atol=1e-3)
-    return fused if same else encoder  # if someone else wants what the layer gave, too
+            replace_layer(fused, name, identity)
+        elif _can_fuse(layer, identity):
+            _fuse(layer, layers[activations[name]] if name in activations else identity)
+    image = torch.rand(1, 3, 2 * GRID, 2 * GRID, generator=torch.Generator().manual_seed(0))
+    image = image.to(next(encoder.parameters()).device)
+    same = torch.allclose(fused(image), encoder(image), rtol=1e-3, atol=1e-3)
+    return fused if same else encoder  # they differ if another layer needs the output before the activation
 
 
 def _can_fuse(layer: nn.Module, activation: nn.Module) -> bool:
     plain = type(layer) in LAYERS and getattr(layer, "padding_mode", "zeros") == "zeros"
-    exact = getattr(activation, "approximate", "none") == "none"  # of GELU
+    exact = getattr(activation, "approximate", "none") == "none"  # an option of GELU
     return plain and exact and type(activation) in ACTIVATIONS and "AVX" in torch.backends.cpu.get_cpu_capability()
 
 
 def _fuse(layer: Any, activation: nn.Module) -> None:
-    """Have a layer apply the activation, too. Its tensors and their names stay as they are."""
+    """Make a layer apply the activation as well. Its tensors and their names stay the same."""
     layer.__class__ = LAYERS[type(layer)]
     layer.activation = activation
 
@@ -87,7 +87,7 @@ def _can_compute(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
-def _as_autocast_has_it(layer: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Input, weight and bias."""
+def _in_autocast_dtype(layer: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return input, weight and bias, in the dtype of autocast if it is enabled."""
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     return x.to(dtype), layer.weight.to(dtype), None if layer.bias is None else layer.bias.to(dtype)

@@ -1,4 +1,4 @@
-"""An image encoder in OpenVINO, on a CPU."""
+"""Image encoder that runs in OpenVINO on a CPU."""
 
 from functools import cache
 from typing import Any
@@ -10,7 +10,7 @@ from sam_distill.types import UserError
 
 
 class OpenVinoEncoder(nn.Module):
-    """Takes a trained encoder's place: fp32, or bfloat16 within `torch.autocast`, always on the CPU."""
+    """OpenVINO version of a trained image encoder: fp32, or bfloat16 under `torch.autocast`, always on the CPU."""
 
     def __init__(self, encoder: nn.Module, image_size: int) -> None:
         super().__init__()
@@ -23,15 +23,15 @@ class OpenVinoEncoder(nn.Module):
             program = torch.export.export(encoder.cpu().float().eval(), (example,))
         graph = openvino.convert_model(program)
 
-        @cache  # each precision takes seconds, when it is first asked for
+        @cache  # compiling takes seconds, at the first use of each precision
         def compiled(precision: str) -> Any:
             return openvino.Core().compile_model(graph, "CPU", {"INFERENCE_PRECISION_HINT": precision})
 
         self._compiled = compiled
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, 3, S, S], normalised -> embeddings [B, 256, 64, 64] float32."""
+        """Return the embeddings: [B, 3, S, S], normalised -> [B, 256, 64, 64] float32."""
         run = self._compiled("bf16" if torch.is_autocast_enabled(x.device.type) else "f32")
         images = x.detach().float().cpu().contiguous().numpy()
-        answers = [torch.from_numpy(run(images[i : i + 1])[0].copy()) for i in range(len(images))]
-        return torch.cat(answers).to(x.device)
+        embeddings = [torch.from_numpy(run(images[i : i + 1])[0].copy()) for i in range(len(images))]
+        return torch.cat(embeddings).to(x.device)

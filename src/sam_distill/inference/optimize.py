@@ -1,4 +1,4 @@
-"""The same model, faster, for when it no longer trains."""
+"""Faster copies of a model for inference."""
 
 from typing import Literal
 
@@ -7,14 +7,15 @@ from sam_distill.inference.openvino_encoder import OpenVinoEncoder
 from sam_distill.inference.simplify import has_batch_norms, simplified
 from sam_distill.models.sam import Sam
 
-Runtime = Literal["torch", "openvino"]  # what computes the image encoder
+Runtime = Literal["torch", "openvino"]  # library that runs the image encoder
 
 
 def optimize_for_inference(sam: Sam, runtime: Runtime = "torch") -> Sam:
-    """A copy with the same embeddings, to 1e-4: BatchNorm is folded into convolutions, TinyViT attends without detours,
-    and on x86 a layer and its activation are one.
+    """Return a faster copy with the same embeddings, to 1e-4: BatchNorm is folded into convolutions, TinyViT's blocks
+    are simplified, and on x86 a layer and its activation run as one.
 
-    It can neither be trained nor saved. runtime: what computes the image encoder.
+    The copy can neither be trained nor saved.
+    runtime: library that runs the image encoder.
     """
     with_batch_norms = has_batch_norms(sam.image_encoder)
     sam = simplified(sam)

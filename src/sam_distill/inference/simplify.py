@@ -1,4 +1,4 @@
-"""The same model in fewer layers, all of them PyTorch's plain ones, which every exporter knows."""
+"""Copies of a model with fewer layers, all of them plain PyTorch layers, which every exporter supports."""
 
 import copy
 from typing import Any
@@ -14,7 +14,7 @@ from sam_distill.models.sam import Sam
 
 
 def simplified(sam: Sam) -> Sam:
-    """The copy, made of PyTorch's plain layers, which every exporter knows."""
+    """Return a frozen copy in eval mode, made of plain PyTorch layers, which every exporter supports."""
     sam = copy.deepcopy(sam).requires_grad_(False).eval()
     encoder = sam.image_encoder
     if has_batch_norms(encoder):
@@ -26,28 +26,28 @@ def simplified(sam: Sam) -> Sam:
 
 
 def has_batch_norms(encoder: nn.Module) -> bool:
-    """SAM's ViTs have none: they are large, and need not run to be looked at."""
+    """Whether there are any. SAM's ViTs have none, so that `neighbours` need not run these large networks."""
     return any(isinstance(layer, nn.BatchNorm2d) for layer in encoder.modules())
 
 
 @torch.no_grad()
 def _fold_batch_norms(encoder: nn.Module) -> None:
-    """Each BatchNorm that takes exactly what a convolution gives becomes a part of that convolution."""
+    """Fold each BatchNorm that takes exactly the output of a convolution into that convolution."""
     for conv_name, name in neighbours(encoder, (nn.Conv2d,), (nn.BatchNorm2d,)):
         conv: Any = encoder.get_submodule(conv_name)
         norm: Any = encoder.get_submodule(name)
         conv.weight, conv.bias = fuse_conv_bn_weights(
             conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
         )
-        activation = getattr(norm, "act", nn.Identity())  # timm's BatchNormAct2d has one, too
+        activation = getattr(norm, "act", nn.Identity())  # timm's BatchNormAct2d includes one
         replace_layer(encoder, name, activation)
 
 
 class WindowBlock(nn.Module):
-    """timm's TinyVitBlock in four dimensions instead of six.
+    """timm's TinyVitBlock with tensors of at most four dimensions instead of six.
 
     Its attention bias has four as well: with timm's three, `scaled_dot_product_attention` takes a slow path on a CPU.
-    fused_attn: whether to call that at all.
+    fused_attn: whether to call `scaled_dot_product_attention` at all.
     """
 
     bias: Tensor
@@ -61,7 +61,7 @@ class WindowBlock(nn.Module):
         self.register_buffer("bias", block.attn.attention_biases[:, block.attn.attention_bias_idxs].unsqueeze(0))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, h, w, C] -> the same."""
+        """Return the output of the block: [B, h, w, C] -> [B, h, w, C]."""
         batch, height, width, channels = x.shape
         side, down, right = self.side, -height % self.side, -width % self.side
         rows, columns = (height + down) // side, (width + right) // side
@@ -73,7 +73,7 @@ class WindowBlock(nn.Module):
         return (x + self.mlp(x)).view(batch, height, width, channels)
 
     def _attend(self, x: Tensor) -> Tensor:
-        """[windows, cells, C] -> the same."""
+        """Return the attended values: [windows, cells, C] -> [windows, cells, C]."""
         qkv = self.qkv(self.norm(x)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         q, k, v = qkv.split(qkv.shape[-1] // 3, dim=-1)
         if self.fused_attn:

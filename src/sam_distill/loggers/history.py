@@ -1,4 +1,4 @@
-"""history.csv, and the curves that are drawn of it."""
+"""history.csv, and the learning curves drawn from it."""
 
 import csv
 from collections.abc import Mapping
@@ -11,19 +11,19 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from sam_distill.files import write_csv
 
-Rows = Mapping[int, Mapping[str, float]]  # by step
+Rows = Mapping[int, Mapping[str, float]]  # metrics by step
 
 
 @dataclass(frozen=True)
 class CsvOnly:
-    """Nothing beside history.csv."""
+    """Logger option that adds no logger: history.csv alone."""
 
     def build(self, run_dir: Path, facts: Mapping[str, Any]) -> list[Logger]:
         return []
 
 
 class History(Logger):
-    """Every logged metric, a row per step, in history.csv. A resumed run goes on with the file that is there."""
+    """Logger that writes every metric to history.csv, a row per step. A resumed run continues the existing file."""
 
     name = "history"
     version = 0
@@ -39,12 +39,12 @@ class History(Logger):
                     self.rows[step] = {name: float(value) for name, value in row.items() if value != ""}
 
     def forget_after(self, step: int) -> None:
-        """A resumed run writes those steps again."""
+        """Drop the rows after `step`, which a resumed run writes again."""
         self.rows = {s: row for s, row in self.rows.items() if s <= step}
 
     @rank_zero_only
     def log_hyperparams(self, *_: Any, **__: Any) -> None:
-        """config.yaml has them."""
+        """Do nothing: config.yaml has the hyperparameters."""
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -56,8 +56,8 @@ class History(Logger):
 
 
 def write_curves(rows: Rows, path: Path) -> None:
-    """Loss and validation mIoU against steps."""
-    from matplotlib.figure import Figure  # slow to import, and only wanted here
+    """Draw training loss, validation embedding MSE and validation mIoU against steps."""
+    from matplotlib.figure import Figure  # slow to import, and only needed here
 
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     loss, miou = figure.subplots(1, 2)

@@ -1,4 +1,4 @@
-"""Weights & Biases, beside history.csv, which every run writes."""
+"""Weights & Biases, in addition to history.csv, which every run writes."""
 
 import os
 import secrets
@@ -21,27 +21,27 @@ from sam_distill.evaluate.protocol import COLUMNS, prompt_rows
 from sam_distill.predict.overlays import contained, prompted
 from sam_distill.runs import status
 
-STEP = "trainer/global_step"  # what Lightning's logger calls the x-axis
-SUMMARIES = {  # of a run's history, beside the last value
+STEP = "trainer/global_step"  # the x-axis, as Lightning's W&B logger names it
+SUMMARIES = {  # the value that summarizes a run's history, in addition to the last one
     "val/miou/point": "max",
     "val/miou/box": "max",
     "val/embedding_mse": "min",
     "val/embedding_cosine": "max",
     "train/loss": "min",
 }
-SIDE = 512  # of a picture, pixels
+SIDE = 512  # side of a picture, pixels
 
-_TAGS = ("experiment", "strategy", "encoder", "teacher", "data")  # groups whose choices are tags
-_NAMED = (*_TAGS, "scale", "image_size", "seed")  # what a run's name begins with, or leaves out
-_UNNAMED = ("hydra", "logger", "trainer", "protocol", "resume", "validate_every", "step_times")
-_DATA_DIR = os.environ.get("WANDB_DATA_DIR")  # as the user has it
+_TAGS = ("experiment", "strategy", "encoder", "teacher", "data")  # config groups whose choices are tags
+_NAMED = (*_TAGS, "scale", "image_size", "seed")  # already in a run's name, or left out
+_UNNAMED = ("hydra", "logger", "trainer", "protocol", "resume", "validate_every", "step_times")  # left out of a name
+_DATA_DIR = os.environ.get("WANDB_DATA_DIR")  # the user's own setting
 
 
 class ByStep(WandbLogger):
-    """Rows are numbered by the optimizer step.
+    """W&B logger that numbers rows by the optimizer step.
 
     W&B's own number begins at 0 again in each part of an offline run that was resumed, and `wandb sync` drops rows
-    whose numbers are not higher than those before.
+    if their number is not higher than those before.
     """
 
     @rank_zero_only
@@ -53,7 +53,7 @@ class ByStep(WandbLogger):
 class WandB:
     """Weights & Biases: online if there is a key, else offline into the run folder (`wandb sync` uploads it later).
 
-    Never asks anything on stdin. name: made of the run's choices if null. tags: beside those choices.
+    It never asks anything on stdin. name: None: built from the run's choices. tags: in addition to those choices.
     """
 
     project: str = "sam-distill"
@@ -63,12 +63,12 @@ class WandB:
     tags: Sequence[str] = ()
 
     def build(self, run_dir: Path, facts: Mapping[str, Any]) -> list[Logger]:
-        """facts: of the run, kept with its configuration."""
+        """Start the W&B run; raise UserError if W&B refuses. facts: of the run, stored with its configuration."""
         config, record = status.config(run_dir), status.read(run_dir)
         choices = record.get("choices", {})
         described = {"choices": choices, "version": record.get("version"), **facts}
         wandb.setup(wandb.Settings(silent=True))
-        os.environ["WANDB_DATA_DIR"] = _DATA_DIR or str(run_dir.absolute() / "wandb")  # what tables hold, till synced
+        os.environ["WANDB_DATA_DIR"] = _DATA_DIR or str(run_dir.absolute() / "wandb")  # holds tables until synced
         logger = ByStep(
             project=self.project,
             entity=self.entity,
@@ -93,7 +93,7 @@ class WandB:
 
 
 def validation_media(judge: Judge, skipped_by_tar: Mapping[str, int]) -> dict[str, Any]:
-    """A validation as W&B shows it: images whose masks can be switched on and off, and tables."""
+    """Return a validation's results for W&B: images with masks that can be switched on and off, and tables."""
     images = [_image(picture, judge.protocol.reference) for picture in judge.pictures]
     rows = prompt_rows([picture.comparison for picture in judge.pictures])
     pictures = [[image, *row.values()] for image, row in zip(images, rows, strict=True)]
@@ -110,13 +110,13 @@ def validation_media(judge: Judge, skipped_by_tar: Mapping[str, int]) -> dict[st
 
 
 def close(loggers: Iterable[Logger]) -> None:
-    """End the run at W&B: the next job of a sweep would write into it."""
+    """End the W&B run, or else the next job of a sweep would write into it."""
     if any(isinstance(logger, WandbLogger) for logger in loggers):
         wandb.finish()
 
 
 def _image(picture: Picture, reference: str) -> wandb.Image:
-    """The image with its prompt drawn, and both masks above it, at the top left of a square: W&B wants equal sizes."""
+    """Return the image with prompt and both masks, at the top left of a square, because W&B wants equal sizes."""
     row = picture.comparison
     masks = {
         who: {"mask_data": label * np.asarray(_squared(Image.fromarray(mask)), np.uint8), "class_labels": {label: who}}
@@ -127,14 +127,14 @@ def _image(picture: Picture, reference: str) -> wandb.Image:
 
 
 def _squared(image: Image.Image) -> Image.Image:
-    """As large as fits into SIDE x SIDE pixels; Pillow keeps a mask, of mode 1, to 0 and 1."""
+    """Return the image scaled into a SIDE x SIDE square; Pillow keeps the values of a mask, mode 1, at 0 and 1."""
     square = Image.new(image.mode, (SIDE, SIDE))
     square.paste(contained(image, SIDE, Image.Resampling.BILINEAR))
     return square
 
 
 def _name(config: Mapping[str, Any], choices: Mapping[str, str], command: Sequence[str]) -> str | None:
-    """decoupled-tinyvit-1024px-optim.lr=1e-3-seed0: what was chosen, paths left out. None where nothing is known."""
+    """Return the choices without paths: decoupled-tinyvit-1024px-optim.lr=1e-3-seed0. None if none are recorded."""
     if not choices:
         return None
     words = [(word.lstrip("+").partition("=")[0], word) for word in command[1:] if "=" in word and "/" not in word]
@@ -145,25 +145,25 @@ def _name(config: Mapping[str, Any], choices: Mapping[str, str], command: Sequen
 
 
 def _tags(config: Mapping[str, Any], choices: Mapping[str, str]) -> list[str]:
-    """What runs are looked for by."""
+    """Return the choices by which users search for runs."""
     chosen = [choices[group] for group in _TAGS if group in choices]
     return chosen + ([str(config["scale"])] if "experiment" in choices else [])  # only experiments read it
 
 
 def _mode() -> str:
-    """As WANDB_MODE says, but never online without a key: W&B would ask for one."""
+    """Return WANDB_MODE, but offline instead of online if there is no key: W&B would ask for one."""
     mode = os.environ.get("WANDB_MODE", "online")
     return mode if mode != "online" or has_key() else "offline"
 
 
 def has_key() -> bool:
-    """Where wandb itself would look, without the question it asks when there is none."""
+    """Whether there is a key where wandb itself would look for it; unlike wandb, never ask for one."""
     address = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
     return bool(os.environ.get("WANDB_API_KEY") or get_netrc_auth(address))
 
 
 def _run_id(run_dir: Path) -> str:
-    """One W&B run per run folder, also when it is resumed."""
+    """Return the id of the W&B run: one per run folder, also when it is resumed."""
     file = run_dir / "wandb" / "id.txt"
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)

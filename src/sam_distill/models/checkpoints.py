@@ -1,8 +1,8 @@
-"""Read and write SAM checkpoints in every layout, always through the official key names.
+"""Reading SAM checkpoints of every layout, and writing them with the official key names.
 
 Layouts read: SAM's (ViT-B/L/H), MobileSAM's, our own student.pt (the same names; other backbones keep timm's names
-under `image_encoder.`), the same as .safetensors, and Lightning's .ckpt. What a file holds is read off its tensors, or
-off the description that rides in `state_dict._metadata`, where strict loaders don't look.
+under `image_encoder.`), the same as .safetensors, and Lightning's .ckpt. The architecture is recognised from the
+tensors, or read from our description of it: in student.pt it is in `state_dict._metadata`, which strict loaders ignore.
 """
 
 import json
@@ -24,13 +24,13 @@ from sam_distill.models.encoders import ImageEncoder, SamViT, TinyViT, build_enc
 from sam_distill.models.sam import Sam
 from sam_distill.types import FRAME
 
-DESCRIPTION = "sam_distill"  # where a file keeps our description of it
+DESCRIPTION = "sam_distill"  # key of our description of the model in a file
 STUDENT = "student."  # prefix of the student's tensors in Lightning's checkpoints
 _ENCODER = "image_encoder."
-_TINY_VIT_SIZES = {320: "5m", 448: "11m", 576: "21m"}  # by width of the last stage
+_TINY_VIT_SIZES = {320: "5m", 448: "11m", 576: "21m"}  # width of the last stage -> size
 
 
-def _known(checkpoint: str) -> str:
+def _check_checkpoint(checkpoint: str) -> str:
     if checkpoint not in weights.names("sam"):
         try:
             find_checkpoint(checkpoint)
@@ -39,11 +39,11 @@ def _known(checkpoint: str) -> str:
     return checkpoint
 
 
-Checkpoint = Annotated[str, AfterValidator(_known)]  # of a configuration: checked before anything is built or fetched
+Checkpoint = Annotated[str, AfterValidator(_check_checkpoint)]  # config field: checked before any build or download
 
 
 def load_sam(checkpoint: str | Path) -> Sam:
-    """A SAM of whatever architecture the checkpoint holds, in eval mode on the CPU.
+    """Return the SAM that a checkpoint holds, of any architecture, in eval mode on the CPU.
 
     checkpoint: a run folder, a .ckpt, a .pt/.pth/.safetensors with official names, or a name (`mobile_sam`, ...).
     """
@@ -58,12 +58,12 @@ def load_sam(checkpoint: str | Path) -> Sam:
     return sam.eval()
 
 
-# For scripts written for segment-anything or MobileSAM. The file itself says which of them it holds.
+# For scripts written for segment-anything or MobileSAM. Every entry loads any of these models: the file tells which.
 sam_model_registry = dict.fromkeys(("default", "vit_h", "vit_l", "vit_b", "vit_t"), load_sam)
 
 
 def load_weights(sam: Sam, checkpoint: str | Path) -> None:
-    """Start `sam` from a checkpoint of the same architecture (its image_size may differ)."""
+    """Load a checkpoint into `sam`; UserError if its architecture is not the same (image_size may differ)."""
     path = find_checkpoint(checkpoint)
     state, description = _read(path)
     ours = describe(sam)["encoder"]
@@ -73,22 +73,22 @@ def load_weights(sam: Sam, checkpoint: str | Path) -> None:
 
 
 def save_sam(sam: Sam, path: str | Path) -> None:
-    """Write the official layout. Their encoders load strictly in SAM's and MobileSAM's code."""
+    """Write `sam` in the official layout. The code of SAM and MobileSAM loads files with its own encoders strictly."""
     state = official_state(sam)
     state._metadata = {DESCRIPTION: describe(sam)}  # type: ignore[attr-defined]
-    with atomic_write(Path(path)) as draft, draft.open("wb") as file:  # a path would hide that the disk is full
+    with atomic_write(Path(path)) as draft, draft.open("wb") as file:  # given a path, torch hides that the disk is full
         torch.save(state, file)
 
 
 def describe(sam: Sam) -> dict[str, Any]:
-    """What it takes to build `sam` again, in plain values."""
+    """Return what is needed to build `sam` again, as plain values: the spec of its image encoder, and image_size."""
     if not isinstance(sam.image_encoder, ImageEncoder):
         raise UserError(f"can't save a {type(sam.image_encoder).__name__}: image encoders derive from ImageEncoder")
     return {"encoder": sam.image_encoder.spec, "image_size": sam.image_size}
 
 
 def official_state(sam: Sam) -> OrderedDict[str, Tensor]:
-    """`sam`'s tensors on the CPU under official names, with the classifier that MobileSAM's strict loader asks for."""
+    """Return the tensors on the CPU under official names, for TinyViT with the classifier that MobileSAM requires."""
     names = _official_names(sam)
     state = OrderedDict((names[key], value.detach().cpu().contiguous()) for key, value in sam.state_dict().items())
     if isinstance(sam.image_encoder, TinyViT):
@@ -101,7 +101,7 @@ def official_state(sam: Sam) -> OrderedDict[str, Tensor]:
 
 
 def find_checkpoint(checkpoint: str | Path) -> Path:
-    """The file that a name, a run folder or a path stands for; a name is downloaded if need be."""
+    """Return the file for a name, run folder or path; download a named one if needed. UserError if there is none."""
     if str(checkpoint) in weights.names("sam"):
         return weights.fetch(str(checkpoint))
     path = Path(checkpoint).expanduser()
@@ -121,14 +121,14 @@ def find_checkpoint(checkpoint: str | Path) -> Path:
 
 
 def fingerprint(checkpoint: str) -> str:
-    """sha256 of the file that a checkpoint stands for; a name's is known without the file."""
+    """Return the sha256 of a checkpoint's file; for a name it is known without the file."""
     if checkpoint in weights.names("sam"):
         return weights.sha256(checkpoint)
     return file_sha256(find_checkpoint(checkpoint))
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors under official names (or ours, from a .ckpt) and the description of the model they belong to."""
+    """Return the tensors, under official names (those of a .ckpt: our names), and the description of their model."""
     try:
         with path.open("rb") as file:
             start = file.read(9)
@@ -136,16 +136,16 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise UserError(f"{path} cannot be read ({error.strerror})") from error
     if not start:
         raise UserError(f"{path} is empty")
-    if start[8:] == b"{":  # whatever its name: the length of a header, in 8 bytes, and the header, which is JSON
+    if start[8:] == b"{":  # safetensors, whatever its name: 8 bytes of header length, then the JSON header
         return _read_safetensors(path)
     if packed := compression(start):
         raise UserError(f"{path} is compressed with {packed}: unpack it first")
     try:
-        with path.open("rb") as file:  # of a path, torch would go by the name
+        with path.open("rb") as file:  # given a path, torch would trust the suffix .safetensors
             content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever a broken file makes it raise
-        reason = re.split(r"\.\s|\n", str(error).strip())[0]  # the first sentence; the others are torch's advice
-        reason = reason if re.search("[a-z]{3}", reason) else type(error).__name__  # of some bytes just a number
+        reason = re.split(r"\.\s|\n", str(error).strip())[0]  # the first sentence; the rest is torch's advice
+        reason = reason if re.search("[a-z]{3}", reason) else type(error).__name__  # it may be just a number
         raise UserError(f"{path} is not a PyTorch checkpoint that loads safely ({reason})") from error
     if not (isinstance(content, Mapping) and all(isinstance(name, str) for name in content)):
         raise UserError(f"{path} holds a {type(content).__name__}, not a state dict, which is tensors by their names")
@@ -169,7 +169,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _checked(description: Any, path: Path) -> dict[str, Any]:
-    """What a file says of itself, if it is as `describe` has it."""
+    """Return a file's description of its model; UserError unless it has the form that `describe` returns."""
     kinds = {"encoder": dict, "image_size": int}
     if not (isinstance(description, dict) and all(isinstance(description.get(n), k) for n, k in kinds.items())):
         raise UserError(f"{path} describes its model as no version of sam-distill does ({str(description)[:60]})")
@@ -177,7 +177,7 @@ def _checked(description: Any, path: Path) -> dict[str, Any]:
 
 
 def _recognise(state: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
-    """The architecture of an official file, read off its tensors."""
+    """Return the description of an official file's model, derived from names and shapes of the tensors."""
     tensors = {key: value for key, value in state.items() if isinstance(value, Tensor) and value.ndim}
     encoder = {k.removeprefix(_ENCODER): v for k, v in tensors.items() if k.startswith(_ENCODER)}
     spec: dict[str, Any] | None = None
@@ -190,11 +190,11 @@ def _recognise(state: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
         spec = {"class": "SamViT", "width": width, "depth": len(tables), "heads": width // tables[0].shape[1]}
         spec["global_blocks"] = [i for i, table in enumerate(tables) if len(table) == 2 * side - 1]
     if spec is None:
-        raise UserError(f"{path} holds no SAM we know: {_what_else(state)}")
+        raise UserError(f"{path} holds no SAM we know: {_describe_unknown(state)}")
     return {"encoder": spec, "image_size": FRAME}
 
 
-def _what_else(state: Mapping[str, Any]) -> str:
+def _describe_unknown(state: Mapping[str, Any]) -> str:
     parts = {name for key in state for name in (_ENCODER, "prompt_encoder.", "mask_decoder.") if key.startswith(name)}
     inside = next((key for key, value in state.items() if isinstance(value, Mapping)), None)
     if inside:
@@ -206,7 +206,7 @@ def _what_else(state: Mapping[str, Any]) -> str:
 
 
 def _load(sam: Sam, state: dict[str, Tensor], path: Path) -> None:
-    """Strict but for the two tensors pairs of MobileSAM's unused classifier and SAM's pixel statistics."""
+    """Load strictly, but ignore MobileSAM's unused classifier (head and norm_head) and SAM's pixel statistics."""
     unused = ("image_encoder.head.", "image_encoder.norm_head.", "pixel_mean", "pixel_std")
     ours = {official: key for key, official in _official_names(sam).items()}
     state = {ours.get(key, key): value for key, value in state.items() if not key.startswith(unused)}
@@ -225,14 +225,14 @@ def _load(sam: Sam, state: dict[str, Tensor], path: Path) -> None:
 
 
 def _official_names(sam: Sam) -> dict[str, str]:
-    """Our key -> official key, for every tensor of `sam`."""
+    """Return a dict from our key to the official key, for every tensor of `sam`."""
     rules: list[tuple[str, str]] = []
     if isinstance(sam.image_encoder, TinyViT | SamViT):
         rules += [(r"^neck\.reduce\.0\.", "neck.0."), (r"^neck\.norm1\.", "neck.1."), (r"^neck\.conv\.", "neck.2.")]
         rules += [(r"^neck\.norm2\.", "neck.3."), (r"^backbone\.", "")]
     if isinstance(sam.image_encoder, TinyViT):
         rules += [(r"^patch_embed\.conv1\.", "patch_embed.seq.0."), (r"^patch_embed\.conv2\.", "patch_embed.seq.2.")]
-        # MobileSAM counts a down-sampling to the stage before it, timm to the stage after it.
+        # MobileSAM keeps a down-sampling layer in the stage before it, timm in the stage after it.
         rules += [(rf"^stages\.{i}\.downsample\.", f"layers.{i - 1}.downsample.") for i in (1, 2, 3)]
         rules += [(r"^stages\.", "layers."), (r"\.conv\.", ".c.")]
     if isinstance(sam.image_encoder, SamViT):
@@ -250,6 +250,6 @@ def _official_names(sam: Sam) -> dict[str, str]:
 
 
 def in_words(spec: Mapping[str, Any]) -> str:
-    """An encoder as told in messages."""
+    """Return an encoder's spec as text for messages: `Class(name=value, ...)`."""
     details = ", ".join(f"{name}={value}" for name, value in spec.items() if name != "class")
     return f"{spec['class']}({details})"

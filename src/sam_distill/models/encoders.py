@@ -1,6 +1,6 @@
-"""Image encoders behind one interface: [B, 3, S, S] -> [B, 256, 64, 64], for any S that is a multiple of 64.
+"""Image encoders with one interface: [B, 3, S, S] -> [B, 256, 64, 64], for any S that is a multiple of 64.
 
-Each is a backbone of timm's and a neck; this is the only module that knows timm's networks.
+Each consists of a timm backbone and a neck.
 """
 
 from collections.abc import Sequence
@@ -19,13 +19,13 @@ from sam_distill.models.layers import DepthwiseConv2d, LayerNorm2d
 from sam_distill.models.pretrained import with_imagenet_weights
 from sam_distill.types import EMBED_DIM, FRAME, GRID
 
-Pretrained = bool | str  # ImageNet weights: from wherever they can be had, none, or those of a file
+Pretrained = bool | str  # ImageNet weights: True: from any source (see pretrained.py); False: none; str: of that file
 
 
 class Neck(nn.Module):
-    """Feature maps of one or more levels -> 256 channels on one grid.
+    """Neck that fuses feature maps of one or more levels into one map of 256 channels.
 
-    With one level this is SAM's neck (1x1, norm, 3x3, norm); several are brought to that grid and added.
+    With one level this is SAM's neck (1x1, norm, 3x3, norm); several are resized to one grid and added after the 1x1.
     """
 
     def __init__(self, widths: Sequence[int]) -> None:
@@ -36,21 +36,21 @@ class Neck(nn.Module):
         self.norm2 = LayerNorm2d(EMBED_DIM)
 
     def forward(self, levels: Sequence[Tensor], grid: int) -> Tensor:
-        """levels: maps [B, width, h, h]; grid: side of the output. -> [B, 256, grid, grid]."""
+        """Return the fused map: levels [B, width, h, h] -> [B, 256, grid, grid]."""
         x = sum(_resize(reduce(level), grid) for reduce, level in zip(self.reduce, levels, strict=True))
         return self.norm2(self.conv(self.norm1(x)))
 
 
 class ImageEncoder(nn.Module):
-    """A backbone and a neck. `spec` says how to build it again: the class's name and its arguments.
+    """Image encoder made of a backbone and a neck. `spec` tells how to build it again: class name and arguments.
 
-    fine_neck: levels meet at 64 x 64 whatever S is, as in EfficientViT-SAM (Zhang et al., 2024), so that at S = 512 the
-    features of stride 8 keep their detail. Otherwise they meet at stride 16, and the embedding is up-sampled: cheaper.
+    fine_neck: fuse the levels at 64 x 64 for every S, as in EfficientViT-SAM (Zhang et al., 2024), so that at S = 512
+        the features of stride 8 keep their detail. Otherwise fuse at stride 16 and up-sample the embedding: cheaper.
     """
 
     spec: dict[str, Any]
     fine_neck = False
-    img_size = FRAME  # of what ResizeLongestSide makes, under segment-anything's name
+    img_size = FRAME  # long side that ResizeLongestSide resizes to; the name is segment-anything's
 
     def __init__(self, backbone: nn.Module, widths: Sequence[int]) -> None:
         super().__init__()
@@ -62,33 +62,33 @@ class ImageEncoder(nn.Module):
         return [self.backbone(x)]
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, 3, S, S] -> [B, 256, 64, 64]."""
+        """Return the embeddings: [B, 3, S, S] -> [B, 256, 64, 64]."""
         grid = GRID if self.fine_neck else x.shape[-1] // (FRAME // GRID)
         return _resize(self.neck(self.features(x), grid), GRID)
 
 
 class TinyViT(ImageEncoder):
-    """TinyViT 5M/11M/21M (Wu et al., ECCV 2022), its last stage at stride 16 as MobileSAM has it (section 4.1)."""
+    """TinyViT 5M/11M/21M (Wu et al., ECCV 2022) with its last stage at stride 16, as in MobileSAM (section 4.1)."""
 
     def __init__(self, size: Literal["5m", "11m", "21m"] = "5m", pretrained: Pretrained = True) -> None:
         name = f"tiny_vit_{size}_224"
-        # The module's own function, not the registry: importing MobileSAM's code overwrites timm's entry.
+        # From timm's module, not from its registry: importing MobileSAM's code overwrites the registry's entry.
         backbone: Any = with_imagenet_weights(name, partial(getattr(tiny_vit, name), num_classes=0), pretrained)
         backbone.stages[-1].downsample.conv2.conv.stride = (1, 1)
         backbone.head = nn.Identity()
         super().__init__(backbone, [backbone.num_features])
         self.spec = {"class": "TinyViT", "size": size}
-        self.register_load_state_dict_post_hook(_forget_attention_biases)
+        self.register_load_state_dict_post_hook(_clear_attention_bias_cache)
 
     def features(self, x: Tensor) -> Sequence[Tensor]:
         return [self.backbone.forward_features(x)]  # type: ignore[operator]
 
 
 class SamViT(ImageEncoder):
-    """SAM's ViT (Kirillov et al. 2023): windows of 14, and global attention in the blocks named.
+    """SAM's ViT (Kirillov et al. 2023): attention in windows of 14, but global in the blocks `global_blocks`.
 
-    It starts from random weights: SAM's own ViT-B IS the paper's coupled baseline (Table 2), so a student
-    may start from it only on purpose, with `init=`.
+    It starts from random weights: SAM's own ViT-B is itself the paper's coupled baseline (Table 2), so a student
+    starts from SAM's weights only if `init=` asks for it.
     """
 
     def __init__(self, width: int, depth: int, heads: int, global_blocks: list[int]) -> None:
@@ -110,14 +110,14 @@ class SamViT(ImageEncoder):
         self.spec["global_blocks"] = list(global_blocks)
 
     def features(self, x: Tensor) -> Sequence[Tensor]:
-        with x.device if x.is_cuda else nullcontext():  # timm would look positions up by tables on the CPU
+        with x.device if x.is_cuda else nullcontext():  # else timm builds its tables of relative positions on the CPU
             return [self.backbone.forward_features(x)]  # type: ignore[operator]
 
 
 class TimmEncoder(ImageEncoder):
-    """Any timm backbone with feature maps, of which the last three levels meet.
+    """Any timm backbone with feature maps; the neck fuses its last three levels.
 
-    neck: fine or coarse, see `ImageEncoder`.
+    neck: fine or coarse, see fine_neck of `ImageEncoder`.
     """
 
     def __init__(self, name: str, pretrained: Pretrained = True, neck: Literal["fine", "coarse"] = "fine") -> None:
@@ -134,7 +134,7 @@ class TimmEncoder(ImageEncoder):
 
 
 class EfficientViT(TimmEncoder):
-    """MSRA's EfficientViT, which the paper cites (Liu et al., CVPR 2023): strides 16, 32, 64."""
+    """EfficientViT by MSRA (Liu et al., CVPR 2023), which the paper cites: strides 16, 32, 64."""
 
     def __init__(
         self,
@@ -146,7 +146,7 @@ class EfficientViT(TimmEncoder):
 
 
 class EfficientViTMIT(TimmEncoder):
-    """MIT's EfficientViT, which EfficientViT-SAM uses (Cai et al., ICCV 2023): strides 8, 16, 32."""
+    """EfficientViT by MIT (Cai et al., ICCV 2023), which EfficientViT-SAM uses: strides 8, 16, 32."""
 
     def __init__(
         self,
@@ -158,13 +158,13 @@ class EfficientViTMIT(TimmEncoder):
 
 
 def build_encoder(spec: dict[str, Any]) -> ImageEncoder:
-    """The encoder that `spec` describes, with random weights."""
+    """Return the encoder that `spec` describes, with random weights."""
     kinds = {kind.__name__: kind for kind in (TinyViT, SamViT, TimmEncoder)}
     arguments = {name: value for name, value in spec.items() if name != "class"}
     if spec["class"] != "SamViT":
         arguments["pretrained"] = False
     if spec["class"] == "TimmEncoder":
-        arguments.setdefault("neck", "coarse")  # as in files older than the choice
+        arguments.setdefault("neck", "coarse")  # files from before this option have no entry
     return kinds[spec["class"]](**arguments)
 
 
@@ -174,18 +174,18 @@ def _resize(x: Tensor, side: int) -> Tensor:
     return x if x.shape[-1] == side else F.interpolate(x, size=(side, side), mode="bilinear")
 
 
-def _forget_attention_biases(encoder: nn.Module, _: Any) -> None:
-    """TinyViT keeps its attention biases gathered while in eval mode; after new weights those are stale."""
+def _clear_attention_bias_cache(encoder: nn.Module, _: Any) -> None:
+    """Clear the attention biases that TinyViT caches in eval mode: after new weights are loaded they are stale."""
     mode = encoder.training
     encoder.train(True).train(mode)
 
 
 def _feature_maps(name: str, **options: Any) -> nn.Module:
-    """timm's model as an extractor of its last three levels."""
+    """Return timm's model as an extractor of its last three levels; UserError if timm can't build that."""
     options |= {"features_only": True, "out_indices": (-3, -2, -1)}
     try:
         try:
-            return timm.create_model(name, dynamic_img_size=True, **options)  # plain ViTs are tied to 224 otherwise
+            return timm.create_model(name, dynamic_img_size=True, **options)  # else plain ViTs accept only 224
         except TypeError:
             return timm.create_model(name, **options)
     except (RuntimeError, AttributeError, AssertionError, IndexError) as error:

@@ -1,4 +1,4 @@
-"""Layers that more than one part of SAM uses."""
+"""Layers that several parts of SAM use."""
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from sam_distill.types import EMBED_DIM
 class LayerNorm2d(nn.LayerNorm):
     """LayerNorm over the channels of [B, C, H, W], always in float32: half precision overflows here in some students.
 
-    Names and epsilon are SAM's (`modeling/common.py`).
+    Parameter names and epsilon are SAM's (`modeling/common.py`).
     """
 
     def __init__(self, channels: int) -> None:
@@ -20,14 +20,14 @@ class LayerNorm2d(nn.LayerNorm):
         return self.over_last(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
     def over_last(self, x: Tensor) -> Tensor:
-        """The same where the channels are the last dimension."""
+        """Normalise over the last dimension: [..., C] -> [..., C] float32."""
         return F.layer_norm(x.float(), self.normalized_shape, self.weight, self.bias, self.eps)
 
 
 class DepthwiseConv2d(nn.Conv2d):
-    """A depthwise convolution that trains in float32 on a CPU, whatever autocast says.
+    """Depthwise convolution that trains in float32 on a CPU, even under autocast.
 
-    oneDNN's backward pass in bf16 takes up to seven times as long there (5 x 5 or stride 2): it has no fast kernel.
+    oneDNN's backward pass in bf16 takes up to seven times as long (5 x 5 or stride 2), for lack of a fast kernel.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -38,14 +38,14 @@ class DepthwiseConv2d(nn.Conv2d):
 
     @staticmethod
     def replace_in(network: nn.Module) -> None:
-        """Have all depthwise convolutions of a network be of this class; their tensors stay as they are."""
+        """Change all depthwise convolutions of a network to this class; their tensors stay the same."""
         for module in network.modules():
             if type(module) is nn.Conv2d and 1 < module.groups == module.in_channels:
                 module.__class__ = DepthwiseConv2d
 
 
 class MLP(nn.Module):
-    """Three linear layers with ReLU between them, 256 wide, as the decoder's hypernetworks and IoU head have them."""
+    """Three linear layers with ReLU between them, 256 wide: the mask decoder's hypernetworks and IoU head."""
 
     def __init__(self, width_out: int) -> None:
         super().__init__()

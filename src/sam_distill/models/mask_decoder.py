@@ -2,11 +2,11 @@
 
 Legend: B images, P prompts, T tokens per prompt (1 for IoU, 4 for masks, N for the prompt), C = 256 channels,
 L = 4096 cells of the image embedding, h = 8 heads of width d, G = groups of prompts that see the same image features:
-1 until the first image-to-token attention makes them differ, P afterwards. What has G = 1 is computed once for all
+1 until the first image-to-token attention makes them differ, P afterwards. Values with G = 1 are computed once for all
 prompts of an image.
 
 An image has many cells and a prompt few tokens. So where the official code projects the image's side of an attention,
-the tokens' side is projected here instead, which comes to the same: q . (W k) = (W^T q) . k. That halves the work.
+this code projects the tokens' side instead. The result is the same, q . (W k) = (W^T q) . k, with half the work.
 """
 
 from collections.abc import Iterable, Iterator
@@ -21,14 +21,14 @@ from sam_distill.types import ABSENT, EMBED_DIM, GRID, LOW_RES, Masks
 
 NUM_MASKS = 4  # token 0: the single mask; tokens 1-3: whole, part, sub-part of an ambiguous prompt
 HEADS = 8
-HIDDEN = -1e4  # added to scores, so that nobody looks there; finite, as some of the runtimes know no infinity
-# Without gradients, so many prompts are decoded at a time: their image features, 4 MB each, should stay in a CPU's
-# cache and fit a GPU's memory.
+HIDDEN = -1e4  # added to the attention scores of absent tokens; finite, because some runtimes have no infinity
+# Number of prompts decoded at a time without gradients: their image features, 4 MB per prompt, should stay in a CPU's
+# cache and fit into a GPU's memory.
 CHUNK_CPU, CHUNK_GPU = 1, 64
 
 
 class Attention(nn.Module):
-    """Multi-head attention whose inner width may be smaller than C."""
+    """Multi-head attention with an inner width that may be smaller than C."""
 
     def __init__(self, inner_width: int) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(inner_width, EMBED_DIM)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
-        """q, k, v [B, P, T, C] -> [B, P, T, C]. key_mask: [B, P, T], added to what looks at a key."""
+        """Return the attended values: q, k, v [B, P, T, C] -> [B, P, T, C]. key_mask [B, P, T]: added to the scores."""
         batch = q.shape[:2]
         mask = None if key_mask is None else key_mask.flatten(0, 1)[:, None, None]
         q, k, v = self.q_proj(q.flatten(0, 1)), self.k_proj(k.flatten(0, 1)), self.v_proj(v.flatten(0, 1))
@@ -47,69 +47,69 @@ class Attention(nn.Module):
 
 
 class TokenToImage(Attention):
-    """Tokens look at the image."""
+    """Attention from the tokens to the image."""
 
     def forward(self, tokens: Tensor, keys: Tensor, values: Tensor) -> Tensor:  # type: ignore[override]
-        """tokens [B, P, T, C], keys and values [B, G, L, C] -> [B, P, T, C]."""
+        """Return the attended values: tokens [B, P, T, C], keys and values [B, G, L, C] -> [B, P, T, C]."""
         batch = tokens.shape[:2]
-        if keys.shape[1] < tokens.shape[1]:  # all prompts ask the same keys: one long row of queries
+        if keys.shape[1] < tokens.shape[1]:  # all prompts share the keys: one long row of queries
             q, k, v = self.q_proj(tokens.flatten(1, 2)), self.k_proj(keys[:, 0]), self.v_proj(values[:, 0])
             out = F.scaled_dot_product_attention(_heads(q), _heads(k), _heads(v))
             return self.out_proj(_merge(out)).unflatten(1, tokens.shape[1:3])
         q = _heads(self.q_proj(tokens.flatten(0, 1)))
         q = q * q.shape[-1] ** -0.5
         bias = (q * self.k_proj.bias.view(HEADS, 1, -1)).sum(-1, keepdim=True)
-        q = _fold(q, self.k_proj.weight)
+        q = _project_heads(q, self.k_proj.weight)
         scores = _products(q.flatten(1, 2), keys.flatten(0, 1)) + bias.flatten(1, 2)  # [BP, hT, L]
-        looks = (scores.softmax(-1) @ values.flatten(0, 1)).unflatten(1, (HEADS, -1))
-        out = looks @ self.v_proj.weight.unflatten(0, (HEADS, -1)).transpose(-2, -1)
+        attended = (scores.softmax(-1) @ values.flatten(0, 1)).unflatten(1, (HEADS, -1))
+        out = attended @ self.v_proj.weight.unflatten(0, (HEADS, -1)).transpose(-2, -1)
         return self.out_proj(_merge(out) + self.v_proj.bias).unflatten(0, batch)
 
 
 class ImageToToken(Attention):
-    """The image looks at the tokens."""
+    """Attention from the image to the tokens, added to the image features."""
 
     def forward(  # type: ignore[override]
         self, image: Tensor, queries: Tensor, keys: Tensor, values: Tensor, key_mask: Tensor | None
     ) -> Tensor:
-        """image and its queries [B, G, L, C], keys and values [B, P, T, C] -> image + answers [B, P, L, C].
+        """Return image + attended values [B, P, L, C]; image and queries [B, G, L, C], keys and values [B, P, T, C].
 
-        key_mask: [B, P, T], added to what looks at a token.
+        key_mask: [B, P, T], added to each token's scores.
         """
         batch, prompts = keys.shape[:2]
         k, v = _heads(self.k_proj(keys.flatten(0, 1))), _heads(self.v_proj(values.flatten(0, 1)))
         k = k * k.shape[-1] ** -0.5
         bias = (k * self.q_proj.bias.view(HEADS, 1, -1)).sum(-1, keepdim=True)
-        k = _fold(k, self.q_proj.weight)
-        rows = k.reshape(batch, image.shape[1], -1, EMBED_DIM)  # prompts that see the same image in one product
+        k = _project_heads(k, self.q_proj.weight)
+        rows = k.reshape(batch, image.shape[1], -1, EMBED_DIM)  # one product for all prompts that see the same image
         scores = _products(rows, queries).reshape(*k.shape[:3], -1) + bias  # [BP, h, T, L]
         if key_mask is not None:
             scores = scores + key_mask.flatten(0, 1)[:, None, :, None]
         attention = scores.softmax(-2).flatten(1, 2)
-        # A cell's attention to all tokens is 1 in each head, so each head brings its share of the bias.
-        answers = _fold(v, self.out_proj.weight.transpose(-2, -1)) + self.out_proj.bias / HEADS
+        # A cell's attention weights sum to 1 in each head, so each head adds 1 / HEADS of the bias.
+        answers = _project_heads(v, self.out_proj.weight.transpose(-2, -1)) + self.out_proj.bias / HEADS
         image = image.expand(-1, prompts, -1, -1).flatten(0, 1)
-        looks = torch.baddbmm(image, attention.transpose(-2, -1), answers.flatten(1, 2))
-        return looks.unflatten(0, (batch, prompts))
+        attended = torch.baddbmm(image, attention.transpose(-2, -1), answers.flatten(1, 2))
+        return attended.unflatten(0, (batch, prompts))
 
 
 def _heads(x: Tensor) -> Tensor:
-    """[n, L, inner] -> [n, h, L, d]."""
+    """Split into heads: [n, L, inner] -> [n, h, L, d]."""
     return x.unflatten(-1, (HEADS, -1)).transpose(1, 2)
 
 
 def _merge(x: Tensor) -> Tensor:
-    """[n, h, L, d] -> [n, L, inner]."""
+    """Join the heads: [n, h, L, d] -> [n, L, inner]."""
     return x.transpose(1, 2).flatten(2)
 
 
-def _fold(x: Tensor, weight: Tensor) -> Tensor:
-    """[n, h, T, d], weight [inner, C] -> [n, h, T, C]: each head's part of x through its rows of the weight."""
+def _project_heads(x: Tensor, weight: Tensor) -> Tensor:
+    """Multiply each head of x with its rows of the weight: [n, h, T, d], weight [inner, C] -> [n, h, T, C]."""
     return x @ weight.unflatten(0, (HEADS, -1))
 
 
 def _products(few: Tensor, cells: Tensor) -> Tensor:
-    """[..., n, C], [..., L, C] -> [..., n, L]. `few @ cells^T` would copy all cells, transposed, in bf16 on a CPU."""
+    """Return few @ cells^T: [..., n, C], [..., L, C] -> [..., n, L]; computed so, a CPU does not copy cells in bf16."""
     return (cells @ few.transpose(-2, -1)).transpose(-2, -1)
 
 
@@ -124,7 +124,7 @@ class FeedForward(nn.Module):
 
 
 class TwoWayBlock(nn.Module):
-    """Tokens look at each other, then at the image; then the image looks at the tokens."""
+    """Self-attention of the tokens, then attention from tokens to image, then from image to tokens."""
 
     def __init__(self, first: bool) -> None:
         super().__init__()
@@ -141,8 +141,8 @@ class TwoWayBlock(nn.Module):
     def update_tokens(
         self, tokens: Tensor, token_pe: Tensor, image: Tensor, image_keys: Tensor, token_mask: Tensor | None
     ) -> Tensor:
-        """tokens, token_pe [B, P, T, C]; image, image_keys (with positions) [B, G, L, C]."""
-        if self.first:  # SAM's rule: no positions and no residual in the very first self-attention
+        """Return the new tokens: tokens, token_pe [B, P, T, C]; image, image_keys (image + positions) [B, G, L, C]."""
+        if self.first:  # as in SAM: no positions and no residual in the very first self-attention
             tokens = self.self_attn(tokens, tokens, tokens, token_mask)
         else:
             q = tokens + token_pe
@@ -154,7 +154,7 @@ class TwoWayBlock(nn.Module):
     def update_image(
         self, tokens: Tensor, token_pe: Tensor, image: Tensor, image_keys: Tensor, token_mask: Tensor | None
     ) -> Tensor:
-        """[B, P, L, C]."""
+        """Return the new image features [B, P, L, C]; arguments as in `update_tokens`."""
         keys = tokens + token_pe
         return self.norm4(self.cross_attn_image_to_token(image, image_keys, keys, tokens, token_mask))
 
@@ -169,9 +169,9 @@ class TwoWayTransformer(nn.Module):
     def forward(
         self, tokens: Tensor, image: Tensor, image_pe: Tensor, token_mask: Tensor | None
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """tokens [B, P, T, C], image [B, G, L, C], image_pe [L, C], token_mask [B, P, T] (see `_token_mask`) or None.
+        """Yield the new tokens [B, p, T, C] and image features [B, p, L, C], p prompts at a time.
 
-        Yields tokens [B, p, T, C] and image [B, p, L, C], p prompts at a time.
+        tokens [B, P, T, C], image [B, G, L, C], image_pe [L, C], token_mask [B, P, T] (see `_token_mask`) or None.
         """
         first, second = cast(Iterable[TwoWayBlock], self.layers)
         token_pe, image_keys = tokens, image + image_pe
@@ -189,7 +189,7 @@ class TwoWayTransformer(nn.Module):
 
 
 def _parts(tokens: Tensor) -> Iterator[slice]:
-    """Slices of the prompts, [B, P, T, C], to decode at a time. With gradients all of them: they are kept anyway."""
+    """Yield the slices of P to decode at a time, tokens [B, P, T, C]; with gradients all: features are kept anyway."""
     if torch.compiler.is_compiling():  # an exported graph has no loops
         yield slice(None)
         return
@@ -229,57 +229,58 @@ class MaskDecoder(nn.Module):
 
         embedding: [B, 256, 64, 64]; image_pe: [4096, 256].
         tokens: [B, P, N, 256]; dense: [B, P, 4096, 256] or [1, 1, 1, 256] (no mask prompt, shared).
-        labels: [B, P, N], to keep ABSENT tokens out of attention; None: there are none.
+        labels: [B, P, N], to keep ABSENT tokens out of attention; None: no token is absent.
         wanted: the mask tokens to decode: SINGLE, MULTI or ALL.
-        least_iou: prompts none of whose predicted IoUs exceeds it get no masks, but zeros: drawing is half the work.
+        least_iou: a prompt gets zeros for masks if none of its predicted IoUs exceeds this: masks are half the work.
         """
         batch, prompts = tokens.shape[:2]
         image = embedding.flatten(2).transpose(-2, -1).unsqueeze(1) + dense
         output_tokens = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
         tokens = torch.cat([output_tokens.expand(batch, prompts, -1, -1), tokens], dim=2)
         parts = self.transformer(tokens, image, image_pe, _token_mask(labels, len(output_tokens)))
-        answers = [self._answer(tokens, image, wanted, least_iou) for tokens, image in parts]
+        answers = [self._predict(tokens, image, wanted, least_iou) for tokens, image in parts]
         return Masks(*(torch.cat(each, dim=1) for each in zip(*answers, strict=True)))
 
-    def _answer(self, tokens: Tensor, image: Tensor, wanted: slice, least_iou: float | None) -> tuple[Tensor, Tensor]:
-        """tokens [B, p, T, C], image [B, p, L, C] -> masks [B, p, M, 256, 256] and predicted IoUs [B, p, M]."""
+    def _predict(self, tokens: Tensor, image: Tensor, wanted: slice, least_iou: float | None) -> tuple[Tensor, Tensor]:
+        """Return masks [B, p, M, 256, 256], predicted IoUs [B, p, M] from tokens [B, p, T, C], image [B, p, L, C]."""
         iou = self.iou_prediction_head(tokens[:, :, 0])[:, :, wanted].float()
         mask_tokens = tokens[:, :, 1 : 1 + NUM_MASKS][:, :, wanted]
         if least_iou is None:
-            masks = self._draw(mask_tokens.flatten(0, 1), image.flatten(0, 1), wanted)
+            masks = self._predict_masks(mask_tokens.flatten(0, 1), image.flatten(0, 1), wanted)
             return masks.unflatten(0, iou.shape[:2]), iou
         masks = iou.new_zeros(*iou.shape, LOW_RES, LOW_RES)
         good = (iou > least_iou).any(-1).nonzero(as_tuple=True)
         if len(good[0]):
-            masks[good] = self._draw(mask_tokens[good], image[good], wanted)
+            masks[good] = self._predict_masks(mask_tokens[good], image[good], wanted)
         return masks, iou
 
-    def _draw(self, tokens: Tensor, image: Tensor, wanted: slice) -> Tensor:
-        """Mask tokens [n, M, C], image [n, L, C] -> masks [n, M, 256, 256] float32.
+    def _predict_masks(self, tokens: Tensor, image: Tensor, wanted: slice) -> Tensor:
+        """Return mask logits [n, M, 256, 256] float32 from mask tokens [n, M, C] and image [n, L, C].
 
-        Each cell becomes 2 x 2, and each of those 2 x 2 again; only the finished masks are put together as pictures.
-        Under autocast all products are of the lower precision, the last one, too: that rounds logits, no more.
+        Each cell becomes 2 x 2 pixels, and each of those 2 x 2 again; only the finished masks are rearranged to images.
+        Under autocast all products have the lower precision, even the last one: that only rounds the logits.
         """
         first, norm, gelu, second, _ = cast(Iterable[Any], self.output_upscaling)
-        image = gelu(norm.over_last(_quarter(image, first))).flatten(1, 2)
-        image = gelu(_quarter(image, second)).flatten(1, 2)
+        image = gelu(norm.over_last(_upscale_cells(image, first))).flatten(1, 2)
+        image = gelu(_upscale_cells(image, second)).flatten(1, 2)
         mlps = self.output_hypernetworks_mlps[wanted]
         filters = torch.stack([mlp(tokens[:, i]) for i, mlp in enumerate(mlps)], dim=1)
-        masks = _products(filters, image).float()  # cells, then the 4 and 4 pixels of each
+        masks = _products(filters, image).float()  # last dimension: cells, then the 4 x 4 pixels of each
         pixels = masks.reshape(-1, GRID, 2, 8).transpose(1, 2).reshape(-1, 2 * GRID, 2, 2).transpose(1, 2)
         return pixels.reshape(*filters.shape[:2], LOW_RES, LOW_RES)
 
 
-def _quarter(x: Tensor, conv: nn.ConvTranspose2d) -> Tensor:
-    """[n, L, C] -> [n, L, 4, c]: the 2 x 2 pixels that a transposed convolution of stride 2 makes of each cell."""
+def _upscale_cells(x: Tensor, conv: nn.ConvTranspose2d) -> Tensor:
+    """Apply a transposed convolution of stride 2: [n, L, C] -> [n, L, 4, c], the 2 x 2 pixels of each cell."""
     assert conv.bias is not None
     weight = conv.weight.permute(2, 3, 1, 0).flatten(0, 2)
     return F.linear(x, weight, conv.bias.repeat(4)).unflatten(-1, (4, -1))
 
 
 def _token_mask(labels: Tensor | None, num_output_tokens: int) -> Tensor | None:
-    """[B, P, T], 0 or HIDDEN for absent tokens. None when every token is there, which is faster on a CPU; a GPU would
-    have to be waited for to know, and an exported graph can't look.
+    """Return [B, P, T]: HIDDEN for absent tokens, else 0. On a CPU None if no token is absent, which is faster there.
+
+    On a GPU this check would have to wait for the labels; an exported graph can't branch on them.
     """
     if labels is None:
         return None

@@ -1,4 +1,4 @@
-"""ImageNet weights for timm's backbones: from the model hub, from a package by pip, or from a file."""
+"""ImageNet weights for timm's backbones: from the model hub, from a pip package, or from a file."""
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
@@ -17,16 +17,17 @@ from sam_distill.models import weights
 from sam_distill.types import UserError
 
 log = logging.getLogger(__name__)
-logging.getLogger("timm").setLevel(logging.ERROR)  # it announces downloads that may not succeed, and unused layers
+logging.getLogger("timm").setLevel(logging.ERROR)  # it logs downloads even if they fail, and unused layers
 
-HUB_PATIENCE = 3  # seconds to connect
+HUB_PATIENCE = 3  # timeout of the connection, seconds
 
 
 def with_imagenet_weights(name: str, build: Callable[..., nn.Module], pretrained: bool | str) -> nn.Module:
-    """A backbone with its ImageNet weights: `build(pretrained=..., ...)` with timm's own arguments, and a log line.
+    """Return a backbone with ImageNet weights, built by `build(pretrained=..., ...)`, and log their source.
 
-    name: timm's. pretrained: False for random weights; a file for the weights in it (a state dict or safetensors under
-    timm's names); True for the model hub's, else those of weights.yaml, else a warning and random weights.
+    name: the model's name in timm. build: takes timm's own arguments.
+    pretrained: False for random weights; a file's path for the weights in it (a state dict or safetensors under timm's
+        names); True for those of the model hub, else those of weights.yaml, else a warning and random weights.
     """
     if pretrained is False:
         return build(pretrained=False)
@@ -51,9 +52,9 @@ def with_imagenet_weights(name: str, build: Callable[..., nn.Module], pretrained
 
 
 def packaged(name: str) -> dict[str, Tensor]:
-    """The weights of weights.yaml under timm's names, classifier included.
+    """Return the weights that weights.yaml has for a backbone, under timm's names, classifier included.
 
-    Their own names are the layers' in another code base, in the same order.
+    The file uses the names of another code base, but in the same order.
     """
     theirs = torch.load(weights.fetch(name), map_location="cpu", weights_only=True)
     return dict(zip(timm.create_model(name).state_dict(), theirs.values(), strict=True))
@@ -71,7 +72,7 @@ def _read(path: str) -> Mapping[str, Tensor]:
 
 
 def _built_with(name: str, build: Callable[..., nn.Module], state: Mapping[str, Tensor], source: str) -> nn.Module:
-    """timm loads what it is given without complaint about layers that are missing, so that is checked first."""
+    """Build the backbone with `state`; UserError if tensors are missing or misshapen, as timm ignores missing ones."""
     with torch.device("meta"):
         whole = timm.create_model(name, num_classes=0)
     wanted = {key: value.shape for key, value in whole.state_dict().items()}
@@ -89,14 +90,14 @@ def _built_with(name: str, build: Callable[..., nn.Module], state: Mapping[str, 
 
 @contextmanager
 def _offline_unless_reached() -> Iterator[None]:
-    """Where the model hub can't be reached, use only what it has cached: its client would retry for a minute.
+    """If the model hub can't be reached, use only its local cache: its client would retry for a minute.
 
-    The client itself is asked, so that proxies, mirrors and certificates are those it will use.
+    The test uses the client itself, so that proxies, mirrors and certificates are the same as in a download.
     """
     before = hub.HF_HUB_OFFLINE
     try:
         get_session().head(hub.ENDPOINT, timeout=HUB_PATIENCE)
-    except Exception:  # of whichever library the client is built on
+    except Exception:  # its type depends on the library that the client is built on
         hub.HF_HUB_OFFLINE = True
     try:
         yield

@@ -11,14 +11,14 @@ from sam_distill.types import BOX_BOTTOM_RIGHT, EMBED_DIM, FRAME, GRID, NOT_A_PO
 
 
 class RandomFourierFeatures(nn.Module):
-    """Positions in [0, 1]^2 as sines and cosines of random projections (SAM's `PositionEmbeddingRandom`)."""
+    """Encoder of positions in [0, 1]^2: sines and cosines of random projections (SAM's `PositionEmbeddingRandom`)."""
 
     def __init__(self, features: int) -> None:
         super().__init__()
         self.register_buffer("positional_encoding_gaussian_matrix", torch.randn(2, features))
 
     def forward(self, positions: Tensor) -> Tensor:
-        """[..., 2] (x, y) in [0, 1] -> [..., 2 * features], in float32."""
+        """Return the encoding of (x, y) in [0, 1]: [..., 2] -> [..., 2 * features] float32."""
         matrix: Tensor = self.positional_encoding_gaussian_matrix  # type: ignore[assignment]
         # Not a matmul: autocast would round the phases to bfloat16.
         x, y = (2 * positions - 1).split(1, dim=-1)
@@ -27,7 +27,7 @@ class RandomFourierFeatures(nn.Module):
 
 
 class PromptEncoder(nn.Module):
-    """Points, boxes and masks -> tokens and dense embeddings in the mask decoder's space."""
+    """Encoder of points, boxes and masks into tokens and dense embeddings for the mask decoder."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,20 +46,20 @@ class PromptEncoder(nn.Module):
         self.no_mask_embed = nn.Embedding(1, EMBED_DIM)
 
     def forward(self, prompts: Prompts) -> tuple[Tensor, Tensor]:
-        """Tokens [B, P, N, 256] and dense embeddings, [B, P, 4096, 256] or, without masks, [1, 1, 1, 256]."""
+        """Return tokens [B, P, N, 256] and dense embeddings: [B, P, 4096, 256] or, without masks, [1, 1, 1, 256]."""
         dense = self.no_mask_embed.weight.view(1, 1, 1, EMBED_DIM)
         if prompts.masks is not None:
             dense = self.embed_masks(prompts.masks.flatten(0, 1)).unflatten(0, prompts.masks.shape[:2])
         return self._tokens(prompts), dense
 
     def dense_positions(self) -> Tensor:
-        """[4096, 256]: the positional encoding of the centres of the image embedding's cells, row by row."""
+        """Return [4096, 256]: the positional encoding of the centres of the image embedding's cells, row by row."""
         centres = (torch.arange(GRID, device=self.no_mask_embed.weight.device) + 0.5) / GRID
         y, x = torch.meshgrid(centres, centres, indexing="ij")
         return self.pe_layer(torch.stack([x, y], dim=-1)).flatten(0, 1)
 
     def _tokens(self, prompts: Prompts) -> Tensor:
-        position = self.pe_layer((prompts.points + 0.5) / FRAME)  # SAM points at the centres of pixels
+        position = self.pe_layer((prompts.points + 0.5) / FRAME)  # as in SAM, a point means the centre of its pixel
         labels = prompts.labels.unsqueeze(-1)
         nothing = torch.zeros_like(self.not_a_point_embed.weight)  # not 0.0: Core ML's `where` takes tensors only
         tokens = torch.where(labels >= 0, position, nothing)
@@ -69,5 +69,5 @@ class PromptEncoder(nn.Module):
         return tokens
 
     def embed_masks(self, masks: Tensor) -> Tensor:
-        """Logits [n, 1, 256, 256] -> [n, 4096, 256]."""
+        """Return the dense embeddings of mask logits: [n, 1, 256, 256] -> [n, 4096, 256]."""
         return self.mask_downscaling(masks).flatten(2).transpose(-2, -1)

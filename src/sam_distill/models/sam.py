@@ -1,4 +1,4 @@
-"""Segment Anything: an image encoder, a prompt encoder and a mask decoder, under their official names."""
+"""Segment Anything: an image encoder, a prompt encoder and a mask decoder, with the official parameter names."""
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,12 @@ PIXEL_STD = (58.395, 57.12, 57.375)
 
 
 class Sam(nn.Module):
-    """image_size: side S of the square the image encoder sees. Prompts and masks stay in the 1024 frame."""
+    """Segment Anything model of an image encoder, a prompt encoder and a mask decoder.
 
-    mask_threshold = 0.0  # of logits, under segment-anything's name
+    image_size: side S of the square that the image encoder gets. Prompts and masks stay in the 1024 frame.
+    """
+
+    mask_threshold = 0.0  # of logits; the name is segment-anything's
 
     def __init__(
         self,
@@ -36,13 +39,13 @@ class Sam(nn.Module):
 
     @property
     def parameter_counts(self) -> dict[str, int]:
-        """Parameters, by their names in metrics.json: `parameters` are the image encoder's, as in the paper."""
+        """Return the counts under their names in metrics.json: `parameters` is the image encoder's, as in the paper."""
         parts = {"": self.image_encoder, "/prompt_encoder": self.prompt_encoder, "/mask_decoder": self.mask_decoder}
         counts = {name: sum(p.numel() for p in part.parameters()) for name, part in (parts | {"/model": self}).items()}
         return {f"parameters{name}": count for name, count in counts.items()}
 
     def encode(self, images: Tensor, sizes: Tensor) -> Tensor:
-        """images [B, 3, 1024, 1024] uint8 in the frame, sizes [B, 2] (h, w) -> embeddings [B, 256, 64, 64] float32."""
+        """Encode images [B, 3, 1024, 1024] uint8 in the frame, sizes [B, 2] (h, w) -> [B, 256, 64, 64] float32."""
         if len(images) > 1 and _better_one_by_one(images):
             return torch.cat([self.encode(images[i : i + 1], sizes[i : i + 1]) for i in range(len(images))])
         return self.image_encoder(preprocess(images, sizes, self.image_size)).float()
@@ -50,9 +53,9 @@ class Sam(nn.Module):
     def decode(
         self, embedding: Tensor, prompts: Prompts, wanted: slice = SINGLE, least_iou: float | None = None
     ) -> Masks:
-        """embedding [B, 256, 64, 64], prompts for the same B images -> the wanted masks: SINGLE, MULTI or ALL.
+        """Return the wanted masks, SINGLE, MULTI or ALL: embedding [B, 256, 64, 64], prompts for the same B images.
 
-        least_iou: prompts none of whose predicted IoUs exceeds it get zeros for masks, in half the time.
+        least_iou: a prompt gets zeros for masks, in half the time, if none of its predicted IoUs exceeds this.
         """
         if len(embedding) > 1 and _better_one_by_one(embedding):
             parts = [slice(i, i + 1) for i in range(len(embedding))]
@@ -67,19 +70,19 @@ class Sam(nn.Module):
 
 
 def _better_one_by_one(images: Tensor) -> bool:
-    """A CPU's cache holds the activations of one 1024 image, not of several: 1.2x (fp32) to 1.9x (bf16) per image."""
+    """Whether single images run faster (1.2x in fp32, 1.9x in bf16), as a CPU's cache holds one image's activations."""
     return images.device.type == "cpu" and not torch.is_grad_enabled()
 
 
 def preprocess(images: Tensor, sizes: Tensor, image_size: int) -> Tensor:
-    """Frames, zero in the padding, as an image encoder wants them: [B, 3, S, S] float32, normalised, channels last.
+    """Turn frames, zero in the padding, into image encoder input: [B, 3, S, S] float32, normalised, channels last.
 
-    Padding is zero AFTER normalising, as in SAM. A smaller S is an area-averaged reduction of the whole padded frame,
+    Padding is zero AFTER normalising, as in SAM. For a smaller S the whole padded frame is reduced by area averaging,
     so that every S has the same geometry and prompts need no rescaling.
     """
     mean, std = (upload(v, images.device).view(1, 3, 1, 1) for v in (PIXEL_MEAN, PIXEL_STD))
     x, area = images.float(), valid_area(sizes, FRAME).float()
-    if image_size != FRAME:  # before normalising, which is linear too: fewer pixels to handle
+    if image_size != FRAME:  # before normalising, which is linear as well: fewer pixels to process
         x, area = (
             F.interpolate(value, size=(image_size, image_size), mode="bilinear", antialias=True) for value in (x, area)
         )

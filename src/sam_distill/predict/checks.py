@@ -1,4 +1,4 @@
-"""Prompts as users give them: those that would be answered with nonsense are refused, and the right call is named."""
+"""Checks of the arguments of `SamPredictor`: refuse those that would give wrong masks, and name the right call."""
 
 import warnings
 from math import prod
@@ -16,7 +16,7 @@ _LOGITS = "the low-res logits that an earlier predict returned third"
 
 
 def check_transformed(image: Tensor, original_size: Size) -> None:
-    """The arguments of `set_torch_image`: the frame's own size and colours of 0 to 255. Raises ValueError."""
+    """Raise ValueError unless the image for `set_torch_image` has its size in the frame and colours of 0 to 255."""
     shape = list(image.shape)
     if len(shape) != 4 or shape[:2] != [1, 3] or max(shape[2:]) != FRAME:
         raise ValueError(f"a transformed image is [1, 3, h, w] with a long side of {FRAME}, not {shape}")
@@ -34,15 +34,15 @@ def check_transformed(image: Tensor, original_size: Size) -> None:
 
 
 def check_one(point_coords: Any, point_labels: Any, box: Any, mask_input: Any) -> None:
-    """The arguments of `predict`, by their shapes and dtypes. Raises ValueError."""
+    """Raise ValueError unless the arguments of `predict` go together and have the right shapes and dtypes."""
     if (point_coords is None) != (point_labels is None):
         raise ValueError("point_coords and point_labels belong together: give both or neither")
     if point_coords is not None:
-        shape, signs = np.shape(point_coords), np.shape(point_labels)
+        shape, label_shape = np.shape(point_coords), np.shape(point_labels)
         if len(shape) != 2 or shape[1] != 2 or not shape[0]:
             raise ValueError(f"point_coords is [N, 2], such as [[320, 240]], not {list(shape)}; {_SEVERAL}")
-        if signs != shape[:1]:
-            raise ValueError(f"point_labels is [{shape[0]}], one for each point, not {list(signs)}")
+        if label_shape != shape[:1]:
+            raise ValueError(f"point_labels is [{shape[0]}], one for each point, not {list(label_shape)}")
     if box is not None and prod(np.shape(box)) != 4:
         raise ValueError(f"box is [4], (x0, y0, x1, y1), not {list(np.shape(box))}; {_SEVERAL}")
     if mask_input is not None:
@@ -54,7 +54,7 @@ def check_one(point_coords: Any, point_labels: Any, box: Any, mask_input: Any) -
 
 
 def check_several(points: Tensor | None, labels: Tensor | None, boxes: Tensor | None, masks: Tensor | None) -> None:
-    """The arguments of `predict_torch`, by their shapes. Raises ValueError."""
+    """Raise ValueError unless the arguments of `predict_torch` go together and have the right shapes."""
     if (points is None) != (labels is None):
         raise ValueError("point_coords and point_labels belong together: give both or neither")
     wanted = {
@@ -74,20 +74,20 @@ def check_several(points: Tensor | None, labels: Tensor | None, boxes: Tensor | 
 def check_values(
     points: Tensor | None, labels: Tensor | None, boxes: Tensor | None, masks: Tensor | None, size: Size
 ) -> None:
-    """Any numbers of prompts in pixels of the frame, where the image is of this (h, w). Raises ValueError.
+    """Raise ValueError if prompts hold invalid values; only warn if a point or box lies outside the image.
 
-    A prompt beside the image is only warned of. The device is asked once.
+    Any number of prompts, in pixels of the frame; size: (h, w) of the image in it. The device is read only once.
     """
     given = next((part for part in (points, boxes, masks) if part is not None), None)
     if given is None:
         return
     wrong: dict[str, Tensor] = {}
     outside = torch.zeros((), dtype=torch.bool, device=given.device)
-    corner = torch.tensor([size[1], size[0]], device=given.device) + 0.5  # what scaling may have added
+    corner = torch.tensor([size[1], size[0]], device=given.device) + 0.5  # scaling to the frame may have added this
     if points is not None and labels is not None:
         known = torch.tensor([FOREGROUND, BACKGROUND, NOT_A_POINT], dtype=torch.float32, device=given.device)
         wrong["point_coords holds NaN or infinity: (x, y) are expected"] = ~points.isfinite().all()
-        unknown = ~torch.isin(labels.float(), known).all()  # of bool there is no isin
+        unknown = ~torch.isin(labels.float(), known).all()  # torch.isin does not take bool
         wrong["point_labels are 1 (foreground), 0 (background) or -1 (no point), nothing else"] = unknown
         inside = ((points >= 0) & (points <= corner)).all(-1)
         outside |= (~inside & (labels != NOT_A_POINT)).any()

@@ -1,4 +1,4 @@
-"""Where the mask generator looks: grids of points, and crops of the image in layers."""
+"""Grids of points and layers of image crops for the mask generator."""
 
 from collections.abc import Sequence
 from itertools import product
@@ -8,11 +8,11 @@ import numpy as np
 
 from sam_distill.images import Size
 
-Box = tuple[int, int, int, int]  # x0, y0, x1, y1; of a mask x1 and y1 are its last pixel, and all are 0 if it is empty
+Box = tuple[int, int, int, int]  # x0, y0, x1, y1; for a mask x1, y1 are its last pixel, and all are 0 if it is empty
 
 
 def point_grid(points_per_side: int) -> np.ndarray:
-    """[n * n, 2] (x, y) in 0..1, row by row: the centres of n x n equal cells."""
+    """Return the centres of n x n equal cells, row by row: [n * n, 2] (x, y) in 0..1."""
     half = 1 / (2 * points_per_side)
     centres = np.linspace(half, 1 - half, points_per_side)
     x, y = np.meshgrid(centres, centres)
@@ -20,14 +20,14 @@ def point_grid(points_per_side: int) -> np.ndarray:
 
 
 def coarse_to_fine(grid: np.ndarray) -> np.ndarray:
-    """[n]: the points of a grid, [n, 2], in the order: every fourth row and column, every second, all others."""
+    """Return an order [n] of grid points [n, 2]: every fourth row and column, then every second, then all others."""
     column, row = (np.unique(side, return_inverse=True)[1] for side in grid.T)
     level = 2 - sum(((column % step == 1) & (row % step == 1)).astype(int) for step in (2, 4))
     return np.argsort(level, kind="stable")
 
 
 def checked_grids(grids: Sequence[np.ndarray], layers: int) -> list[np.ndarray]:
-    """A user's own points for each layer of crops, [n, 2] each. Raises ValueError."""
+    """Return a user's own points for each layer of crops, [n, 2] float64; raise ValueError if they are invalid."""
     points = [np.asarray(grid, np.float64) for grid in grids]
     if any(grid.ndim != 2 or grid.shape[1] != 2 for grid in points):
         shapes = ", ".join(str(list(grid.shape)) for grid in points)
@@ -40,9 +40,9 @@ def checked_grids(grids: Sequence[np.ndarray], layers: int) -> list[np.ndarray]:
 
 
 def crop_boxes(size: Size, layers: int, overlap_ratio: float) -> list[tuple[int, Box]]:
-    """(layer, box) of the whole image, layer 0, and of the 2^i x 2^i overlapping crops of layers i = 1, 2, ...
+    """Return (layer, box) of the whole image (layer 0) and of the 2^i x 2^i overlapping crops of layers i = 1, 2, ...
 
-    overlap_ratio: of the crops of layer 1, as a part of the image's short side; it halves with each further layer.
+    overlap_ratio: overlap of the crops of layer 1 as a share of the image's short side; halves with each further layer.
     """
     height, width = size
     boxes: list[tuple[int, Box]] = [(0, (0, 0, width, height))]
@@ -58,6 +58,6 @@ def crop_boxes(size: Size, layers: int, overlap_ratio: float) -> list[tuple[int,
 
 
 def is_cut_off(box: Box, crop: Box, size: Size, tolerance: int = 20) -> bool:
-    """Whether a mask's box, in pixels of the image, ends where its crop does but the image does not."""
+    """Whether a mask's box (pixels of the image) ends within `tolerance` of its crop's edge, but not of the image's."""
     edges = zip(box, crop, (0, 0, size[1], size[0]), strict=True)
     return any(abs(side - end) <= tolerance < abs(side - border) for side, end, border in edges)

@@ -1,8 +1,8 @@
-"""Segment everything, with segment-anything's signature and results: a mask for each thing in an image.
+"""Segment everything in an image, with segment-anything's signature and results.
 
-A grid of points is asked for three masks each; what the decoder trusts, what is stable, and what no better mask
-overlaps is kept. The results are segment-anything's; the work is not. Masks that the decoder does not trust are not
-even drawn, stability and boxes are computed where a mask is and nowhere else, and only the masks kept become runs.
+Each point of a grid prompts three masks; those with a high predicted IoU and a high stability score that no better
+mask overlaps are kept. The results are segment-anything's, the computation is cheaper: masks with a low predicted IoU
+are not up-sampled, stability and boxes are computed only where a mask is, and only the masks kept become runs.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Found:
-    """A mask. box: of its pixels, in the image; point: that it was asked with, in the image; crop: where that was."""
+    """Mask found in a crop of an image. box: of its pixels; point: its prompt; all in pixels of the image."""
 
     canvas: FullSize
     patch: Patch
@@ -45,23 +45,22 @@ class Found:
 
 
 class SamAutomaticMaskGenerator:
-    """Masks for a whole image.
+    """Generator of masks for everything in an image.
 
-    points_per_side: of the grid of points, or point_grids: for each layer of crops [n, 2] (x, y) in 0..1.
-    points_per_batch: points to decode at a time.
-    pred_iou_thresh: masks whose predicted IoU is not above it are dropped.
-    stability_score_thresh: masks are dropped that change too much when the cutoff moves by +-stability_score_offset:
-        the score is the IoU between the two.
-    box_nms_thresh, crop_nms_thresh: of two masks whose boxes have a higher IoU the worse one is dropped, within a crop
-        and between crops, where the smaller crop is the better one.
-    crop_n_layers: also look at 2^i x 2^i crops for i = 1 .. crop_n_layers, which finds small things. They overlap by
-        crop_overlap_ratio; each layer has crop_n_points_downscale_factor times fewer points per side,
-        but one at least.
+    points_per_side: points per side of the grid; or instead point_grids: [n, 2] (x, y) in 0..1 for each layer of crops.
+    points_per_batch: number of points decoded at a time.
+    pred_iou_thresh: drop masks whose predicted IoU is not above this.
+    stability_score_thresh: drop masks that change too much when the cutoff moves by +-stability_score_offset: the
+        score is the IoU of the masks at the two cutoffs.
+    box_nms_thresh, crop_nms_thresh: of two masks whose boxes have a higher IoU than this, drop the one with the lower
+        predicted IoU (within a crop), or the one from the larger crop (between crops).
+    crop_n_layers: also segment 2^i x 2^i crops for i = 1 .. crop_n_layers, which finds small objects. They overlap by
+        crop_overlap_ratio; each layer has crop_n_points_downscale_factor times fewer points per side, at least one.
     min_mask_region_area: fill holes and remove islands of fewer pixels.
-    output_mode: of a record's `segmentation`: binary_mask ([H, W] bool), uncompressed_rle or coco_rle, which is small.
-    fast: ask every fourth row and column first, then between them, and leave out points whose image embedding is like
-        that of a point before them and that lie in its smallest good mask, if it has any: they get what that one got.
-        (TinySAM leaves out all that lie in a confident mask, and so loses what is within it.) Not segment-anything's.
+    output_mode: format of `segmentation`: binary_mask ([H, W] bool), uncompressed_rle or coco_rle, which is small.
+    fast: prompt every fourth row and column first, then the points between; skip points whose image embedding is like
+        an earlier point's and that lie in that point's smallest good mask (if any): they would get the same masks.
+        (TinySAM skips all points in a confident mask, and so misses objects inside it.) Not in segment-anything.
     """
 
     def __init__(
@@ -116,26 +115,27 @@ class SamAutomaticMaskGenerator:
 
     @torch.no_grad()
     def generate(self, image: ImageLike) -> list[dict[str, Any]]:
-        """image: as for `SamPredictor`. A record for each mask, the most trusted first:
+        """Return a record for each mask in an image (see `SamPredictor`), those with the highest predicted IoU first.
 
+        With several crops, masks of small crops come first; with min_mask_region_area, masks that it left unchanged.
         segmentation: see `output_mode`; area: in pixels; bbox: [x, y, width, height]; predicted_iou, stability_score;
-        point_coords: [[x, y]] that it was asked with; crop_box: [x, y, width, height] where that was.
+        point_coords: [[x, y]] of its prompt; crop_box: [x, y, width, height] of the crop where it was found.
         """
         image = to_pil(image)
         crops = crop_boxes((image.height, image.width), self.crop_n_layers, self.crop_overlap_ratio)
-        found = [mask for layer, crop in crops for mask in self._look(image, crop, self.point_grids[layer])]
+        found = [mask for layer, crop in crops for mask in self._masks_in_crop(image, crop, self.point_grids[layer])]
         self.predictor.reset_image()
         if len(crops) > 1:
             sizes = [(x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in (mask.crop for mask in found)]
-            found = _distinct(found, [mask.box for mask in found], [1 / size for size in sizes], self.crop_nms_thresh)
+            found = _nms(found, [mask.box for mask in found], [1 / size for size in sizes], self.crop_nms_thresh)
         with torch.autocast(self.predictor.device.type, enabled=False):
             masks = [(mask, mask.canvas.runs(mask.patch)) for mask in found]
         if self.min_mask_region_area > 0:
             masks = self._without_small_regions(masks)
         return [self._record(mask, runs) for mask, runs in masks]
 
-    def _look(self, image: Image.Image, crop: Box, grid: np.ndarray) -> list[Found]:
-        """The masks of one crop."""
+    def _masks_in_crop(self, image: Image.Image, crop: Box, grid: np.ndarray) -> list[Found]:
+        """Return the masks of one crop."""
         size = image.height, image.width
         predictor = self.predictor
         predictor.set_image(image.crop(crop))
@@ -147,14 +147,14 @@ class SamAutomaticMaskGenerator:
         found: list[Found] = []
         while len(to_ask):
             asked, to_ask = to_ask[: self.points_per_batch], to_ask[self.points_per_batch :]
-            for point, masks in zip(asked, self._ask(points[asked], framed[asked], canvas), strict=True):
+            for point, masks in zip(asked, self._masks_at_points(points[asked], framed[asked], canvas), strict=True):
                 found += masks
                 if similar is not None:
                     to_ask = to_ask[~similar.answered_alike(point, [mask.patch for mask in masks])[to_ask]]
-        return _distinct(found, [mask.box for mask in found], [mask.iou for mask in found], self.box_nms_thresh)
+        return _nms(found, [mask.box for mask in found], [mask.iou for mask in found], self.box_nms_thresh)
 
-    def _ask(self, points: np.ndarray, framed: np.ndarray, canvas: FullSize) -> list[list[Found]]:
-        """For each point, [n, 2] in the crop and in the frame, those of its three masks that are good."""
+    def _masks_at_points(self, points: np.ndarray, framed: np.ndarray, canvas: FullSize) -> list[list[Found]]:
+        """Return the good ones of the three masks of each point. points: [n, 2] in the crop; framed: in the frame."""
         predictor, least = self.predictor, self.pred_iou_thresh if self.pred_iou_thresh > 0 else None
         prompts = point_prompts(torch.from_numpy(framed.astype(np.float32))[None, :, None].to(predictor.device))
         masks = predictor.model.decode(predictor.get_image_embedding(), prompts, MULTI, least)
@@ -174,7 +174,7 @@ class SamAutomaticMaskGenerator:
         return good
 
     def _without_small_regions(self, masks: Sequence[tuple[Found, Runs]]) -> list[tuple[Found, Runs]]:
-        """Without small regions, and without what is now a duplicate; masks that needed no mending are preferred."""
+        """Remove small regions, then masks that have become duplicates; masks that did not change are preferred."""
         mended, unchanged = [], []
         for mask, runs in masks:
             before = runs.mask()
@@ -185,7 +185,7 @@ class SamAutomaticMaskGenerator:
             mended.append((mask, runs))
             unchanged.append(float(not changed))
         boxes, threshold = [mask.box for mask, _ in mended], max(self.box_nms_thresh, self.crop_nms_thresh)
-        return _distinct(mended, boxes, unchanged, threshold)
+        return _nms(mended, boxes, unchanged, threshold)
 
     def _record(self, mask: Found, runs: Runs) -> dict[str, Any]:
         draw = {"binary_mask": runs.mask, "uncompressed_rle": runs.uncompressed, "coco_rle": runs.compressed}
@@ -200,8 +200,8 @@ class SamAutomaticMaskGenerator:
         }
 
 
-def _distinct(masks: Sequence[T], boxes: Sequence[Box], scores: Sequence[float], threshold: float) -> list[T]:
-    """The masks that no better one overlaps by its box, best first."""
+def _nms(masks: Sequence[T], boxes: Sequence[Box], scores: Sequence[float], threshold: float) -> list[T]:
+    """Return the masks, best first, without those whose box has an IoU above the threshold with a better one's."""
     if not masks:
         return []
     chosen = nms(torch.tensor(boxes, dtype=torch.float32), torch.tensor(scores), threshold)

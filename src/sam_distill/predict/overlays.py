@@ -1,4 +1,4 @@
-"""Pictures: masks and prompts over images, side by side as in the paper (Figures 4 and 5)."""
+"""Draw masks and prompts over images, side by side as in the paper (Figures 4 and 5)."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from colorsys import hsv_to_rgb
@@ -23,7 +23,7 @@ def overlay(
     labels: Sequence[int] = (),
     box: Sequence[float] | None = None,
 ) -> Image.Image:
-    """`image` with a mask ([H, W] bool) tinted and outlined, and the prompt drawn; coordinates in its pixels."""
+    """Return `image` with a mask ([H, W] bool) tinted and outlined and the prompt drawn; coordinates are its pixels."""
     picture = image.convert("RGB")
     if mask is not None:
         pixels = np.asarray(picture).astype(np.float32)
@@ -33,7 +33,7 @@ def overlay(
     draw = ImageDraw.Draw(picture)
     unit = max(2, round(max(picture.size) / 130))
     if box is not None:
-        draw.rectangle(_visible(box, 4 * unit), outline=(80, 255, 80), width=max(2, unit // 2))
+        draw.rectangle(_stretched(box, 4 * unit), outline=(80, 255, 80), width=max(2, unit // 2))
     for (x, y), label in zip(points, labels, strict=True):
         fill = (80, 255, 80) if label else (255, 60, 60)
         draw.ellipse((x - unit, y - unit, x + unit, y + unit), fill=fill, outline="white", width=max(1, unit // 3))
@@ -41,9 +41,9 @@ def overlay(
 
 
 def coloured(image: Image.Image, records: Iterable[Mapping[str, Any]]) -> Image.Image:
-    """`image` with many masks, each in a colour of its own, small ones above large ones.
+    """Return `image` with many masks, each in a different colour, small masks above large ones.
 
-    records: of `SamAutomaticMaskGenerator`, as binary_mask or coco_rle.
+    records: from `SamAutomaticMaskGenerator`, as binary_mask or coco_rle.
     """
     pixels = np.array(image.convert("RGB"))
     for number, record in enumerate(sorted(records, key=lambda record: -record["area"])):
@@ -51,7 +51,7 @@ def coloured(image: Image.Image, records: Iterable[Mapping[str, Any]]) -> Image.
         mask = coco.decode(mask).astype(bool) if isinstance(mask, dict) else mask
         inside = slice(y, y + height + 1), slice(x, x + width + 1)
         part, region = mask[inside], pixels[inside]
-        hue = number * 0.618034 % 1  # the golden ratio keeps neighbours apart
+        hue = number * 0.618034 % 1  # steps of the golden ratio: the next masks get distant hues
         colour = np.array(hsv_to_rgb(hue, 0.75, 1.0)) * 255
         region[part] = (0.45 * region[part] + 0.55 * colour).astype(np.uint8)
         region[_outline(part)] = colour.astype(np.uint8)
@@ -65,7 +65,7 @@ def prompted(
     mask: np.ndarray | None = None,
     colour: tuple[int, int, int] = TEACHER,
 ) -> Image.Image:
-    """`overlay` with the prompt of a `Comparison`, in pixels of `image`."""
+    """Return `overlay` with the prompt and labels of a `Comparison`, in pixels of `image`."""
     points = zip(zip(prompt[::2], prompt[1::2], strict=True), labels, strict=True)
     clicks = [(point, label) for point, label in points if label <= FOREGROUND]
     if not clicks:
@@ -74,7 +74,7 @@ def prompted(
 
 
 def side_by_side(panels: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image:
-    """A row of pictures, of the same long side, each under its caption."""
+    """Return a row of pictures, resized to the same long side, each under its caption."""
     panels = [contained(panel, _PANEL, Image.Resampling.LANCZOS) for panel in panels]
     font = ImageFont.load_default(15)
     widths = [max(panel.width, int(font.getlength(text)) + 5) for panel, text in zip(panels, captions, strict=True)]
@@ -90,13 +90,13 @@ def side_by_side(panels: Sequence[Image.Image], captions: Sequence[str]) -> Imag
 
 
 def contained(picture: Image.Image, side: int, resample: Image.Resampling) -> Image.Image:
-    """With this long side. ImageOps.contain makes nothing of what is very thin."""
+    """Resize to this long side, and 1 pixel at least: ImageOps.contain rounds the short side of a thin picture to 0."""
     width, height = (max(1, round(length * side / max(picture.size))) for length in picture.size)
     return picture.resize((width, height), resample)
 
 
 def column(rows: Sequence[Image.Image]) -> Image.Image:
-    """Rows below each other on white."""
+    """Return the rows below each other on white."""
     width = max(row.width for row in rows)
     sheet = Image.new("RGB", (width, sum(row.height for row in rows)), "white")
     y = 0
@@ -106,15 +106,15 @@ def column(rows: Sequence[Image.Image]) -> Image.Image:
     return sheet
 
 
-def _visible(box: Sequence[float], least: float) -> tuple[float, float, float, float]:
-    """The box, a side shorter than `least` stretched about its middle: a few pixels would drown in their outline."""
+def _stretched(box: Sequence[float], least: float) -> tuple[float, float, float, float]:
+    """Return the box, sides shorter than `least` stretched about their middle: an outline would hide a few pixels."""
     x0, y0, x1, y1 = box
     x, y = max(0.0, least - (x1 - x0)) / 2, max(0.0, least - (y1 - y0)) / 2
     return x0 - x, y0 - y, x1 + x, y1 + y
 
 
 def _outline(mask: np.ndarray) -> np.ndarray:
-    """[H, W] bool: pixels of the mask that touch its outside. scipy's binary_erosion takes five times as long."""
+    """Return the mask's pixels that touch its outside: [H, W] bool. scipy's binary_erosion takes five times as long."""
     padded = np.pad(mask, 1)
     inner = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
     return mask & ~inner

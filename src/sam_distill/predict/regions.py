@@ -1,11 +1,11 @@
-"""Specks and pinholes of masks."""
+"""Removal of small islands and holes from masks."""
 
 import numpy as np
 from skimage.measure import label
 
 
 def without_small_regions(mask: np.ndarray, least: int) -> np.ndarray:
-    """[H, W] bool with holes of fewer than `least` pixels filled, then islands of fewer removed, all but the largest.
+    """Fill holes of fewer than `least` pixels in a mask [H, W] bool, then remove such islands, except the largest.
 
     Regions are 8-connected, as in segment-anything.
     """

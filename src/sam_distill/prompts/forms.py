@@ -1,4 +1,4 @@
-"""Make prompts of points and boxes as SAM takes them, and boxes of masks."""
+"""Convert points and boxes to SAM's form of prompts, and masks to boxes."""
 
 from collections.abc import Sequence
 
@@ -10,9 +10,9 @@ from sam_distill.types import ABSENT, BOX_BOTTOM_RIGHT, BOX_TOP_LEFT, CELL, FORE
 
 
 def point_prompts(points: Tensor, labels: Tensor | None = None, masks: Tensor | None = None) -> Prompts:
-    """points [B, P, N, 2] in frame pixels, labels [B, P, N] (1, 0, or ABSENT where there are fewer than N); by default
-    all are foreground.
+    """Return prompts of points [B, P, N, 2] in frame pixels; labels [B, P, N] are by default all foreground.
 
+    labels: 1, 0, or ABSENT where a prompt has fewer than N points.
     SAM's rule: points without a box are followed by one NOT_A_POINT token.
     """
     if labels is None:
@@ -25,7 +25,7 @@ def point_prompts(points: Tensor, labels: Tensor | None = None, masks: Tensor | 
 def box_prompts(
     boxes: Tensor, points: Tensor | None = None, labels: Tensor | None = None, masks: Tensor | None = None
 ) -> Prompts:
-    """boxes [B, P, 4] (x0, y0, x1, y1) in frame pixels, NaN where there is none; points may stand beside them."""
+    """Return prompts of boxes [B, P, 4] (x0, y0, x1, y1) in frame pixels, NaN where absent, optionally with points."""
     corners = boxes.float().unflatten(-1, (2, 2))
     corner_labels = upload([BOX_TOP_LEFT, BOX_BOTTOM_RIGHT], boxes.device).expand(corners.shape[:-1])
     corner_labels = corner_labels.masked_fill(corners.isnan().any(-1), ABSENT)
@@ -37,7 +37,7 @@ def box_prompts(
 
 
 def join(parts: Sequence[Prompts]) -> Prompts:
-    """Prompts for the same images, next to each other. Those with fewer points are filled up with ABSENT."""
+    """Concatenate prompts for the same images along P. Prompts with fewer points are filled up with ABSENT."""
     longest = max(part.labels.shape[-1] for part in parts)
     missing = [longest - part.labels.shape[-1] for part in parts]
     points = [F.pad(part.points, (0, 0, 0, n)) for part, n in zip(parts, missing, strict=True)]
@@ -46,16 +46,16 @@ def join(parts: Sequence[Prompts]) -> Prompts:
 
 
 def add_points(prompts: Prompts, points: Tensor, labels: Tensor) -> Prompts:
-    """One more point for each prompt: points [B, P, 2], labels [B, P], ABSENT where a prompt gets none."""
+    """Put one more point first in each prompt: points [B, P, 2], labels [B, P], ABSENT where a prompt gets none."""
     return Prompts(
         torch.cat([points.unsqueeze(2), prompts.points], dim=2), torch.cat([labels.unsqueeze(2), prompts.labels], dim=2)
     )
 
 
 def boxes_of(masks: Tensor, area: Tensor) -> Tensor:
-    """Tight boxes of masks [B, P, 256, 256] bool within area [B, 1, 256, 256] -> [B, P, 4] frame pixels.
+    """Return tight boxes: masks [B, P, 256, 256] bool within area [B, 1, 256, 256] -> [B, P, 4] in frame pixels.
 
-    An empty mask has no box: NaN.
+    The box of an empty mask is NaN.
     """
     inside = masks & area
     sides = []

@@ -1,4 +1,4 @@
-"""What to ask while training: each sampler draws `count` prompts for every image of a batch, never in the padding."""
+"""Prompt samplers for training: each draws `count` prompts for every image of a batch, never in the padding."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -18,26 +18,26 @@ Count = Annotated[int, Field(gt=0)]
 
 @dataclass
 class PromptSampler(ABC):
-    """count: prompts per image. seed: of the draws, together with an image's key and epoch.
+    """Sampler of prompts for a batch. count: prompts per image. seed: of the draws, with an image's key and epoch.
 
     requires: the fields of `Batch` that a draw reads.
     """
 
     requires = frozenset[str]()
-    of_annotations = False  # every prompt p of an image was made from its annotation p
+    of_annotations = False  # whether each prompt p of an image is made from its annotation p
     count: Count
     seed: int
 
     @abstractmethod
     def draw(self, batch: Batch, first: int = 0) -> Prompts:
-        """`count` prompts per image. first: how many prompts other samplers draw before, in a mixture."""
+        """Return `count` prompts per image. first: number of prompts of the samplers before this one in a mixture."""
 
     def rng(self, batch: Batch, first: int, purpose: str = "") -> PromptRng:
         return PromptRng(batch.keys, batch.epochs, self.seed, f"+{first}{purpose}" if first or purpose else "")
 
 
 class Points(PromptSampler):
-    """One foreground point, uniform over the image: the paper's prompt (section 3.2)."""
+    """Sampler of one foreground point, uniform over the image: the paper's prompt (section 3.2)."""
 
     def draw(self, batch: Batch, first: int = 0) -> Prompts:
         return point_prompts(uniform_points(self.rng(batch, first), batch.sizes, self.count).unsqueeze(2))
@@ -45,9 +45,9 @@ class Points(PromptSampler):
 
 @dataclass
 class PointPairs(PromptSampler):
-    """A foreground point, uniform over the image, and a background point at some distance (paper, Table 7).
+    """Sampler of a foreground point, uniform over the image, and a background point at a distance (paper, Table 7).
 
-    distance: the least and the most, in frame pixels.
+    distance: minimum and maximum, in frame pixels.
     """
 
     distance: tuple[float, float] = (100, 500)
@@ -62,7 +62,7 @@ class PointPairs(PromptSampler):
 
 
 class Grid(PromptSampler):
-    """Foreground points on a regular grid over the image: `side` x `side` of them."""
+    """Sampler of `side` x `side` foreground points on a regular grid over the image."""
 
     def __init__(self, side: Count) -> None:
         super().__init__(side * side, seed=0)
@@ -77,9 +77,9 @@ class Grid(PromptSampler):
 
 @dataclass
 class OfMasks(PromptSampler):
-    """Prompts made of masks.
+    """Sampler of prompts made from masks.
 
-    masks: the teacher's, at points uniform over the image; or the image's annotations.
+    masks: the teacher's masks at points uniform over the image, or the image's annotations.
     """
 
     masks: Literal["teacher", "annotations"] = "teacher"
@@ -89,7 +89,7 @@ class OfMasks(PromptSampler):
         self.requires = frozenset({"annotations" if self.of_annotations else "ask_teacher"})
 
     def masks_of(self, batch: Batch, first: int) -> Tensor:
-        """[B, count, 256, 256] bool, False in the padding; empty where there is nothing to ask for."""
+        """Return masks [B, count, 256, 256] bool, False in the padding; all False where there is no mask."""
         area = valid_area(batch.sizes, LOW_RES)
         if self.of_annotations:
             assert batch.annotations is not None
@@ -100,7 +100,7 @@ class OfMasks(PromptSampler):
 
 
 class MaskPoints(OfMasks):
-    """One foreground point, uniform over a mask."""
+    """Sampler of one foreground point, uniform over a mask."""
 
     def draw(self, batch: Batch, first: int = 0) -> Prompts:
         points, found = points_in(self.rng(batch, first), self.masks_of(batch, first), batch.sizes)
@@ -109,9 +109,9 @@ class MaskPoints(OfMasks):
 
 @dataclass
 class Boxes(OfMasks):
-    """The box of a mask, with noise as SAM adds it (its appendix A, "Training algorithm").
+    """Sampler of a mask's box, with the noise that SAM adds (its appendix A, "Training algorithm").
 
-    noise: standard deviation, as a share of the side; never more than `most` frame pixels. 0 and 0: tight boxes.
+    noise: standard deviation as a share of the side, clipped to +-`most` frame pixels. 0 and 0: tight boxes.
     """
 
     noise: Annotated[float, Field(ge=0)] = 0.1
@@ -123,7 +123,7 @@ class Boxes(OfMasks):
 
 
 class Mixture(PromptSampler):
-    """Several kinds of prompts for every image, side by side, under names of any choice."""
+    """Sampler that joins the prompts of several samplers for every image. parts: the samplers, under any names."""
 
     def __init__(self, parts: Annotated[Mapping[str, PromptSampler], Field(min_length=1)]) -> None:
         self.parts = list(parts.values())

@@ -1,4 +1,4 @@
-"""`sam-distill report`: run folders in, one page out."""
+"""The command `sam-distill report`: write one page about the runs in a folder."""
 
 import logging
 from pathlib import Path
@@ -14,7 +14,7 @@ ALL = "all"
 
 
 def report(*, runs: str, only: str, path: str) -> None:
-    """Compare what lies under `runs` with the paper; conf/report.yaml says what each option means."""
+    """Compare the runs in the folder `runs` with the paper; conf/report.yaml says what each option means."""
     root, folder = Path(runs).expanduser(), Path(path).expanduser()
     if not root.is_dir():
         raise UserError(f"runs={runs}: there is no such folder; expected one with run folders in it, at any depth")

@@ -1,4 +1,4 @@
-"""What an experiment is about: experiments.yaml, and for runs of none what they differ in."""
+"""Descriptions of experiments: from experiments.yaml, or made from the settings in which the runs differ."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,13 +11,13 @@ import yaml
 from sam_distill.report.runs import Run, Value
 
 _FILE = Path(__file__).with_name("experiments.yaml")
-_COLUMNS = ["miou/point", "miou/box", "embedding_mse", "parameters", "images", "seconds"]  # where nothing else is said
-_MANY = 6  # so many settings fit beside each other in a table
+_COLUMNS = ["miou/point", "miou/box", "embedding_mse", "parameters", "images", "seconds"]  # of undescribed experiments
+_MAX_KEYS = 6  # settings that fit side by side in a table
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A column: how the metric `name` is shown."""
+    """Table column, and how it shows the metric `name`."""
 
     name: str
     label: str
@@ -32,7 +32,7 @@ class Measure:
         return self._with_unit(self.number(value))
 
     def as_printed(self, value: float) -> str:
-        """A number of the paper, with the digits that it has there."""
+        """Return a number of the paper with all the digits that the paper prints."""
         return self._with_unit(f"{value * self.scale:,.10g}")
 
     def _with_unit(self, number: str) -> str:
@@ -41,7 +41,7 @@ class Measure:
 
 @dataclass(frozen=True)
 class Experiment:
-    """See experiments.yaml. place: in the paper; empty beyond it."""
+    """Description of an experiment, see experiments.yaml. place: in the paper; empty if the paper does not have it."""
 
     id: str
     title: str
@@ -64,13 +64,13 @@ def known() -> dict[str, Experiment]:
 
 
 def undescribed(name: str, title: str, runs: Sequence[Run]) -> Experiment:
-    """An experiment that no file describes: its keys are what the runs differ in, beside the seed."""
+    """Return an experiment that experiments.yaml lacks; its keys are the settings that differ, except the seed."""
     metrics = {metric for run in runs for metric in run.metrics}
     pairs = [name for name in _content()["metrics"] if name.startswith("miou/pair_")]
     columns = [measure(column) for column in [*pairs, *_COLUMNS] if column in metrics] or [measure(_COLUMNS[0])]
     keys = _differing(runs) or ["run"]
-    if len(keys) > _MANY:  # then each run has a row: those that the table can't tell apart are not the same
-        keys = ["run", *keys[: _MANY - 1]]
+    if len(keys) > _MAX_KEYS:  # give each run a row: runs that look equal in the table may differ in other keys
+        keys = ["run", *keys[: _MAX_KEYS - 1]]
     return Experiment(name, title, keys, columns, plots=keys if len(keys) == 1 else ())
 
 
@@ -79,12 +79,12 @@ def measure(name: str) -> Measure:
 
 
 def label(key: str) -> str:
-    """Of a setting."""
+    """Return the label of a setting."""
     return str(_content()["labels"].get(key, key.replace("_", " ")))
 
 
 def _differing(runs: Sequence[Run]) -> list[str]:
-    """Settings in which runs differ, unless that follows from another choice: `encoder.name` is only there for timm."""
+    """Return the settings in which runs differ; one like `encoder.name` must differ between runs with one `encoder`."""
     keys = dict.fromkeys(key for run in runs for key in run.settings)
     nodes = {key.partition(".")[0] for key in keys if "." in key}
 
@@ -95,8 +95,8 @@ def _differing(runs: Sequence[Run]) -> list[str]:
             alike.setdefault(run.setting(node) if key != node and node in nodes else "", set()).add(run.setting(key))
         return any(len(values) > 1 for values in alike.values())
 
-    known_otherwise = {"seed", "change", "date", "version"} | {name for run in runs for name in run.metrics}
-    return [key for key in keys if key not in known_otherwise and differ(key)]
+    ignored = {"seed", "change", "date", "version"} | {name for run in runs for name in run.metrics}
+    return [key for key in keys if key not in ignored and differ(key)]
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Write a report: report.html, which holds all it shows, and report.md with its pictures beside it."""
+"""Write a report: report.html, which is self-contained, and report.md with its pictures in a folder beside it."""
 
 import base64
 import re
@@ -33,7 +33,7 @@ LEGEND = (
 
 @dataclass(frozen=True)
 class Report:
-    """title: of the page. waiting: the paper's tables and figures that nothing was run for."""
+    """Content of a report page. title: of the page. waiting: the paper's tables and figures that have no runs."""
 
     title: str
     sections: Sequence[Section]
@@ -42,7 +42,7 @@ class Report:
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many runs have finished, failed, ..."""
+        """Return how many runs are finished, failed, unfinished and damaged."""
         finished = sum(len(section.runs) for section in self.sections)
         return {"finished": finished, **Counter(one.kind for one in self.unusable)}
 
@@ -73,7 +73,7 @@ def write_experiment(section: Section, folder: Path) -> None:
 
 
 def _render(report: Report, name: str) -> str:
-    """By one of the templates beside this file."""
+    """Return the report, rendered with the template for `name` beside this file."""
     environment = Environment(
         loader=PackageLoader("sam_distill.report", "."), undefined=StrictUndefined, autoescape=name.endswith(".html"),
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
@@ -84,7 +84,7 @@ def _render(report: Report, name: str) -> str:
 
 
 def _drawn(picture: Picture) -> Markup:
-    """A picture as part of the page: an SVG takes the page's colours, dark ones too."""
+    """Return the HTML of a picture: an SVG in the colours of the page, also in dark mode, or an embedded JPEG."""
     if isinstance(picture.content, str):
         svg = picture.content[picture.content.index("<svg") :]
         return Markup(svg.replace(INK, "var(--ink)").replace(FAINT, "var(--line)"))
@@ -93,6 +93,6 @@ def _drawn(picture: Picture) -> Markup:
 
 
 def _emphasised(text: str) -> Markup:
-    """A line of markdown with **bold** words and links."""
+    """Return the HTML of a line of markdown with **bold** words and links."""
     html = re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", str(Markup.escape(text)))
     return Markup(re.sub(r"\[(.+?)\]\((.+?)\)", r'<a href="\2">\1</a>', html))

@@ -1,4 +1,4 @@
-"""Plots as SVG, in colours that a page can exchange for its own."""
+"""Plots as SVG, in colours that a web page can replace by its own."""
 
 import io
 import re
@@ -13,7 +13,7 @@ from sam_distill.report.experiments import Experiment, Measure, label, measure
 from sam_distill.report.runs import Curve
 from sam_distill.report.tables import Estimate, Row, Table
 
-INK, FAINT = "#24292f", "#d0d7de"  # of all text and lines, which the page replaces in dark mode
+INK, FAINT = "#24292f", "#d0d7de"  # text; axes and grid. The page replaces them by its own, for dark mode
 PAPER = "#8c959f"
 COLOURS = ("#2f6fb5", "#d1690e", "#2e8b57", "#b03a6b", "#7256b3", "#a67c00", "#2a9aa8", "#7a5c48", "#5d6b2f", "#c0504d")
 _LINES = ("-", "--", ":", "-.")
@@ -27,7 +27,7 @@ _STYLE: dict[Any, Any] = {
 
 
 def learning_curves(table: Table, experiment: Experiment) -> str | None:
-    """Validation score and training loss over steps: a line per setting, the mean of its runs, in their range."""
+    """Draw validation score and training loss over steps: a line per setting, the mean of its runs, and their range."""
     score = experiment.columns[0]
     rows = [row for row in table.rows if any(run.curves for run in row.runs)]
     columns = max(1, min(6, 120 // max((len(table.name(row)) + 8 for row in rows), default=1)))
@@ -53,7 +53,7 @@ def learning_curves(table: Table, experiment: Experiment) -> str | None:
 
 
 def against(table: Table, experiment: Experiment, x: str) -> str | None:
-    """The first measure against a setting or another measure `x`, with error bars, ours and the paper's."""
+    """Draw the first measure against `x`, a setting or another measure, with error bars, ours and the paper's."""
     score = experiment.columns[0]
     rows = [row for row in table.rows if not row.baseline and (score.name in row.ours or score.name in row.paper)]
     if not any(score.name in row.ours for row in rows) or not any(x in row.settings or x in row.ours for row in rows):
@@ -70,7 +70,7 @@ def against(table: Table, experiment: Experiment, x: str) -> str | None:
         else:
             _dots(axis, table, rows, score)
         low, high = axis.get_ylim() if numeric else axis.get_xlim()
-        if blind and low - (high - low) < blind.mean * score.scale < high + (high - low):  # else it hides differences
+        if blind and low - (high - low) < blind.mean * score.scale < high + (high - low):  # or it hides differences
             line = axis.axhline if numeric else axis.axvline
             line(blind.mean * score.scale, color=PAPER, linestyle=":", linewidth=1.4, label="blind")
         figure.legend(loc="outside upper right", ncols=3)
@@ -78,7 +78,7 @@ def against(table: Table, experiment: Experiment, x: str) -> str | None:
 
 
 def across(table: Table, experiment: Experiment) -> str | None:
-    """Each row's measures against the number that their names end in, ours and the paper's."""
+    """Draw each row's measures against the number at the end of their names, ours and the paper's."""
     lines: list[tuple[str, str, Mapping[float, Estimate]]] = []
     for row in table.rows:
         for end in ("paper", "ours"):
@@ -134,12 +134,12 @@ def _dots(axis: Any, table: Table, rows: Sequence[Row], score: Measure) -> None:
 
 
 def _bars(value: Estimate, scale: float) -> list[list[float]] | None:
-    """Below and above the mean, as matplotlib wants it."""
+    """Return the lengths of the error bar below and above the mean, in matplotlib's form; None without a spread."""
     return [[(value.mean - value.low) * scale], [(value.high - value.mean) * scale]] if value.spread else None
 
 
 def _band(axis: Any, curves: Sequence[Curve], **style: Any) -> None:
-    """The mean of the curves at the steps that all of them have, and their range."""
+    """Draw the mean of the curves at the steps that all of them have, and their range."""
     values = [dict(curve) for curve in curves]
     steps = sorted(set.intersection(*(set(curve) for curve in values))) if values else []
     if not steps:
@@ -160,7 +160,7 @@ def _value(row: Row, score: Measure, end: str) -> Estimate | None:
 
 
 def _place(row: Row, x: str, paper: bool) -> float | None:
-    """Where a row stands on the axis of `x`; None if `x` has no number there."""
+    """Return a row's position on the axis of `x`; None if the row has no number for `x`."""
     if x in row.settings:
         try:
             return float(row.settings[x].partition(" ")[0])
@@ -171,7 +171,7 @@ def _place(row: Row, x: str, paper: bool) -> float | None:
 
 
 def _axis_label(rows: Sequence[Row], x: str) -> str:
-    """`8 epochs` is 8 on an axis of epochs."""
+    """Return the label of the axis of `x`: the unit of its values, as `epochs` of `8 epochs`, or else its name."""
     if not any(x in row.settings for row in rows):
         return _with_unit(measure(x))
     units = {row.settings.get(x, "").partition(" ")[2] for row in rows} - {""}
@@ -179,7 +179,7 @@ def _axis_label(rows: Sequence[Row], x: str) -> str:
 
 
 def _name(table: Table, row: Row, besides: str = "") -> str:
-    """A dollar is no beginning of mathematics."""
+    """Return the row's name, with dollar signs escaped, which start mathematics in matplotlib."""
     return table.name(row, besides).replace("$", r"\$")
 
 
@@ -192,7 +192,7 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _svg(figure: Figure, salt: str) -> str:
-    """The same bytes for the same data, without the ids that all figures have in common."""
+    """Return the SVG: the same bytes for the same data, without the element ids that all figures have in common."""
     text = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": salt}):
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})

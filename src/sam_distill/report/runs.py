@@ -1,4 +1,4 @@
-"""Find runs, and read what each has left. What is damaged or unfinished is named, and never stops the others."""
+"""Find runs and read their results. Damaged and unfinished runs are listed, and never stop the others."""
 
 import csv
 import json
@@ -17,15 +17,15 @@ Curve = Sequence[tuple[int, float]]  # (step, value)
 _NOT_ENTERED = ("checkpoints", "wandb", "pictures")
 _MACHINERY = ("run_dir", "resume", "plan", "step_times", "validate_every", "logger", "trainer", "teacher.memory_gb",
               "data.shuffle_buffer")  # fmt: skip
-_COMMON = ("data", "data.path", "experiment", "init", "scale", "seed", "teacher")  # no change to a recipe
+_COMMON = ("data", "data.path", "experiment", "init", "scale", "seed", "teacher")  # overrides that change no recipe
 
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run with scores, from its folder or from a row of an experiment's results.csv.
+    """Finished run with scores, from its folder or from a row of an experiment's results.csv.
 
-    settings: dotted keys as in config.yaml, and what was chosen from each group. metrics: those of metrics.json; of a
-    mIoU also `NAME/low` and `NAME/high`, the 95% interval of a bootstrap over images.
+    settings: dotted keys as in config.yaml, and the choice from each config group. metrics: those of metrics.json; for
+    an mIoU also `NAME/low` and `NAME/high`, the 95% interval of a bootstrap over images.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Run:
     started: str = ""
 
     def setting(self, key: str) -> str:
-        """`run` is its name."""
+        """Return a setting or else a metric as text, empty if there is neither; `run` is the run's name."""
         if key == "run":
             return self.name
         value = self.settings.get(key, self.metrics.get(key, ""))
@@ -51,7 +51,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Unusable:
-    """A run without scores, and why: it failed, has not ended, or its files are damaged."""
+    """Run without scores, and why: it failed, has not ended, or its files are damaged."""
 
     name: str
     kind: Literal["failed", "unfinished", "damaged"]
@@ -61,7 +61,7 @@ class Unusable:
 
 @dataclass(frozen=True)
 class Committed:
-    """An experiment's folder: the runs of its results.csv, and its README, empty if there is none."""
+    """Folder of an experiment: the runs in its results.csv, and its README, empty if there is none."""
 
     folder: Path
     runs: Sequence[Run]
@@ -70,7 +70,7 @@ class Committed:
 
 @dataclass(frozen=True)
 class Found:
-    """committed: by the names of the experiments."""
+    """Runs and experiment folders below a folder. committed: by experiment name."""
 
     runs: Sequence[Run]
     unusable: Sequence[Unusable]
@@ -93,7 +93,7 @@ def find(root: Path) -> Found:
                 (runs if isinstance(run, Run) else unusable).append(run)  # type: ignore[arg-type]
         except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
             unusable.append(Unusable(name, "damaged", f"{type(error).__name__}: {' '.join(str(error).split())}"))
-    return Found(sorted(runs, key=lambda run: run.started), unusable, committed)  # a sweep's own order
+    return Found(sorted(runs, key=lambda run: run.started), unusable, committed)  # in a sweep's own order
 
 
 def _folders(root: Path) -> Iterator[Path]:
@@ -138,26 +138,26 @@ def _run(folder: Path, name: str) -> Run | Unusable:
 
 
 def _metrics(folder: Path) -> dict[str, Value]:
-    """Of metrics.json; none if there is none. In RUN/bench lies what `sam-distill bench` has measured of that run."""
+    """Return metrics.json, empty if there is none. In RUN/bench it holds what `sam-distill bench` measured of RUN."""
     file = folder / "metrics.json"
     content = json.loads(file.read_text()) if file.is_file() else {}
     return {name: _value(value) for name, value in content.items() if value is not None}
 
 
 def _chooses(word: str, config: Mapping[str, Any]) -> bool:
-    """Whether an override chooses from a group: earlier versions kept no other record of the choices."""
+    """Whether an override chooses from a config group; earlier versions kept no other record of the choices."""
     key = word.partition("=")[0]
     return key == "experiment" or ("=" in word and isinstance(config.get(key), dict))
 
 
 def _change(words: Sequence[str]) -> str:
-    """What was asked for beside the experiment itself: what a row has to say where each is one change to a recipe."""
+    """Return the overrides that change the recipe, or `plain`: the key of tables with one change per row."""
     asked = [word for word in words if word.partition("=")[0] not in (*_COMMON, *_MACHINERY)]
     return " ".join(sorted(asked)) or "plain"
 
 
 def _settings(config: Mapping[str, Any], choices: Mapping[str, str]) -> dict[str, Value]:
-    """Dotted keys and values. A node is called by what was chosen, and the variant: `timm resnet18`, `tinyvit 5m`."""
+    """Return dotted keys and values. A node's value is its choice and its variant: `timm resnet18`, `tinyvit 5m`."""
     settings: dict[str, Value] = {}
     for key, value in config.items():
         if isinstance(value, dict) and "_target_" in value:
@@ -180,7 +180,7 @@ def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _value(value: Any) -> Value:
-    """Numbers as floats, all else as text; of a path its last part, for it is to be read on another machine."""
+    """Return numbers as floats and all else as text; of a path the last part, as reports are read on other machines."""
     if isinstance(value, bool) or value is None:
         return "" if value is None else str(value).lower()
     if isinstance(value, (int, float)):
@@ -192,7 +192,7 @@ def _value(value: Any) -> Value:
 
 
 def shortest(number: float) -> str:
-    """5743892, not 5743892.0 nor 5.74e+06."""
+    """Return a number as text: 5743892, not 5743892.0 nor 5.74e+06."""
     return f"{number:.12g}"
 
 
@@ -204,7 +204,7 @@ def _number(text: str) -> Value:
 
 
 def _rows(folder: Path) -> Iterator[Run]:
-    """The runs of a results.csv, with the curves of a history.csv that names them."""
+    """Yield the runs of a results.csv, each with its curves from a history.csv beside it."""
     history = _read_csv(folder / "history.csv") if (folder / "history.csv").is_file() else []
     rows = _read_csv(folder / "results.csv")
     if not rows:

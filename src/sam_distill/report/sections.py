@@ -15,13 +15,13 @@ from sam_distill.report.tables import Table, tabulate
 
 _FACTS = ["date", "device", "precision", "encoder", "image_size", "teacher", "data", "batch_size", "steps", "images",
           "seconds", "version"]  # fmt: skip
-_WIDTH = 1400  # of a picture, pixels
-_FINDING = re.compile(r"\*\*[^*]+[.?]\*\*")  # a paragraph that begins with a sentence in bold
+_WIDTH = 1400  # maximum width of a picture, pixels
+_FINDING = re.compile(r"\*\*[^*]+[.?]\*\*")  # start of a paragraph that begins with a bold sentence
 
 
 @dataclass(frozen=True)
 class Picture:
-    """file: its name in pictures/. content: SVG text, or the bytes of a JPEG."""
+    """Picture of a report. file: its name in pictures/. content: SVG text, or the bytes of a JPEG."""
 
     file: str
     content: str | bytes
@@ -30,9 +30,9 @@ class Picture:
 
 @dataclass(frozen=True)
 class Section:
-    """facts: header and rows of what was run on what. notes: what a reader must know beside the numbers.
+    """Section of a report. facts: header, and a row per run: date, device and main settings.
 
-    finding: what an experiment's README concludes, with its **bold** words.
+    notes: what a reader must know about the numbers. finding: conclusion of a README, with its **bold** words.
     """
 
     experiment: Experiment
@@ -51,13 +51,13 @@ class Section:
 
     @property
     def coverage(self) -> tuple[int, int]:
-        """Of how many of the paper's rows there are runs, and how many it has."""
+        """Return the number of the paper's rows that have runs, and the number of all its rows."""
         cited = [row for row in self.table.rows if row.paper]
         return sum(bool(row.runs) for row in cited), len(cited)
 
 
 def present(found: Found) -> list[str]:
-    """The experiments that runs belong to: those of the paper in its order, the others after them."""
+    """Return the experiments that have runs: those in experiments.yaml in its order, then the others by name."""
     names = {run.experiment for run in found.runs if run.experiment}
     names |= found.committed.keys()
     return [name for name in known() if name in names] + sorted(names - set(known()))
@@ -85,7 +85,7 @@ def sections(found: Found, names: Sequence[str]) -> list[Section]:
 
 
 def others(found: Found) -> list[Section]:
-    """Runs of no experiment, by the command that they are runs of."""
+    """Return a section per command, with its runs that belong to no experiment."""
     result = []
     for command in dict.fromkeys(run.command for run in found.runs if not run.experiment):
         runs = [run for run in found.runs if run.command == command and not run.experiment]
@@ -95,7 +95,7 @@ def others(found: Found) -> list[Section]:
 
 
 def not_run(names: Sequence[str]) -> list[Section]:
-    """The tables and figures of the paper that are not among `names`."""
+    """Return sections for the paper's tables and figures that are not among `names`."""
     return [_section(one, [], None, []) for name, one in known().items() if one.place and name not in names]
 
 
@@ -120,31 +120,31 @@ def _section(about: Experiment, runs: Sequence[Run], committed: Committed | None
 
 
 def _masks(about: Experiment, runs: Sequence[Run]) -> Iterator[Picture]:
-    """What the best run drew last."""
+    """Yield the last picture of the best run that has pictures."""
     score = about.columns[0]
-    judged = [(value, run) for run in runs if run.masks and (value := run.measure(score.name)) is not None]
-    if judged:
-        value, best = max(judged, key=lambda pair: pair[0])
-        said = f"Image, teacher, student: the best run, {best.name} ({score.label} {score.shown(value)})"
-        yield from _photo(f"{about.id}_best.jpg", best.masks, said)
+    scored = [(value, run) for run in runs if run.masks and (value := run.measure(score.name)) is not None]
+    if scored:
+        value, best = max(scored, key=lambda pair: pair[0])
+        caption = f"Image, teacher, student: the best run, {best.name} ({score.label} {score.shown(value)})"
+        yield from _photo(f"{about.id}_best.jpg", best.masks, caption)
 
 
 def _paragraphs(readme: str) -> Iterator[str]:
-    """Without headings, in a line each; what is bold stays marked."""
+    """Yield the paragraphs without headings, each in one line; links and code lose their marks, bold keeps them."""
     for text in readme.split("\n\n"):
         if text.strip() and not text.startswith("#"):
             yield re.sub(r"`|\[([^\]]*)\]\([^)]*\)", r"\1", " ".join(text.split()))
 
 
 def _illustrations(name: str, committed: Committed) -> Iterator[Picture]:
-    """The pictures that an experiment's README shows, with its captions."""
+    """Yield the pictures in an experiment's README, with its captions."""
     for caption, file in re.findall(r"!\[(.*?)\]\((.*?)\)", committed.readme, re.DOTALL):
         path = committed.folder / file
         yield from _photo(f"{name}_{path.stem}.jpg", path, " ".join(caption.split()))
 
 
 def _photo(name: str, path: Path | None, caption: str) -> Iterator[Picture]:
-    """The picture as a JPEG of moderate size; none if the file is missing, damaged or no photograph."""
+    """Yield the picture as a JPEG of moderate size; nothing if the file is missing, damaged or not a photograph."""
     data = io.BytesIO()
     try:
         with Image.open(path or "") as image:

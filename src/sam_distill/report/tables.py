@@ -15,7 +15,7 @@ _LAST = ["precision", "device", "version", "date"]
 
 @dataclass(frozen=True)
 class Estimate:
-    """The mean over runs, from the least to the greatest; of a single run the interval of its bootstrap, if known."""
+    """Mean over runs, with the lowest and the highest value; for a single run, its bootstrap interval if known."""
 
     mean: float
     low: float
@@ -29,7 +29,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Row:
-    """One setting. ours: by metric. paper: likewise, the paper's numbers. runs: ours. baseline: no student at all."""
+    """Row for one setting. ours, paper: numbers by metric. runs: ours. baseline: the blind encoder, not a student."""
 
     settings: Mapping[str, str]
     ours: Mapping[str, Estimate] = field(default_factory=dict)
@@ -38,13 +38,13 @@ class Row:
     baseline: bool = False
 
     def missing(self, name: str) -> str:
-        """What stands where a number of ours would."""
+        """Return the text of a cell without a number of ours: NOT_RUN if the paper has one but we have no run."""
         return NOT_RUN if name in self.paper and not self.runs else ""
 
 
 @dataclass(frozen=True)
 class Table:
-    """keys, measures: those of the experiment that say anything here. cited: the measures that the paper gives."""
+    """Table. keys: settings that differ between rows. measures: those with numbers. cited: those the paper gives."""
 
     keys: Sequence[str]
     measures: Sequence[Measure]
@@ -52,13 +52,13 @@ class Table:
     rows: Sequence[Row]
 
     def name(self, row: Row, besides: str = "") -> str:
-        """What tells a row from the others, in a line: `8 epochs, batch size 4`. besides: a setting told elsewhere."""
+        """Return the settings that tell a row from the others: `8 epochs, batch size 4`. besides: a setting to omit."""
         settings = {key: row.settings[key] for key in self.keys if key != besides and row.settings.get(key)}
         return ", ".join(f"{label(key)} {value}" if _is_bare(value) else value for key, value in settings.items())
 
 
 def tabulate(experiment: Experiment, runs: Sequence[Run]) -> Table:
-    """The paper's rows first, in its order, then those of our settings that it has not."""
+    """Return the paper's rows first, in its order, then our settings that the paper does not have, then `blind`."""
     groups: dict[tuple[str, ...], list[Run]] = {}
     for run in sorted(runs, key=lambda run: [_number(run.setting(key)) for key in experiment.keys]):
         groups.setdefault(tuple(run.setting(key) for key in experiment.keys), []).append(run)
@@ -77,8 +77,8 @@ def tabulate(experiment: Experiment, runs: Sequence[Run]) -> Table:
     varied = [key for key in experiment.keys if len({row.settings.get(key, "") for row in rows}) > 1]
     blind = _row({}, runs, [f"blind/{name}" for name in names if name.startswith("miou/")])
     if blind.ours:
-        never_looking = {name.removeprefix("blind/"): estimate for name, estimate in blind.ours.items()}
-        rows.append(Row({(varied or experiment.keys)[0]: "blind"}, never_looking, baseline=True))
+        blind_scores = {name.removeprefix("blind/"): estimate for name, estimate in blind.ours.items()}
+        rows.append(Row({(varied or experiment.keys)[0]: "blind"}, blind_scores, baseline=True))
     return Table(varied or experiment.keys[:1], measures, cited_names, rows)
 
 
@@ -94,7 +94,7 @@ def estimate(runs: Sequence[Run], name: str) -> Estimate | None:
 
 
 def markdown(table: Table) -> str:
-    """As it stands in table.md and report.md."""
+    """Return the table in Markdown, for table.md and report.md."""
     header = [label(key) for key in table.keys]
     for measure in table.measures:
         header += [f"{measure.label} (paper)"] * (measure.name in table.cited)
@@ -112,14 +112,14 @@ def markdown(table: Table) -> str:
 
 
 def markdown_table(lines: Sequence[Sequence[str]]) -> str:
-    """lines: the header, and a line for each row."""
+    """Return a table in Markdown. lines: the header, then a line per row."""
     header, *rows = lines
     cells = [header, ["---"] * len(header), *rows]
     return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |\n" for line in cells)
 
 
 def results_csv(experiment: Experiment, runs: Sequence[Run]) -> str:
-    """A row per run: what told it apart, what it was asked, what was measured, what it ran on."""
+    """Return a CSV with a row per run: its name, the experiment's keys, further settings, metrics, device and date."""
     values = [{**run.metrics, **{k: run.setting(k) for k in dict.fromkeys([*experiment.keys, *_FIRST, *_LAST])}}
               for run in runs]  # fmt: skip
     head = list(dict.fromkeys([*experiment.keys, *_FIRST]))
@@ -130,7 +130,7 @@ def results_csv(experiment: Experiment, runs: Sequence[Run]) -> str:
 
 
 def history_csv(runs: Sequence[Run], names: Sequence[str]) -> str:
-    """The curves `names` of all runs, a row per run and step."""
+    """Return a CSV of the curves `names` of all runs, with a row per run and step."""
     rows = []
     for run in runs:
         by_step: dict[int, dict[str, float]] = {}
@@ -164,12 +164,12 @@ def _text(value: object) -> str:
 
 
 def _is_bare(text: str) -> bool:
-    """A value that says nothing without its name."""
+    """Whether a value, such as `true` or `4`, says nothing without its name."""
     return text in ("true", "false") or (_number(text) != float("inf") and " " not in text)
 
 
 def _number(text: str) -> float:
-    """Sorts `8 epochs` before `16 epochs`, and leaves words after them in the order in which they were found."""
+    """Return a sort key: `8 epochs` comes before `16 epochs`; words come last and keep their order."""
     try:
         return float(text.partition(" ")[0])
     except ValueError:

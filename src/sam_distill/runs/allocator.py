@@ -1,16 +1,17 @@
-"""Have the C library keep the memory that it frees, for the next step."""
+"""Setting that makes the C library keep freed memory for the next training step."""
 
 import ctypes
 import os
 import platform
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # parameters of mallopt(3)
 _LARGEST_MMAP_THRESHOLD = 32 << 20  # bytes; glibc refuses more
 
 
 def keep_freed_memory() -> None:
-    """glibc gives large blocks back at once and takes them anew, page by page: a training step on a CPU spends a third
-    of its time there. A user's own settings, or another allocator, stay as they are.
+    """Make glibc keep large freed blocks, unless the user has set malloc options or chosen another allocator.
+
+    By default glibc returns them at once and gets them anew, page by page: a third of the time of a CPU step.
     """
     chosen = os.environ.keys() & {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES", "LD_PRELOAD"}
     if platform.libc_ver()[0] != "glibc" or chosen:

@@ -1,4 +1,4 @@
-"""What to run on, and how precisely."""
+"""Device, precision and loader workers of a run."""
 
 import platform
 import resource
@@ -14,7 +14,7 @@ from sam_distill.runs import processes
 from sam_distill.types import UserError
 
 LIGHTNING = "pytorch_lightning.trainer.trainer.Trainer"
-_OWN_OPTIONS = {  # arguments of Lightning's Trainer that are options of their own
+_OWN_OPTIONS = {  # argument of Lightning's Trainer -> our option to give instead
     "max_epochs": "budget", "max_steps": "budget", "accumulate_grad_batches": "accumulate", "logger": "logger",
     "val_check_interval": "validate_every", "check_val_every_n_epoch": "validate_every", "num_nodes": "trainer.nodes",
     "default_root_dir": "hydra.run.dir", "limit_val_batches": "data.val_images",
@@ -22,9 +22,9 @@ _OWN_OPTIONS = {  # arguments of Lightning's Trainer that are options of their o
 
 
 class Hardware:
-    """conf/trainer/auto.yaml says what each option means; of fp32 GPUs make TF32 in products.
+    """Device, precision and workers of a run (options: conf/trainer/auto.yaml). In fp32, GPUs use TF32 for products.
 
-    lightning: further arguments of Lightning's Trainer, for training. None stands for what they are without.
+    lightning: further arguments of Lightning's Trainer, for training. None leaves the argument out.
     """
 
     def __init__(
@@ -42,12 +42,12 @@ class Hardware:
         self.lightning = {name: value for name, value in lightning.items() if value is not None}
         for name in self.lightning.keys() & _OWN_OPTIONS:
             raise UserError(f"trainer.{name}: give {_OWN_OPTIONS[name]}=... instead")
-        _ = self.kind  # a device that isn't there is reported before anything else is built
-        torch.set_float32_matmul_precision("high")  # for all commands: a student is judged as it was trained
+        _ = self.kind  # report a missing device before anything else is built
+        torch.set_float32_matmul_precision("high")  # in all commands: evaluate a student as it was trained
 
     @property
     def kind(self) -> str:
-        """`cuda`, `mps` or `cpu`."""
+        """Return `cuda`, `mps` or `cpu`. Raise UserError if this machine does not have the device, or too few GPUs."""
         available = {"gpu": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
         chosen = next(n for n, ok in available.items() if ok) if self.accelerator == "auto" else self.accelerator
         if not available[chosen]:
@@ -60,12 +60,12 @@ class Hardware:
 
     @property
     def processes(self) -> int:
-        """That work together: one for each device of each node."""
+        """Return the number of processes of the run: one for each device of each node."""
         return self.devices * self.nodes
 
     @property
     def device_name(self) -> str:
-        """The model of the GPU or processor."""
+        """Return the model name of the GPU or processor."""
         if self.kind == "cuda":
             return torch.cuda.get_device_name()
         names = (line.partition(": ")[2] for line in _cpu_info().splitlines() if line.startswith("model name"))
@@ -73,12 +73,12 @@ class Hardware:
 
     @property
     def num_format(self) -> Literal["fp32", "bf16", "fp16"]:
-        """The precision in force."""
+        """Return the precision that is used, which for `auto` depends on the device."""
         if self.precision != "auto":
             return self.precision
         if self.kind == "cuda":
             native = torch.cuda.get_device_capability()[0] >= 8
-        else:  # emulated bf16 is slower than fp32, so ask for the instructions
+        else:  # emulated bf16 is slower than fp32, so look for the instructions
             avx512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
             native = self.kind == "cpu" and avx512 and "avx512_bf16" in _cpu_info()
         return "bf16" if native else "fp32"
@@ -88,12 +88,12 @@ class Hardware:
         if self.workers != "auto":
             return self.workers
         cores = processes.cores(self.devices)
-        if self.kind == "cpu":  # the training itself wants the cores
+        if self.kind == "cpu":  # the training itself needs the cores
             return 1 if cores > 1 else 0
         return max(1, min(12, cores - 1))
 
     def loader(self, dataset: Any, **options: Any) -> DataLoader[Any]:
-        """By this many workers, into memory that a GPU reads fast."""
+        """Return a DataLoader with `num_workers` workers and, for a GPU, pinned memory, from which it copies fast."""
         workers: dict[str, Any] = {"num_workers": self.num_workers, "worker_init_fn": processes.begin_worker}
         return DataLoader(dataset, pin_memory=self.kind == "cuda", **workers | options)
 
@@ -109,19 +109,19 @@ class Hardware:
         }
 
     def autocast(self) -> torch.autocast:
-        """The same precision outside a trainer."""
+        """Return an autocast context with the precision `num_format`, for use outside a Trainer."""
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.num_format]
         return torch.autocast(self.kind, dtype=dtype, enabled=self.num_format != "fp32")
 
 
 def _cpu_info() -> str:
-    """What Linux says of the processors; other systems have no such file."""
+    """Return the text of /proc/cpuinfo, which Linux has; "" on other systems."""
     file = Path("/proc/cpuinfo")
     return file.read_text() if file.exists() else ""
 
 
 def peak_memory(kind: str) -> int:
-    """Bytes, of the GPU if there is one, else of this process."""
+    """Return the peak memory in bytes, of the GPU if `kind` is `cuda`, else of this process."""
     if kind == "cuda":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,7 +1,7 @@
-"""The worker processes of a local pool, hydra/launcher=joblib: each has a GPU of its own, and all end cleanly.
+"""Worker processes of a local pool (hydra/launcher=joblib): each has its own GPU, and all end cleanly.
 
-joblib kills its workers when the first process is interrupted, or when one of them ends. So on a signal the first
-process waits, and the workers end the job in hand as ever, begin no other and stay.
+joblib kills its workers when the main process is interrupted, or when one of them ends. So on a signal the main process
+waits, and each worker ends its current job as it would outside a pool, starts no other job, and stays alive.
 """
 
 import multiprocessing
@@ -14,15 +14,17 @@ from types import FrameType
 
 from sam_distill.runs.processes import STOP_SIGNALS
 
-_NAME = "LokyProcess-"  # and a number from 1
+_NAME = "LokyProcess-"  # followed by a number from 1
 _has_job = False
-_stopped = False  # by a signal
+_stopped = False  # whether a signal has arrived
 
 
 @contextmanager
 def signals_end_all() -> Iterator[None]:
-    """In the first process, SIGTERM, like Ctrl-C, unwinds the stack, so that whatever it ends is recorded; training
-    refines this. The workers of a pool unwind theirs, and this process waits for them; a second signal does not wait.
+    """Within the context, make SIGTERM, like Ctrl-C, unwind the main process's stack, so that a job's end is recorded.
+
+    Training then installs handlers of its own. If there is a pool, its workers receive the signal and unwind their
+    stacks instead, and this process waits for them; after a second signal it does not wait.
     """
     received: list[int] = []
 
@@ -34,7 +36,7 @@ def signals_end_all() -> Iterator[None]:
         for pid in pool:
             os.kill(pid, number)
 
-    is_main = threading.current_thread() is threading.main_thread()  # only there Python allows it
+    is_main = threading.current_thread() is threading.main_thread()  # only there does Python allow handlers
     before = {number: signal.signal(number, end) for number in STOP_SIGNALS if is_main}
     try:
         yield
@@ -50,7 +52,7 @@ def is_worker() -> bool:
 
 
 def set_up_worker() -> None:
-    """Before the jobs of a worker, which takes one of the GPUs: they are dealt out in turn."""
+    """Give this worker one of the GPUs, which are assigned in turn, and its signal handlers. Call it before any job."""
     import torch
 
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -63,7 +65,7 @@ def set_up_worker() -> None:
 
 
 def unless_stopped(job: Callable[[], bool]) -> bool:
-    """The job's answer, in a worker; False if a signal has ended it, or one before it."""
+    """Run a job in a worker and return its result; False if a signal ends it, or arrived before it."""
     global _has_job, _stopped
     if _stopped:
         return False
@@ -78,7 +80,7 @@ def unless_stopped(job: Callable[[], bool]) -> bool:
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:
-    """The terminal and the first process both pass on a signal: the second time is ignored."""
+    """End the current job. The terminal and the main process may both send the same signal: the second is ignored."""
     global _stopped
     before, _stopped = _stopped, True
     if _has_job and not before:

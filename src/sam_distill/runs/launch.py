@@ -1,7 +1,7 @@
-"""Start and watch the further processes of a data-parallel run that no torchrun or srun has started.
+"""Start and watch the other processes of a data-parallel run if neither torchrun nor srun has started them.
 
-Lightning (2.6) would start them, too, but within five seconds of one's failure it sends SIGKILL to all, the first
-process included, which then can't say or record why.
+Lightning (2.6) could start them, too, but within five seconds of a failure it sends SIGKILL to all processes, including
+the first one, which then can't print or record the reason.
 """
 
 import os
@@ -22,21 +22,21 @@ from sam_distill.runs.hardware import Hardware
 from sam_distill.runs.overrides import quoted_override
 from sam_distill.types import UserError
 
-STOPPED = {128 + number for number in processes.STOP_SIGNALS}  # exit statuses
-PATIENCE = 10.0  # seconds that processes have to end by themselves once one of them has
+STOPPED = {128 + number for number in processes.STOP_SIGNALS}  # exit statuses after a stop signal
+PATIENCE = 10.0  # seconds for the others to end by themselves once one process has ended
 
 _LOST_CONNECTION = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 
 
 @contextmanager
 def all_processes(hardware: Hardware, run_dir: Path) -> Iterator[None]:
-    """The body runs in every process of the run. None outlives it by long, whatever ends it."""
+    """Run the body in every process of the run. Whatever ends it, no process goes on for long after it."""
     _check_launcher(hardware)
     if hardware.processes == 1:
         yield
         return
     own_launcher = processes.launcher() is None
-    if own_launcher and "OMP_NUM_THREADS" not in os.environ:  # torchrun and srun see to it themselves
+    if own_launcher and "OMP_NUM_THREADS" not in os.environ:  # torchrun and srun do so themselves
         torch.set_num_threads(processes.cores(hardware.devices))
     before = dict(os.environ)
     children = _start(hardware, run_dir) if own_launcher and "LOCAL_RANK" not in os.environ else []
@@ -46,7 +46,7 @@ def all_processes(hardware: Hardware, run_dir: Path) -> Iterator[None]:
     try:
         yield
     except SystemExit:
-        _wait(children, 3)  # they have been told, too
+        _wait(children, 3)  # they have received the signal, too
         raise
     except Exception as error:
         if any(text in str(error) for text in _LOST_CONNECTION):
@@ -63,7 +63,7 @@ def all_processes(hardware: Hardware, run_dir: Path) -> Iterator[None]:
 
 
 def _check_launcher(hardware: Hardware) -> None:
-    """A UserError if torchrun or srun has started other processes than `hardware` describes."""
+    """Raise UserError if torchrun or srun started another number of processes, or if nodes can't find each other."""
     wanted, launcher, started = hardware.processes, processes.launcher(), processes.started()
     if launcher is not None and started != wanted:
         options = {"torchrun": "--nnodes and --nproc-per-node", "srun": "--nodes and --ntasks-per-node"}[launcher]
@@ -81,7 +81,7 @@ def _check_launcher(hardware: Hardware) -> None:
 
 
 def _start(hardware: Hardware, run_dir: Path) -> list[subprocess.Popen[bytes]]:
-    """Replay the command line for each further device of this node, in the environment that Lightning looks for."""
+    """Run the command line again for each further device of this node, with the environment that Lightning expects."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         free_port = probe.getsockname()[1]
     os.environ |= {
@@ -98,7 +98,7 @@ def _start(hardware: Hardware, run_dir: Path) -> list[subprocess.Popen[bytes]]:
 
 
 def _watch(children: list[subprocess.Popen[bytes]], parent: int, run_dir: Path, finished: threading.Event) -> None:
-    """A process that waits for a dead one in a collective may wait for ever, deaf to Python: end it from outside."""
+    """Exit if another process has died: the main thread may wait for it in a collective for ever, running no Python."""
     is_child = os.environ["LOCAL_RANK"] != "0"
     while not finished.wait(0.5):
         orphaned = is_child and os.getppid() != parent
@@ -125,7 +125,7 @@ def _wait(children: list[subprocess.Popen[bytes]], seconds: float) -> None:
 
 
 def _exit_report(children: list[subprocess.Popen[bytes]]) -> str:
-    """Which process has ended, and how, as far as one can tell from here."""
+    """Return which process has ended, and how, as far as this process can tell within two seconds."""
     deadline = time.monotonic() + 2
     while time.monotonic() < deadline:
         for rank, child in enumerate(children, 1):

@@ -1,7 +1,7 @@
-"""Options as Hydra reads them from a command line."""
+"""Overrides for Hydra's command line."""
 
 
 def quoted_override(key: str, value: str) -> str:
-    """KEY="VALUE", whatever characters the value has."""
+    """Return the override KEY="VALUE", escaped for whatever characters the value has."""
     escaped = value.replace('"', '\\"')
     return f'{key}="{escaped}"'

@@ -1,4 +1,4 @@
-"""How far a command is."""
+"""Progress bars and progress log lines."""
 
 import logging
 import time
@@ -11,15 +11,15 @@ log = logging.getLogger(__name__)
 
 
 def drawn_bar(**options: Any) -> Progress:
-    """Whose tasks have a `note`. It is drawn when something has happened, not by a thread: loader workers are forked
-    meanwhile, and would inherit that thread's locks.
+    """Return a progress bar with tasks that have a `note`. It is drawn on updates, not by a thread: loader workers are
+    forked while it is shown, and would inherit that thread's locks.
     """
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
     return Progress("{task.description}", *columns, auto_refresh=False, speed_estimate_period=120, **options)
 
 
 class CountProgress:
-    """Things done of all, their rate and the time left: a bar on a terminal, else a log line every half minute."""
+    """Progress of a count, with its rate and the time left: a bar on a terminal, else a log line every half minute."""
 
     every = 30.0  # seconds between log lines
 

@@ -1,4 +1,4 @@
-"""status.json: how a run stands. Whichever of its processes fails first says why. Quick to import: no torch."""
+"""status.json, the state of a run. The first process that fails records the reason. Quick to import: no torch."""
 
 import json
 import os
@@ -17,14 +17,14 @@ from filelock import FileLock, Timeout
 from sam_distill.errors import UserError
 from sam_distill.files import write_json, write_text
 
-LOCK = ".lock"  # in a run's folder
-PATIENCE = 5  # seconds; the loader workers of a process that was killed hold its locks for a moment
+LOCK = ".lock"  # in a run folder
+PATIENCE = 5  # seconds to wait for a lock: the loader workers of a killed process hold its locks for a moment
 
 
 class Status:
-    """The record of one job. recorded: there is to be one. first: this process keeps it; others may say why.
+    """Record of one job. recorded: whether to keep one. first: this process keeps it; others only record a failure.
 
-    choices: what was chosen from each group, `experiment` among them; config.yaml only has what came of it.
+    choices: the choice of each config group, `experiment` included; config.yaml only has the values that result.
     """
 
     def __init__(
@@ -33,25 +33,25 @@ class Status:
         self.run_dir, self.first, self.recorded = run_dir, first, recorded
         self._content: dict[str, Any] = {"status": "running", "why": None, "command": command, "choices": choices}
         self._content |= {"pid": os.getpid(), "started": now(), "ended": None}
-        self._history = _modified(run_dir)
+        self._logged_before = _last_logged(run_dir)
         files = [run_dir / name for name in ("status.json", "config.yaml")] if resumed else []
-        self._before = {file: file.read_text() for file in files if file.is_file()}
+        self._earlier_records = {file: file.read_text() for file in files if file.is_file()}
 
     def begin(self, config: str) -> None:
         if self.first and self.recorded:
             self._content["version"] = version()
-            self._write()  # first: with it the folder is a run's
+            self._write()  # before config.yaml: status.json makes this a run folder
             write_text(self.run_dir / "config.yaml", config)
 
     def end(self, why: str | None) -> bool:
-        """Whether to print `why`: not if another process has failed before, of which this failure is a consequence."""
+        """Record the job's end. Return whether to print `why`: not if another process failed first and caused this."""
         if not self.recorded:
             return self.first
         if not self.first:
             return why is not None and fail(self.run_dir, why)
         is_first_failure = why is None or read(self.run_dir).get("status") != "failed"
-        if why is not None and self._before and _modified(self.run_dir) == self._history:
-            for file, content in self._before.items():  # resumed, but no step further: the old record is the true one
+        if why is not None and self._earlier_records and _last_logged(self.run_dir) == self._logged_before:
+            for file, content in self._earlier_records.items():  # resumed, but no new step: restore the old record
                 write_text(file, content)
         elif is_first_failure:
             self._content |= {"status": "failed" if why else "finished", "why": why, "ended": now()}
@@ -64,7 +64,7 @@ class Status:
 
 @contextmanager
 def only_process(lock: Path, message: str) -> Iterator[None]:
-    """Hold `lock`, which goes with this process however it ends. A UserError says `message` if another one has it."""
+    """Hold `lock`, which is freed however this process ends. Raise UserError(message) if another process has it."""
     held = FileLock(lock)
     try:
         held.acquire(timeout=PATIENCE)
@@ -79,13 +79,13 @@ def only_process(lock: Path, message: str) -> Iterator[None]:
 
 
 def writing(run_dir: Path) -> AbstractContextManager[None]:
-    """For whoever keeps a run's records: two would write over each other."""
+    """Return the lock that a process holds while it writes a run's records: two would overwrite each other's."""
     message = f"{run_dir}: another run is writing there; wait for it, or choose another folder"
     return only_process(run_dir / LOCK, message)
 
 
 def locked(run_dir: Path) -> str:
-    """What `writing` would say now; empty if nothing."""
+    """Return the message with which `writing` would fail now; "" if it would not."""
     try:
         with writing(run_dir) if (run_dir / LOCK).exists() else nullcontext():
             return ""
@@ -94,20 +94,20 @@ def locked(run_dir: Path) -> str:
 
 
 def earlier_outcome(run_dir: Path, config: str) -> str | None:
-    """How an earlier job of the same configuration stands in this folder; None if there was none."""
+    """Return the status of an earlier job in this folder with the same configuration; None if there was none."""
     file = run_dir / "config.yaml"
     if not file.is_file():
         return None
     try:
         texts = [re.sub(r"_target_: \S*\.", "_target_: ", text) for text in (config, file.read_text())]  # classes move
         now, then = (dict(yaml.safe_load(text)) | {"resume": None} for text in texts)
-    except (yaml.YAMLError, TypeError, ValueError):  # not what a job has written
+    except (yaml.YAMLError, TypeError, ValueError):  # not written by a job
         return None
     return read(run_dir).get("status") if now == then else None
 
 
 def fail(run_dir: Path, why: str) -> bool:
-    """Record that a running run has failed. False if it was not running."""
+    """Record that a running run has failed, and return True; return False if it was not running."""
     content = read(run_dir)
     if content.get("status") != "running":
         return False
@@ -117,7 +117,7 @@ def fail(run_dir: Path, why: str) -> bool:
 
 
 def version() -> str:
-    """Of this code: the release, and in a checkout the commit, `-dirty` if files differ from it."""
+    """Return the version of this code: the release and, in a checkout, the commit, with `-dirty` if files differ."""
     release, root = metadata.version("sam-distill"), Path(__file__).parents[3]
     if not (root / ".git").exists():
         return release
@@ -134,12 +134,12 @@ def now() -> str:
 
 
 def read(run_dir: Path) -> dict[str, Any]:
-    """status.json, empty if there is none that can be read."""
+    """Return the content of status.json; {} if it does not exist or can't be read."""
     return _mapping(run_dir / "status.json", json.loads)
 
 
 def config(run_dir: Path) -> dict[str, Any]:
-    """The resolved configuration that a job has left in its folder; empty if there is none that can be read."""
+    """Return the resolved configuration that a job has written to its folder; {} if there is none that can be read."""
     return _mapping(run_dir / "config.yaml", yaml.safe_load)
 
 
@@ -151,7 +151,7 @@ def _mapping(file: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _modified(run_dir: Path) -> float | None:
-    """When the run last logged anything."""
+def _last_logged(run_dir: Path) -> float | None:
+    """Return the time at which history.csv was last written; None if there is none."""
     file = run_dir / "history.csv"
     return file.stat().st_mtime if file.is_file() else None

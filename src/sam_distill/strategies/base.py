@@ -1,4 +1,4 @@
-"""What a distillation strategy is."""
+"""Base class of the distillation strategies."""
 
 import re
 from abc import ABC, abstractmethod
@@ -10,11 +10,11 @@ from sam_distill.types import Batch, StepOutput
 
 
 class Strategy(nn.Module, ABC):
-    """What is compared, and what learns from it. No trainer, logger or optimizer here.
+    """Distillation strategy: the loss, and the parts of the student to train. No trainer, logger or optimizer here.
 
-    requires: the fields of `Batch` that a step reads beyond the images; checked against data, teacher and prompts
+    requires: the fields of `Batch` that a step reads besides the images; checked against data, teacher and prompts
         before step 0.
-    finetunes: begins with a student that has been distilled already (`init=`).
+    finetunes: whether training starts from a student that is already distilled (`init=`).
     """
 
     requires: frozenset[str] = frozenset()
@@ -22,16 +22,16 @@ class Strategy(nn.Module, ABC):
 
     @property
     def name(self) -> str:
-        """As `strategy=` names it."""
+        """Return the strategy's name in `strategy=`."""
         return re.sub(r"\B(?=[A-Z])", "_", type(self).__name__).lower()
 
     def prepare(self, sam: Sam) -> None:
-        """Change a new student, which has the teacher's prompt encoder and mask decoder, before weights are loaded."""
+        """Change a new student before weights are loaded; it has the teacher's prompt encoder and mask decoder."""
 
     @abstractmethod
     def trainable(self, sam: Sam) -> dict[str, nn.Module]:
-        """The parts that learn, by name. Everything else is frozen: no gradients, and in eval mode."""
+        """Return the parts to train, by name. Everything else is frozen: no gradients, and in eval mode."""
 
     @abstractmethod
     def step(self, sam: Sam, batch: Batch) -> StepOutput:
-        """Loss and logs of one batch."""
+        """Return the loss and the logs of one batch."""

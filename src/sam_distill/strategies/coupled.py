@@ -1,4 +1,4 @@
-"""Coupled distillation: encoder and decoder learn masks together."""
+"""Coupled distillation: train the image encoder and the mask decoder together on masks."""
 
 from typing import Any, Literal
 
@@ -10,7 +10,7 @@ from sam_distill.strategies.masks import MaskStrategy
 
 
 class Coupled(MaskStrategy):
-    """Image encoder and mask decoder learn from masks together, as SAM itself was trained (paper, Figure 2, left)."""
+    """Joint training of image encoder and mask decoder on masks, as SAM itself was trained (paper, Figure 2, left)."""
 
     def __init__(
         self,

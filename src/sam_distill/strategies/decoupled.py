@@ -1,4 +1,4 @@
-"""Decoupled distillation: the encoder learns the teacher's embedding."""
+"""Decoupled distillation: train the image encoder on the teacher's embedding."""
 
 from typing import Annotated, Literal
 
@@ -14,14 +14,14 @@ _LOSSES = {"mse": embedding_mse, "smooth_l1": embedding_smooth_l1, "norm": embed
 
 
 class Decoupled(Strategy):
-    """Decoupled distillation (paper, section 3.2 and Figure 3): no prompt and no mask decoder at training time.
+    """Strategy that trains without prompts and without a mask decoder (paper, section 3.2 and Figure 3).
 
-    The student's image encoder learns the teacher's embedding; the teacher's decoder then works on it as it is.
+    The student's image encoder learns the teacher's embedding; the teacher's mask decoder then works on it unchanged.
 
-    loss: mse, the paper's; smooth_l1, NanoSAM's; norm, the root of the sum of squares.
-    cosine: weight of an added (1 - cosine similarity); EfficientSAM3 takes 1.
-    padding: weight of the frame's padding in the loss, where the image has 1; 0 leaves it out. The mask decoder sees
-        what the student says there (experiments/padding_mask).
+    loss: mse (the paper's), smooth_l1 (NanoSAM's) or norm (root of the sum of squares).
+    cosine: weight of an added (1 - cosine similarity); EfficientSAM3 uses 1.
+    padding: weight of the frame's padding in the loss, relative to the image's 1; 0 leaves it out. The mask decoder
+        also attends to the student's embedding in the padding (experiments/padding_mask).
     """
 
     requires = frozenset({"teacher_embedding"})

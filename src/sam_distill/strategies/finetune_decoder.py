@@ -9,7 +9,7 @@ from sam_distill.types import Batch
 
 
 class FinetuneDecoder(MaskStrategy):
-    """The mask decoder adapts to a distilled image encoder, which stays as it is (paper, section 3.2, Figure 3)."""
+    """Strategy that trains the mask decoder on a distilled, frozen image encoder (paper, section 3.2, Figure 3)."""
 
     finetunes = True
 

@@ -1,4 +1,4 @@
-"""Joint finetuning: the other second stage that the paper names."""
+"""Joint finetuning: the paper's other second stage of decoupled distillation."""
 
 from torch import nn
 
@@ -7,7 +7,7 @@ from sam_distill.strategies.masks import MaskStrategy
 
 
 class FinetuneJoint(MaskStrategy):
-    """A distilled image encoder and the mask decoder learn from masks together (paper, section 3.2)."""
+    """Strategy that trains a distilled image encoder and the mask decoder together on masks (paper, section 3.2)."""
 
     finetunes = True
 

@@ -1,4 +1,4 @@
-"""The loss that all strategies on masks share, against the teacher's masks or annotations."""
+"""Base class of the strategies with a loss on masks, against the teacher's masks or annotations."""
 
 from abc import ABC
 from typing import Annotated, Literal
@@ -19,18 +19,18 @@ _LOSSES = {"bce_dice": bce_dice, "focal_dice": focal_dice}
 
 
 class MaskStrategy(Strategy, ABC):
-    """The student's masks learn to be the target's for the same prompts, at low resolution.
+    """Strategy with a loss between the student's low-res masks and target masks for the same prompts.
 
     targets: the teacher's masks for the same prompts, or the annotation that each prompt was made from.
-    tokens: which of the decoder's four mask tokens learn what.
-        all: each learns the teacher's mask of the same token.
-        chosen: token 0, and of tokens 1-3 the one that the teacher trusts most, likewise.
-        minimum: SAM's rule. There is one target (the annotation, or the teacher's most trusted of three): token 0
-            learns it, and of tokens 1-3 the one that is closest already.
-    rounds: 1 for the prompts alone; with each further round a click in the error region joins them, for student and
+    tokens: which of the decoder's four mask tokens are trained, and with which target.
+        all: each token, with the teacher's mask of the same token.
+        chosen: likewise, but only token 0 and the one of tokens 1-3 with the teacher's highest predicted IoU.
+        minimum: SAM's rule. There is one target (the annotation, or the one of the teacher's masks 1-3 with the highest
+            predicted IoU), for token 0 and for the one of tokens 1-3 with the lowest mask loss.
+    rounds: 1 for the prompts alone; each further round adds a click in the error region to them, for student and
         teacher alike (EdgeSAM's prompt-in-the-loop), and the losses of all rounds are averaged.
-    mask_loss: bce_dice, EdgeSAM's 5 : 5; focal_dice, SAM's 20 : 1.
-    iou: weight of the squared error of the predicted IoUs; SAM's is 1.
+    mask_loss: bce_dice (EdgeSAM's, 5 : 5) or focal_dice (SAM's, 20 : 1).
+    iou: weight of the squared error of the predicted IoUs; SAM uses 1.
     mask_padding: leave the padding of the frame out of the loss.
     seed: of the clicks.
     """
@@ -58,7 +58,7 @@ class MaskStrategy(Strategy, ABC):
         self.requires = frozenset({"prompts", "ask_teacher" if targets == "teacher" else "annotations"})
 
     def embed(self, sam: Sam, batch: Batch) -> Tensor:
-        """The student's embeddings, [B, 256, 64, 64]."""
+        """Return the student's embeddings: [B, 256, 64, 64]."""
         return sam.encode(batch.images, batch.sizes)
 
     def step(self, sam: Sam, batch: Batch) -> StepOutput:
@@ -75,22 +75,22 @@ class MaskStrategy(Strategy, ABC):
 
     @torch.no_grad()
     def _target(self, batch: Batch, prompts: Prompts) -> Masks:
-        """What to learn. M = 4, one target per token; or M = 1, the same for all. iou: the teacher's trust in it."""
+        """Return the target masks: M = 4, one per token, or M = 1, one for all. iou: the teacher's predicted IoU."""
         if self.targets == "annotations":
             assert batch.annotations is not None
             masks = batch.annotations[:, : prompts.points.shape[1]].unsqueeze(2)
             return Masks(masks.float() - 0.5, masks.new_ones(masks.shape[:3], dtype=torch.float32))
         assert batch.ask_teacher is not None
-        theirs = batch.ask_teacher(prompts)
+        teacher_masks = batch.ask_teacher(prompts)
         if self.tokens != "minimum":
-            return theirs
-        trusted = _trusted(theirs)
-        return Masks(_take(theirs.low_res, trusted), _take(theirs.iou, trusted))
+            return teacher_masks
+        token = _best_token(teacher_masks)
+        return Masks(_take_token(teacher_masks.low_res, token), _take_token(teacher_masks.iou, token))
 
     def _compare(self, answer: Masks, target: Masks, valid: Tensor, batch: Batch) -> Tensor:
-        """[3]: losses of masks and of predicted IoUs, and the IoU itself, means over prompts.
+        """Return the loss of the masks, the loss of the predicted IoUs and the IoU, each a mean over prompts: [3].
 
-        The IoU is token 0's, and an empty target has none, as in validation.
+        The IoU is that of token 0; prompts with an empty target are left out of it, as in validation.
         """
         inside, truth = valid_area(batch.sizes, LOW_RES), target.low_res > 0
         area = inside if self.mask_padding else None
@@ -101,26 +101,26 @@ class MaskStrategy(Strategy, ABC):
         if self.tokens == "all":
             per_prompt = each.mean(-1)
         else:
-            best = _trusted(target) if self.tokens == "chosen" else mask_loss[..., 1:].argmin(-1, keepdim=True) + 1
-            per_prompt = (each[..., 0] + _take(each, best[None]).squeeze(-1)) / 2
+            best = _best_token(target) if self.tokens == "chosen" else mask_loss[..., 1:].argmin(-1, keepdim=True) + 1
+            per_prompt = (each[..., 0] + _take_token(each, best[None]).squeeze(-1)) / 2
         means, iou = [mean_per_prompt(values, valid) for values in per_prompt], iou[..., 0]
         return torch.stack([*means, mean_per_prompt(iou.nan_to_num(0), valid & ~iou.isnan())])
 
     @torch.no_grad()
     def _corrected(self, prompts: Prompts, answer: Masks, target: Masks, batch: Batch, number: int) -> Prompts:
-        """The prompts with one more click each, where the student's token 0 is wrong."""
+        """Return the prompts with one more click each, where the student's mask of token 0 is wrong."""
         draw = PromptRng(batch.keys, batch.epochs, self.seed, f"click{number}")
         area, wanted = valid_area(batch.sizes, LOW_RES), target.low_res[:, :, 0] > 0
         points, labels = corrections(draw, answer.low_res[:, :, 0] > 0, wanted, area, batch.sizes)
         return add_points(prompts, points, labels.masked_fill(~prompts.valid, ABSENT))
 
 
-def _trusted(masks: Masks) -> Tensor:
-    """[B, P, 1]: of tokens 1-3 the one with the highest predicted IoU."""
+def _best_token(masks: Masks) -> Tensor:
+    """Return the one of tokens 1-3 with the highest predicted IoU: [B, P, 1]."""
     return masks.iou[..., 1:].argmax(-1, keepdim=True) + 1
 
 
-def _take(values: Tensor, token: Tensor) -> Tensor:
-    """values [..., 4] or [..., 4, h, w], token [..., 1] -> the token's values, its dimension kept."""
+def _take_token(values: Tensor, token: Tensor) -> Tensor:
+    """Return the token's values: values [..., 4] or [..., 4, h, w], token [..., 1] -> [..., 1] or [..., 1, h, w]."""
     index = token.view(*token.shape, *[1] * (values.ndim - token.ndim))
     return values.take_along_dim(index, token.ndim - 1)

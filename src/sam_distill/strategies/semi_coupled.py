@@ -1,4 +1,4 @@
-"""Semi-coupled distillation: the encoder learns masks through a frozen decoder."""
+"""Semi-coupled distillation: train the image encoder on masks, through a frozen mask decoder."""
 
 from torch import nn
 
@@ -7,7 +7,7 @@ from sam_distill.strategies.masks import MaskStrategy
 
 
 class SemiCoupled(MaskStrategy):
-    """The image encoder learns from masks, through a frozen copy of the teacher's decoder (paper, Figure 2, right)."""
+    """Training of the image encoder on masks with a frozen copy of the teacher's decoder (paper, Figure 2, right)."""
 
     def trainable(self, sam: Sam) -> dict[str, nn.Module]:
         return {"image_encoder": sam.image_encoder}

@@ -1,6 +1,6 @@
-"""What tars hold, read off their headers once and kept in $SAM_DISTILL_HOME/index, a file for each.
+"""Indices of tars: image names, read from the headers once and kept in $SAM_DISTILL_HOME/index, one file per tar.
 
-SA-1B has eleven million names. They are looked up there when a tar's turn comes: memory does not grow with the data.
+SA-1B has eleven million names. They are looked up there when a tar is read, so that they are not all held in memory.
 """
 
 import hashlib
@@ -26,24 +26,24 @@ from sam_distill.selection import digests, is_image_member
 
 log = logging.getLogger(__name__)
 
-COMPANIONS = (".json", ".embedding")  # what may lie beside an image: its annotations, its teacher's embedding
+COMPANIONS = (".json", ".embedding")  # members that belong to an image: its annotations, its teacher embedding
 
 
 def companion(member: str, kind: str) -> str:
-    """The name of what lies beside an image: sa_1.jpg and .json make sa_1.json."""
+    """Return the member name of an image's companion: sa_1.jpg and .json give sa_1.json."""
     return short_key(member) + kind
 
 
 def short_key(member: str) -> str:
-    """The key of an image, unless another has the same."""
+    """Return the member name without its suffix: the key of an image, unless another image has the same."""
     return member.rpartition(".")[0]
 
 
 @dataclass(frozen=True, eq=False)
 class TarIndex:
-    """The images of a tar, in its order. images: how many. problem: what is wrong with the tar, if anything.
+    """Index of the images in a tar, in its order. images: their number. problem: message if anything is wrong.
 
-    arrays: `names`, `digests` (of short keys) and `beside`, or the safetensors file that holds them.
+    arrays: `names`, `digests` (of short keys) and `beside` (bits), or the safetensors file that holds them.
     """
 
     images: int
@@ -52,7 +52,7 @@ class TarIndex:
 
     @classmethod
     def of(cls, files: Sequence[str], problem: str | None = None) -> "TarIndex":
-        """files: those that the tar holds whole."""
+        """Return the index of a tar. files: the members that it contains completely."""
         images, present = [name for name in files if is_image_member(name)], set(files)
         beside = [
             sum((companion(name, kind) in present) << bit for bit, kind in enumerate(COMPANIONS)) for name in images
@@ -60,21 +60,21 @@ class TarIndex:
         arrays: dict[str, NDArray[Any]] = {
             "names": np.frombuffer("\0".join(images).encode(errors="surrogateescape"), np.uint8),
             "digests": digests(map(short_key, images)),
-            "beside": np.array(beside, np.uint8),  # a bit for each of COMPANIONS
+            "beside": np.array(beside, np.uint8),  # one bit for each of COMPANIONS
         }
         return cls(len(images), arrays, problem)
 
     def names(self) -> list[str]:
-        """Of its members, with their folders."""
+        """Return the member names of the images, with their folders."""
         text = self._array("names").tobytes().decode(errors="surrogateescape")
         return text.split("\0") if text else []
 
     def digests(self) -> NDArray[np.uint64]:
-        """[images], of their short keys."""
+        """Return the digests of the short keys: [images] uint64."""
         return self._array("digests")
 
     def has_companion(self, kind: str) -> NDArray[np.bool_]:
-        """[images]: which have that companion."""
+        """Return which images have that companion: [images] bool."""
         return (self._array("beside") >> COMPANIONS.index(kind) & 1).astype(bool)
 
     def _array(self, name: str) -> NDArray[Any]:
@@ -85,7 +85,7 @@ class TarIndex:
 
 
 def read_headers(file: IO[bytes], size: int | None, address: str) -> TarIndex:
-    """Closes the file. size: its own, which is None if it can only be read from front to back."""
+    """Index a tar, and close its file. size: of the file; None if it can only be read from front to back."""
     names: dict[str, None] = {}  # an ordered set
     links = 0
     with file:
@@ -100,7 +100,7 @@ def read_headers(file: IO[bytes], size: int | None, address: str) -> TarIndex:
                     names[member.name] = None
                 if size is not None:
                     file.seek(tar.offset)
-                    if file.read(tarfile.BLOCKSIZE).strip(b"\0"):  # neither the end of the archive nor that of the file
+                    if file.read(tarfile.BLOCKSIZE).strip(b"\0"):  # neither end of archive nor of file
                         raise tarfile.ReadError("damaged header")
         except (tarfile.TarError, OSError) as error:
             problem = f"the rest of {address} after {len(names)} files ({one_line(error)})"
@@ -109,24 +109,24 @@ def read_headers(file: IO[bytes], size: int | None, address: str) -> TarIndex:
                 if packed := compression(file.read(8)):
                     problem = f"{address} is compressed with {packed}: unpack it, or read it by a command, pipe:..."
             return TarIndex.of(list(names), problem)
-    in_vain = f"{links} images of {address}, which are links: tar --dereference --hard-dereference takes what they mean"
-    return TarIndex.of(list(names), in_vain if links else None)
+    skipped = f"{links} images of {address}, which are links: tar --dereference --hard-dereference takes what they mean"
+    return TarIndex.of(list(names), skipped if links else None)
 
 
 def sha256_of(address: str) -> str:
-    """In hexadecimal digits. The address need not be UTF-8."""
+    """Return the SHA-256 of an address in hexadecimal digits. The address need not be UTF-8."""
     return hashlib.sha256(address.encode(errors="surrogateescape")).hexdigest()
 
 
 def cached_index(identity: str, stamp: str, read: Callable[[], TarIndex], min_images: int = 0) -> TarIndex:
-    """What `read` said of a tar when its stamp was the same as now; where it is new or has changed, it is read.
+    """Return the stored index of a tar; if there is none, or its stamp has changed, call `read` and store the result.
 
-    stamp: its size, and what else changes with it. Tars with fewer images are not worth a file; damaged ones are read
-    each time.
+    stamp: the tar's size, and anything else that changes with its content. Tars with a problem or with fewer than
+    `min_images` images are not stored, but read each time.
     """
     name = sha256_of(identity)[:32]
     file = home() / "index" / f"{name}.safetensors"
-    with suppress(OSError, SafetensorError), safe_open(file, "numpy") as held:  # there may be none
+    with suppress(OSError, SafetensorError), safe_open(file, "numpy") as held:  # the file may not exist
         if held.metadata()["stamp"] == stamp:
             return TarIndex(held.get_slice("digests").get_shape()[0], file)
     index = read()

@@ -1,7 +1,7 @@
-"""Remote tars, copied to a disk of this machine while they are read for the first time.
+"""Copies of remote tars on a disk of this machine, made while the tars are read for the first time.
 
-fsspec's own caches are of no use here: filecache has the reader wait for the whole tar, blockcache is not safe among
-several processes, and a full disk ends the reading.
+fsspec's own caches don't fit: with filecache the reader waits for the whole tar, blockcache is not safe with several
+processes, and a full disk ends the reading.
 """
 
 import io
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LocalCopy(Tar):
-    """Copied into `folder` while it is read for the first time; from then on, the copy is read."""
+    """Remote tar that is copied into `folder` while it is read for the first time; later reads use the copy."""
 
     source: Tar
     folder: Path
@@ -40,7 +40,7 @@ class LocalCopy(Tar):
         lock = FileLock(self.copy.with_suffix(".lock"))
         try:
             lock.acquire(timeout=0)
-        except Timeout:  # another loader worker is copying it
+        except Timeout:  # another process is copying it
             return self.source.stream()
         return io.BufferedReader(CopyingReader(self.source.stream(), self.copy, lock))
 
@@ -49,11 +49,11 @@ class LocalCopy(Tar):
 
 
 class CopyingReader(io.RawIOBase):
-    """Leaves a copy of `source` in `copy` if it is read to its end. A full disk ends the copy, not the reading."""
+    """Reader of `source` that leaves a copy in `copy` if read to its end. A full disk ends only the copying."""
 
     def __init__(self, source: IO[bytes], copy: Path, lock: FileLock) -> None:
         self._source, self._copy, self._lock = source, copy, lock
-        self._draft = copy.with_suffix(".part")  # of the lock's owner alone
+        self._draft = copy.with_suffix(".part")  # written only by the owner of the lock
         self._file: IO[bytes] | None = self._draft.open("wb")
 
     def readable(self) -> bool:
@@ -90,6 +90,6 @@ class CopyingReader(io.RawIOBase):
 
 
 def finish_copy(file: IO[bytes]) -> None:
-    """Read the rest of a tar, where it is being copied."""
+    """Read the rest of a tar if it is being copied, so that the copy is completed."""
     while isinstance(getattr(file, "raw", None), CopyingReader) and file.read(1 << 20):
         pass

@@ -1,4 +1,4 @@
-"""Tars in SA-1B's layout: what their headers say is in them, and reading the members that are wanted."""
+"""Shards, i.e. tars in SA-1B's layout: find them, choose images by their indices, and read the chosen members."""
 
 import glob
 import logging
@@ -26,15 +26,15 @@ from sam_distill.tars.tar import HttpTar, LocalTar, PipedTar, RemoteTar, Tar
 
 log = logging.getLogger(__name__)
 
-CONNECTIONS = 16  # at a time, while indices are read
+CONNECTIONS = 16  # simultaneous connections while indices are read
 
 
 @dataclass(frozen=True, eq=False)
 class Shard:
-    """A tar, or a choice of its images; never empty.
+    """Tar, or a selection of its images; never empty.
 
-    rows: which of the index's images, ascending; None: all.
-    shared: short keys that several images of the data set have, which are told apart by their tars' names.
+    rows: the selected rows of the index, ascending; None: all.
+    shared: short keys that several images of the dataset have; the keys of these images are "tar name/member" instead.
     """
 
     tar: Tar
@@ -46,7 +46,7 @@ class Shard:
         return self.index.images if self.rows is None else len(self.rows)
 
     def members(self) -> list[str]:
-        """Names of its images, in the order of the tar."""
+        """Return the member names of its images, in the order of the tar."""
         names = self.index.names()
         return names if self.rows is None else [names[row] for row in self.rows]
 
@@ -58,15 +58,15 @@ class Shard:
         return [self.key(member) for member in self.members()]
 
     def digests(self) -> NDArray[np.uint64]:
-        """[images], of the keys."""
+        """Return the digests of the keys: [images] uint64."""
         return digests(self.image_keys()) if self.shared else self._chosen(self.index.digests())
 
     def has_companion(self, kind: str) -> NDArray[np.bool_]:
-        """[images]: which have that companion."""
+        """Return which images have that companion: [images] bool."""
         return self._chosen(self.index.has_companion(kind))
 
     def only(self, which: slice | NDArray[np.bool_]) -> "Shard":
-        """A part of it: which of its images."""
+        """Return a shard with only these of its images. which: a slice, or flags [images]."""
         rows = self._chosen(np.arange(self.index.images, dtype=np.int32))[which]
         return self if len(rows) == len(self) else replace(self, rows=rows)
 
@@ -74,17 +74,17 @@ class Shard:
         return values if self.rows is None else values[self.rows]
 
     def read(self, members: Collection[str], kinds: Sequence[str] = ()) -> Iterator[tuple[str, list[bytes]]]:
-        """(member, its content and those of its companions) in the tar's order, up to where the tar is damaged.
+        """Yield (member, [its content, those of its companions]) in the tar's order, up to where the tar is damaged.
 
-        A companion that a member does not have is empty.
+        The content of a companion that a member does not have is b"".
         """
         with_companion = {kind: set(compress(self.members(), self.has_companion(kind))) for kind in kinds}
         files = {m: [m, *(companion(m, kind) for kind in kinds if m in with_companion[kind])] for m in members}
-        members_of: dict[str, list[str]] = defaultdict(list)  # several, where a.jpg and a.png share a.json
+        members_of: dict[str, list[str]] = defaultdict(list)  # several if a.jpg and a.png share a.json
         for member, names in files.items():
             for name in names:
                 members_of[name].append(member)
-        found: dict[str, dict[str, bytes]] = defaultdict(dict)  # of members that are not complete yet
+        found: dict[str, dict[str, bytes]] = defaultdict(dict)  # contents of members that are not complete yet
         for name, content in self._read(members_of):
             for member in members_of[name]:
                 found[member][name] = content
@@ -102,14 +102,14 @@ class Shard:
                     if not unread:
                         break
                 finish_copy(file)
-        except (tarfile.TarError, OSError, UserError) as error:  # hours into a run, too: the other tars are still there
+        except (tarfile.TarError, OSError, UserError) as error:  # hours into a run, too: other tars can still be read
             log.warning("%s: %s", self.tar, one_line(error))
 
 
 def index_tars(path: str | list[str], option: str, local: str | None = None) -> tuple[list[Shard], list[str]]:
-    """The tars that `path` names, those without images left out, and a line for each that is damaged.
+    """Return a shard for each tar of `path` that has images, and a line for each damaged tar.
 
-    local: a folder for copies of those that lie elsewhere.
+    Raise UserError if none has. option: the option's name in messages. local: folder for copies of remote tars.
     """
     tars = [tar for pattern in ([path] if isinstance(path, str) else path) for tar in _expand(pattern, option)]
     tars = list(dict.fromkeys(tars))  # patterns may overlap
@@ -125,8 +125,8 @@ def index_tars(path: str | list[str], option: str, local: str | None = None) -> 
         raise UserError(f"{option}={path}: no image in {len(tars)} tars ({reason})")
     shared = _shared_keys(shards)
     shards = [replace(shard, shared=shared) for shard in shards]
-    long = Counter(shard.key(m) for shard in shards if shared for m in shard.members() if short_key(m) in shared)
-    if any(uses > 1 for uses in long.values()):
+    long_keys = Counter(shard.key(m) for shard in shards if shared for m in shard.members() if short_key(m) in shared)
+    if any(uses > 1 for uses in long_keys.values()):
         raise UserError(f"{option}={path}: two tars of the same name hold images of the same name; rename one of them")
     return shards, problems
 
@@ -136,7 +136,7 @@ def _expand(pattern: str, option: str) -> list[Tar]:
         return [PipedTar(pattern)]
     local = Path(pattern).expanduser()
     is_remote = "://" in pattern
-    if not is_remote and local.exists():  # no pattern, whatever brackets and braces it may have
+    if not is_remote and local.exists():  # a path, not a pattern, even with brackets or braces
         found = sorted(local.glob("*.tar")) if local.is_dir() else [local]
         if not found:
             raise UserError(f"{option}={pattern}: there is no .tar in that folder")
@@ -157,12 +157,12 @@ def _expand(pattern: str, option: str) -> list[Tar]:
 
 
 def _expand_address(address: str, option: str) -> list[str]:
-    """An address of fsspec's: of a tar, of a folder of tars, or a glob."""
+    """Return the tars at an fsspec address: that of a tar or of a folder of tars, or a glob."""
     pattern = address if address.endswith(".tar") else f"{address.rstrip('/')}/*.tar"
     try:
         system, path = fsspec.url_to_fs(pattern)
         found = [system.unstrip_protocol(tar) for tar in sorted(system.glob(path))] if "*" in pattern else [pattern]
-    except Exception as error:  # no such protocol, its package is missing, or what the package itself says
+    except Exception as error:  # unknown protocol, missing package, or an error of the package
         hint = "http(s), s3, gs and hf addresses and pipe: commands can be read"
         raise UserError(f"{option}={address}: {one_line(error)}; {hint}") from error
     if not found:
@@ -179,9 +179,9 @@ def _with_copies(tars: list[Tar], folder: Path) -> list[Tar]:
 
 
 def _indices(tars: list[Tar]) -> list[TarIndex]:
-    """What each holds; several at a time, since those that lie elsewhere answer slowly.
+    """Return the index of each tar. Remote tars are read CONNECTIONS at a time, because they answer slowly.
 
-    In an order of this process's own, so that ranks which start together do not all read the same headers.
+    Each process reads in its own random order, so that ranks that start together do not all read the same headers.
     """
     order = random.Random().sample(range(len(tars)), len(tars))
     with ThreadPoolExecutor(1 if all(isinstance(tar, LocalTar) for tar in tars) else CONNECTIONS) as pool:
@@ -190,7 +190,7 @@ def _indices(tars: list[Tar]) -> list[TarIndex]:
 
 
 def _shared_keys(shards: list[Shard]) -> frozenset[str]:
-    """The short keys that several images have."""
+    """Return the short keys that several images have."""
     digests = all_digests(shards)
     digests.sort()
     twice = np.unique(digests[1:][digests[1:] == digests[:-1]])
@@ -202,7 +202,7 @@ def _shared_keys(shards: list[Shard]) -> frozenset[str]:
 
 
 def all_digests(shards: Sequence[Shard]) -> NDArray[np.uint64]:
-    """Of all keys: the one thing that is ever held in memory for each image, and not for long."""
+    """Return the digests of all keys: [images] uint64, eight bytes per image that are held in memory only briefly."""
     ends = np.cumsum([len(shard) for shard in shards])
     digests = np.empty(int(ends[-1]), np.uint64)
     for shard, end in zip(shards, ends, strict=True):
@@ -211,12 +211,12 @@ def all_digests(shards: Sequence[Shard]) -> NDArray[np.uint64]:
 
 
 def filter_shards(shards: Sequence[Shard], flags: Iterable[NDArray[np.bool_]]) -> list[Shard]:
-    """Of each shard the images that its flags choose; shards of which nothing is left are left out."""
+    """Return the shards with only the images that their flags choose, without shards that would be empty."""
     return [shard.only(which) for shard, which in zip(shards, flags, strict=True) if which.any()]
 
 
 def split_by_keys(shards: Sequence[Shard], keys: Collection[str]) -> tuple[list[Shard], list[Shard]]:
-    """(images that have one of these keys, the others)."""
+    """Return (images that have one of these keys, the others), both as shards."""
     wanted = digests(keys)
     flags = [np.isin(shard.digests(), wanted) for shard in shards]
     for shard, which in zip(shards, flags, strict=True):
@@ -226,7 +226,7 @@ def split_by_keys(shards: Sequence[Shard], keys: Collection[str]) -> tuple[list[
 
 
 def choose_images(shards: list[Shard], images: int | None, fraction: float | None) -> list[Shard]:
-    """What data.images or data.fraction keeps, as `choose` does: the images whose digests are lowest."""
+    """Return the images that data.images or data.fraction keeps: like `choose`, those with the lowest digests."""
     ends = np.cumsum([len(shard) for shard in shards])
     wanted = how_many(int(ends[-1]), images, fraction)
     if wanted == ends[-1]:
@@ -235,7 +235,7 @@ def choose_images(shards: list[Shard], images: int | None, fraction: float | Non
 
 
 def spread(shards: list[Shard], images: int) -> list[Shard]:
-    """The first images of evenly spaced shards, so many in all."""
+    """Return the first images of evenly spaced shards, `images` in total."""
     used = min(images, len(shards))
     spaced = [shards[number * len(shards) // used] for number in range(used)]
     in_turn = chain.from_iterable(zip_longest(*(repeat(number, len(shard)) for number, shard in enumerate(spaced))))

@@ -1,8 +1,8 @@
-"""Where tars lie: on a disk, at an address, or at the end of a command (`pipe:ssh HOST cat sa_000000.tar`).
+"""Access to tars on a disk, at an address, or from a command (`pipe:ssh HOST cat sa_000000.tar`).
 
-All are read from front to back. A connection that breaks is taken up again where it broke, after a while. http is read
-with requests as one stream: fsspec asks for block after block, which took twice the time, can't go on where a server
-knows no ranges, and heeds no proxy. All other addresses (s3, gs, hf, ...) are fsspec's.
+All are read from front to back. A broken connection is reopened after a pause, and reading continues where it broke.
+http is read with requests as one stream: fsspec requests block after block, which took twice the time, can't continue
+if a server does not support ranges, and ignores proxies. All other addresses (s3, gs, hf, ...) are read with fsspec.
 """
 
 import io
@@ -26,11 +26,11 @@ from sam_distill.tars.index import TarIndex, cached_index, file_stamp, read_head
 
 log = logging.getLogger(__name__)
 
-RETRY_AFTER = (1, 2, 4, 8, 15, 30, 60, 60, 60, 60, 60)  # seconds before each new attempt; success begins them anew
-RETRIES_AT_START = 3  # before a run has begun: its user waits for an answer
-TIMEOUT = 60  # seconds without a byte
-FEW_IMAGES = 100  # in a tar on a disk, whose headers are read as fast as the file that holds its index
-BLOCK, HEADERS = 8 << 20, 1024  # bytes that are asked for at a time, where there is no stream: images, headers
+RETRY_AFTER = (1, 2, 4, 8, 15, 30, 60, 60, 60, 60, 60)  # seconds before each retry; success starts anew
+RETRIES_AT_START = 3  # before a run has started, while the user is waiting
+TIMEOUT = 60  # seconds without receiving a byte
+FEW_IMAGES = 100  # a local tar with fewer images gets no index file: reading its headers is as fast
+BLOCK, HEADERS = 8 << 20, 1024  # bytes per request if there is no stream: for images, for headers
 
 
 @dataclass(frozen=True)
@@ -42,21 +42,21 @@ class Tar(ABC):
 
     @property
     def identity(self) -> str:
-        """What its index and its local copy are found by."""
+        """Key under which the tar's index and its local copy are stored."""
         return self.address
 
     @property
     def stem(self) -> str:
-        """Its name, to tell its images from those of another."""
+        """Name of the tar, to tell its images from those of another tar."""
         return PurePosixPath(urlsplit(self.address).path).stem
 
     @abstractmethod
     def stream(self) -> IO[bytes]:
-        """From its beginning. Raises OSError where it can't be read on, even after several attempts."""
+        """Open the tar at its beginning. Reading raises OSError if it still fails after several attempts."""
 
     @abstractmethod
     def index(self) -> TarIndex:
-        """What it holds."""
+        """Return the index of its images."""
 
 
 class LocalTar(Tar):
@@ -70,11 +70,11 @@ class LocalTar(Tar):
 
 
 class RemoteTar(Tar):
-    """At an address of fsspec's."""
+    """Tar at an address that fsspec reads."""
 
     @property
     def identity(self) -> str:
-        return self.address.partition("?")[0]  # what follows may be a signature that changes every day
+        return self.address.partition("?")[0]  # the query may be a signature that changes every day
 
     def stream(self) -> IO[bytes]:
         return io.BufferedReader(RetryingReader(self))
@@ -85,15 +85,15 @@ class RemoteTar(Tar):
             return cached_index(self.identity, str(size), lambda: read_headers(file, size, self.address))
         except UserError:
             raise
-        except Exception as error:  # every library has errors of its own
+        except Exception as error:  # every library has its own errors
             raise UserError(f"{self.address}: no connection ({one_line(error)})") from error
 
     def open_at(self, position: int, block_size: int = BLOCK) -> tuple[Any, int | None]:
-        """The rest of it from that byte on, and the length of the whole, if that is known."""
+        """Return the rest of the tar from byte `position` on, and the length of the whole tar, or None if unknown."""
         try:
-            system, path = fsspec.url_to_fs(self.address)  # anew in each process: a file system does not outlive a fork
+            system, path = fsspec.url_to_fs(self.address)  # anew in each process: a file system can't survive a fork
             file = system.open(path, block_size=block_size, cache_type="readahead")
-        except FileNotFoundError as error:  # asking again won't help
+        except FileNotFoundError as error:  # retrying won't help
             raise UserError(f"{self.address}: there is no such tar") from error
         except PermissionError as error:
             raise UserError(f"{self.address}: {one_line(error)}") from error
@@ -101,19 +101,19 @@ class RemoteTar(Tar):
         return file, file.size
 
     def open_headers(self) -> tuple[Any, int | None]:
-        """It with random access, for small reads, and its length."""
+        """Return the tar opened with random access, for small reads, and its length."""
         return self.open_at(0, HEADERS)
 
 
 class HttpTar(RemoteTar):
     def open_at(self, position: int, block_size: int = BLOCK) -> tuple[Any, int | None]:
         headers = {"Range": f"bytes={position}-", "Accept-Encoding": "identity"}
-        answer = requests.get(self.address, stream=True, timeout=TIMEOUT, headers=headers)
-        _raise_for_status(answer)
-        skip = 0 if answer.status_code == 206 else position
-        length = answer.headers.get("Content-Length")
-        answer.raw.read(skip)
-        return answer.raw, None if length is None else position + int(length) - skip
+        response = requests.get(self.address, stream=True, timeout=TIMEOUT, headers=headers)
+        _raise_for_status(response)
+        skip = 0 if response.status_code == 206 else position
+        length = response.headers.get("Content-Length")
+        response.raw.read(skip)
+        return response.raw, None if length is None else position + int(length) - skip
 
     def open_headers(self) -> tuple[Any, int | None]:
         file = _HttpRanges(self.address)
@@ -139,7 +139,7 @@ class PipedTar(Tar):
 
 
 class _CommandOutput:
-    """What a command writes; a command that fails has not written all."""
+    """Output of a shell command. Reading its end raises ConnectionError if the command failed: data are missing."""
 
     def __init__(self, command: str) -> None:
         self.errors = TemporaryFile()  # noqa: SIM115 (not a pipe: a talkative command would fill it and wait for ever)
@@ -163,7 +163,7 @@ class _CommandOutput:
 
 
 class RetryingReader(io.RawIOBase):
-    """A tar as a stream that is opened again where it broke, so many times at the most between two successes."""
+    """Stream of a tar that is reopened where it broke, at most `retries` (None: len(RETRY_AFTER)) times in a row."""
 
     def __init__(self, tar: RemoteTar | PipedTar, retries: int | None = None) -> None:
         self._tar, self._retry_after = tar, RETRY_AFTER[:retries]
@@ -184,7 +184,7 @@ class RetryingReader(io.RawIOBase):
                     raise ConnectionError("it ended too early")
             except UserError:
                 raise
-            except Exception as error:  # requests, urllib3, http.client and sockets each have errors of their own
+            except Exception as error:  # requests, urllib3, http.client and sockets each have their own errors
                 self._wait(error)
                 continue
             if data:
@@ -213,33 +213,33 @@ class RetryingReader(io.RawIOBase):
 
 
 class _HttpRanges(AbstractBufferedFile):
-    """Random access: a request for each block that is read."""
+    """Remote file with random access: one HTTP range request for each block that is read."""
 
     def __init__(self, address: str) -> None:
         self._session = requests.Session()
-        answer = self._session.head(address, timeout=TIMEOUT, allow_redirects=True)
-        _raise_for_status(answer)
-        if "Content-Length" not in answer.headers:
+        response = self._session.head(address, timeout=TIMEOUT, allow_redirects=True)
+        _raise_for_status(response)
+        if "Content-Length" not in response.headers:
             raise UserError(f"{address}: the server does not say how long it is; download it first")
-        super().__init__(None, address, block_size=HEADERS, size=int(answer.headers["Content-Length"]))
+        super().__init__(None, address, block_size=HEADERS, size=int(response.headers["Content-Length"]))
 
     def _fetch_range(self, start: int, end: int) -> bytes:
         for seconds in (*RETRY_AFTER[:RETRIES_AT_START], None):
             try:
                 headers = {"Range": f"bytes={start}-{end - 1}"}
-                answer = self._session.get(self.path, timeout=TIMEOUT, headers=headers)
+                response = self._session.get(self.path, timeout=TIMEOUT, headers=headers)
                 break
             except requests.RequestException:
                 if seconds is None:
                     raise
                 time.sleep(seconds)
-        _raise_for_status(answer)
-        if answer.status_code != 206:
+        _raise_for_status(response)
+        if response.status_code != 206:
             raise UserError(f"{self.path}: the server can't send parts of a file; download it first, or use pipe:")
-        return answer.content
+        return response.content
 
 
-def _raise_for_status(answer: requests.Response) -> None:
-    if answer.status_code in (400, 401, 403, 404, 410):  # asking again won't help
-        raise UserError(f"{answer.url}: HTTP {answer.status_code} {answer.reason}")
-    answer.raise_for_status()
+def _raise_for_status(response: requests.Response) -> None:
+    if response.status_code in (400, 401, 403, 404, 410):  # retrying won't help
+        raise UserError(f"{response.url}: HTTP {response.status_code} {response.reason}")
+    response.raise_for_status()

@@ -1,4 +1,4 @@
-"""What happens beside training: throughput, the run folder's files, progress lines and pictures."""
+"""Training callbacks: throughput, progressive resizing, weight averaging, and the run folder with its log lines."""
 
 import logging
 import math
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 class Throughput(pl.Callback):
-    """Logs images per second over all devices, the share of time spent waiting for data, and the learning rate."""
+    """Callback that logs images/s over all devices, the share of time spent waiting for data, and the learning rate."""
 
     def __init__(self) -> None:
         self._reset()
@@ -39,7 +39,7 @@ class Throughput(pl.Callback):
         self._reset()
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self._mark = time.perf_counter()  # validation is neither waiting nor working
+        self._mark = time.perf_counter()  # validation counts neither as waiting nor as work
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Batch, index: int) -> None:
         now = time.perf_counter()
@@ -66,9 +66,9 @@ class Throughput(pl.Callback):
 
 
 class ProgressiveResizing(pl.Callback):
-    """Smaller inputs first, which are cheaper; validations and checkpoints have the student's own size.
+    """Callback that trains on smaller, cheaper inputs first; validations and checkpoints use the student's own size.
 
-    shares: input side -> the share of all steps that see it, in this order. The rest see `own`, the student's.
+    shares: input side in pixels -> share of all steps, in this order. The other steps use `own`, the student's size.
     """
 
     def __init__(self, shares: Mapping[int, float], own: int) -> None:
@@ -93,10 +93,10 @@ class ProgressiveResizing(pl.Callback):
 
 
 class Averaged(WeightAveraging):
-    """An exponential moving average of the weights, which is what is judged and saved; training goes on without it.
+    """Callback that uses an exponential moving average of the weights for evaluation and saving, but not for training.
 
-    After n steps the average reaches back over about the last tenth of them, at most: `decay` alone would long keep a
-    share of the random weights of step 0, and of BatchNorm's statistics there.
+    The average spans at most about the last tenth of the steps so far: with `decay` alone, the random weights of step 0
+    and the BatchNorm statistics of that step would keep a share in it for a long time.
     """
 
     def __init__(self, decay: float) -> None:
@@ -108,22 +108,22 @@ class Averaged(WeightAveraging):
         super().__init__(avg_fn=averaged)
 
     def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
-        """The module is still on the CPU; an average that stayed there would cost a copy of all weights each step."""
+        """Keep the average on the device: the module is still on the CPU, and copying all weights each step is slow."""
         self._device = trainer.strategy.root_device
         super().setup(trainer, module, stage)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Too early: the run folder still has to save the average."""
+        """Do not restore the trained weights yet: the run folder still has to save the average."""
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         super().on_validation_epoch_end(trainer, module)
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Nothing is put in place of the weights: the last checkpoint, from which a run may go on, needs both."""
+        """Keep the trained weights in the module: the last checkpoint, from which a run may resume, needs both."""
 
 
 class RunFolder(pl.Callback):
-    """Keeps student.pt, metrics.json and pictures/ up to date at every validation, and logs progress."""
+    """Callback that updates student.pt, metrics.json and pictures/ at every validation, and logs progress."""
 
     def __init__(self, run_dir: Path, history: History, source: DataSource, facts: dict[str, Any]) -> None:
         self.run_dir = run_dir
@@ -145,15 +145,15 @@ class RunFolder(pl.Callback):
         return time.perf_counter() - self._started
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """A run that was killed may have a checkpoint of a step whose scores are not written yet, or not sent."""
+        """On resume, write and send the scores of the checkpoint's step if the killed run did not get that far."""
         step, interval = trainer.global_step, int(trainer.val_check_interval) // trainer.accumulate_grad_batches
         self.history.forget_after(step)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger) and step in self.history.rows:
                 logger.log_metrics(self.history.rows[step], step)
-        judged = any(name.startswith("val/") for name in self.history.rows.get(step, {}))
-        if step % interval == 0 and not trainer.strategy.broadcast(judged):
-            trainer.validating = True  # as Lightning does in mid-training
+        validated = any(name.startswith("val/") for name in self.history.rows.get(step, {}))
+        if step % interval == 0 and not trainer.strategy.broadcast(validated):
+            trainer.validating = True  # as Lightning sets it for validations during training
             trainer.fit_loop.epoch_loop.val_loop.run()
             trainer.training = True
 
@@ -174,7 +174,7 @@ class RunFolder(pl.Callback):
         step = trainer.global_step
         if step == 0:
             self.before = {f"before/{n}": value for n, value in module.metrics.items() if "miou" in n} | module.blind()
-        if trainer.world_size > 1:  # all ranks know the samples that any of them could not read
+        if trainer.world_size > 1:  # share the flags of unreadable samples between all ranks
             unreadable = self.source.skipped_samples.unreadable.to(module.device, torch.uint8)
             torch.distributed.all_reduce(unreadable, torch.distributed.ReduceOp.MAX)
             self.source.skipped_samples.unreadable |= unreadable.cpu().bool()
@@ -185,7 +185,7 @@ class RunFolder(pl.Callback):
         metrics["images_skipped"] = self.source.skipped
         metrics["images_per_second"] = round(metrics["images"] / self.seconds, 2)
         write_json(self.run_dir / "metrics.json", metrics)
-        if step:  # what has not trained is no student
+        if step:  # an untrained student is not saved
             save_sam(module.student, self.run_dir / "student.pt")
         self._draw(trainer, module, step)
         scores = {kind: module.metrics.get(f"miou/{kind}", math.nan) for kind in module.judge.protocol.kinds}

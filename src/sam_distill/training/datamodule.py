@@ -1,4 +1,4 @@
-"""Loaders over a data source."""
+"""Training and validation loaders for a data source."""
 
 import pytorch_lightning as pl
 from torch.utils.data import DataLoader
@@ -9,7 +9,7 @@ from sam_distill.types import Sample, UserError
 
 
 class DistillationData(pl.LightningDataModule):
-    """Training is an endless stream, so its length is in steps; validation is a small set, split without padding."""
+    """Data module: an endless training stream, measured in steps, and a small validation set, split without padding."""
 
     def __init__(self, source: DataSource, batch_size: int, seed: int, hardware: Hardware) -> None:
         super().__init__()
@@ -36,5 +36,5 @@ class DistillationData(pl.LightningDataModule):
         samples = self.source.val_samples()
         if not samples:
             raise UserError("not one of the validation images can be read")
-        share = samples[self.trainer.global_rank :: self.trainer.world_size]
-        return self.hardware.loader(share, batch_size=self.batch_size, collate_fn=collate, num_workers=0)
+        rank_samples = samples[self.trainer.global_rank :: self.trainer.world_size]
+        return self.hardware.loader(rank_samples, batch_size=self.batch_size, collate_fn=collate, num_workers=0)

@@ -1,4 +1,4 @@
-"""Train a student: build the LightningModule and its surroundings, run them, leave a complete run folder."""
+"""Training of a student: build the LightningModule, data, callbacks and Trainer, run them, write the run folder."""
 
 import copy
 import json
@@ -48,17 +48,17 @@ from sam_distill.types import UserError
 
 log = logging.getLogger(__name__)
 
-VALIDATIONS = 10  # per run, where nothing else is asked for
+VALIDATIONS = 10  # per run, unless `validate_every` is given
 LOG_LINES = 50  # per run, but at least one every 50 steps
 
 ImageSize = Annotated[int, Field(ge=64, le=1024, multiple_of=64)]
 
 
 def new_student(encoder: ImageEncoder, teacher: Sam, image_size: int, neck_from_teacher: bool) -> Sam:
-    """A SAM of the student's encoder and copies of the teacher's prompt encoder and mask decoder.
+    """Return a SAM of the student's encoder and copies of the teacher's prompt encoder and mask decoder.
 
     neck_from_teacher: the neck's norms and 3x3 convolution, which have the same shape in every encoder, start as copies
-    of the teacher's, so that embeddings have the right statistics from the first step. The paper does not say.
+    of the teacher's, so that embeddings have the right statistics from the first step. The paper does not mention it.
     """
     if neck_from_teacher:
         for part in ("norm1", "conv", "norm2"):
@@ -69,7 +69,7 @@ def new_student(encoder: ImageEncoder, teacher: Sam, image_size: int, neck_from_
 
 @dataclass(frozen=True)
 class Setup:
-    """What learns from whom, on what, and how it is judged."""
+    """Components of a training run: strategy, models, prompts, data, optimizer, protocol, hardware and logger."""
 
     strategy: Strategy
     student: Sam
@@ -84,7 +84,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Options:
-    """How long, how many images at a time, from where; conf/train.yaml says what each means."""
+    """Options of a training run, such as its budget, batch size and starting point; conf/train.yaml explains each."""
 
     budget: Duration
     validate_every: Duration | None = None
@@ -101,9 +101,9 @@ class Options:
 
 
 def fit(setup: Setup, options: Options, run_dir: Path) -> dict[str, Any]:
-    """Train the student and return the metrics of the last validation, which metrics.json in `run_dir` holds too.
+    """Train the student and return the metrics of the last validation, which are also in metrics.json in `run_dir`.
 
-    With `plan` a few steps are measured, and nothing is written.
+    With `plan`, only measure a few steps: write nothing and return {}.
     """
     strategy, student, teacher, source = setup.strategy, setup.student, setup.teacher, setup.source
     hardware, resume = setup.hardware, None if options.resume is None else Path(options.resume)
@@ -120,7 +120,7 @@ def fit(setup: Setup, options: Options, run_dir: Path) -> dict[str, Any]:
     if "annotations" in requirements(strategy, setup.prompts):
         source.annotate(setup.prompts.count, options.seed)
     strategy.prepare(student)
-    if options.init is not None and resume is None and not options.plan:  # its run may still have to come, or be gone
+    if options.init is not None and resume is None and not options.plan:  # else it may not exist yet, or no longer
         load_weights(student, options.init)
     if options.compile:
         student.image_encoder.compile()  # in place: parameters keep their names
@@ -140,7 +140,7 @@ def fit(setup: Setup, options: Options, run_dir: Path) -> dict[str, Any]:
         return {}
     facts: dict[str, Any] = {
         "images_per_step": images_per_step,
-        "workers": hardware.num_workers,  # part of what the order of images in tars depends on
+        "workers": hardware.num_workers,  # the order of images in tars depends on them
         "parameters": student.parameter_counts["parameters"],
         "precision": hardware.num_format,
         "device": hardware.device_name,
@@ -153,7 +153,7 @@ def fit(setup: Setup, options: Options, run_dir: Path) -> dict[str, Any]:
     history = History(run_dir / "history.csv", resume=checkpoint is not None)
     folder = RunFolder(run_dir, history, source, facts)
     _log_start(module, source, hardware, steps, images_per_step)
-    with all_processes(hardware, run_dir):  # a launcher's mistake is told first
+    with all_processes(hardware, run_dir):  # reports a launcher's mistake first
         _check_held_out(source, processes)
         trainer = _trainer(setup, options, run_dir, steps, interval, folder)
         first = trainer.is_global_zero
@@ -182,10 +182,10 @@ def _check_held_out(source: DataSource, processes: int) -> None:
 
 
 def _trainer(setup: Setup, options: Options, run_dir: Path, steps: int, interval: int, folder: RunFolder) -> pl.Trainer:
-    """Arguments that the user gives to Lightning's Trainer by `trainer=` take precedence."""
+    """Return the Trainer. Arguments that the user gives by `trainer=` take precedence; callbacks are added to ours."""
     silence_lightning()
     given = setup.hardware.trainer_arguments()
-    callbacks: list[pl.Callback] = [Throughput(), folder]  # the run folder first: it saves the average
+    callbacks: list[pl.Callback] = [Throughput(), folder]  # the run folder before `Averaged`: it saves the average
     if options.progressive_resizing:
         callbacks.append(ProgressiveResizing(options.progressive_resizing, setup.student.image_size))
     if options.ema:
@@ -205,7 +205,7 @@ def _trainer(setup: Setup, options: Options, run_dir: Path, steps: int, interval
     arguments: dict[str, Any] = {
         "max_steps": steps,
         "max_epochs": -1,
-        "val_check_interval": interval * options.accumulate,  # counted in batches
+        "val_check_interval": interval * options.accumulate,  # in batches
         "accumulate_grad_batches": options.accumulate,
         "check_val_every_n_epoch": None,
         "num_sanity_val_steps": 0,
@@ -240,7 +240,7 @@ def _log_start(module: Distillation, source: DataSource, hardware: Hardware, ste
 
 
 def _print_summary(folder: RunFolder, module: Distillation, run_dir: Path) -> None:
-    """The table a run ends with."""
+    """Print the scores before and after training, and commands to try the student."""
     skipped = folder.source.skipped
     table = Table("", "before", "blind", "after", title="Agreement with the teacher on images the student never saw")
     for kind in module.judge.protocol.kinds:
@@ -266,13 +266,13 @@ def _print_summary(folder: RunFolder, module: Distillation, run_dir: Path) -> No
 
 
 def _option(key: str, path: Path) -> str:
-    """For a shell and for Hydra, whatever characters the path has."""
+    """Return KEY=PATH, quoted for a shell and for Hydra if the path needs it."""
     plain = re.fullmatch(r"[\w./-]+", str(path))
     return f"{key}={path}" if plain else shlex.quote(quoted_override(key, str(path)))
 
 
 def _check_same_run(run_dir: Path, facts: Mapping[str, Any], source: DataSource) -> None:
-    """A UserError if what goes on is not the run of `run_dir`, though its options may be the same."""
+    """Raise UserError if training images, teacher weights or images per step are not the run's, even if options are."""
     metrics = run_dir / "metrics.json"
     before = json.loads(metrics.read_text()) if metrics.is_file() else {}
     keys = before.get("data_keys")

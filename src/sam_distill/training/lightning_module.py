@@ -1,4 +1,4 @@
-"""The one LightningModule, host to every strategy."""
+"""LightningModule that trains and validates a student, with any strategy."""
 
 import logging
 import math
@@ -28,7 +28,7 @@ from sam_distill.types import Batch, UserError
 
 
 def requirements(strategy: Strategy, prompts: PromptSampler) -> frozenset[str]:
-    """The fields of `Batch` that a training step reads."""
+    """Return the fields of `Batch` that a training step reads. Raise UserError if the prompts don't suit `strategy`."""
     if "annotations" in strategy.requires and not prompts.of_annotations:
         raise UserError(
             "strategy.targets=annotations learns the annotation that a prompt was made from: "
@@ -38,18 +38,18 @@ def requirements(strategy: Strategy, prompts: PromptSampler) -> frozenset[str]:
 
 
 def ends_step(trainer: pl.Trainer, index: int) -> bool:
-    """Whether the batch of this index is the last of an optimizer step, of which there may be `accumulate`."""
+    """Whether the batch of this index is the last of an optimizer step, which has `accumulate_grad_batches` of them."""
     return (index + 1) % trainer.accumulate_grad_batches == 0
 
 
 def ends_logged_step(trainer: pl.Trainer, index: int) -> bool:
-    """When that batch is done: whether its step is logged."""
+    """Whether this batch ends an optimizer step that is logged. Call it after the batch, when the step is counted."""
     every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
     return ends_step(trainer, index) and trainer.global_step % every == 0
 
 
 class Distillation(pl.LightningModule):
-    """Trains `student` by `strategy`, validates it by `agreement`. The teacher is not part of the module's state."""
+    """LightningModule that trains `student` by `strategy` and validates it by `agreement`. Its state has no teacher."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class Distillation(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.requires = requirements(strategy, prompts)
-        missing = self.requires - teacher.provides - {"prompts", "annotations"}  # data say themselves if they have none
+        missing = self.requires - teacher.provides - {"prompts", "annotations"}  # data sources check annotations
         if missing:
             raise UserError(f"strategy={strategy.name} needs {', '.join(sorted(missing))}, which no one provides")
         self.student = student.to(memory_format=torch.channels_last)
@@ -74,25 +74,25 @@ class Distillation(pl.LightningModule):
         self.sync_batchnorm = sync_batchnorm
         self.seed = seed
         self.judge = Judge(agreement)
-        self.metrics: dict[str, float] = {}  # of the latest validation, ...
-        self.validated_at: int | None = None  # ... and its step
-        self._teacher = (teacher,)  # in a tuple, where nn.Module does not find it
-        self._step_logs: list[Mapping[str, Any]] = []  # of the batches of the step in hand
-        self._answers: dict[tuple[str, ...], tuple[Batch, Tensor, list[Target]]] = {}
-        self._unchecked: list[tuple[int, list[str], Tensor]] = []  # losses, with their steps and image keys
+        self.metrics: dict[str, float] = {}  # of the latest validation
+        self.validated_at: int | None = None  # step of the latest validation
+        self._teacher = (teacher,)  # in a tuple, to hide it from nn.Module
+        self._step_logs: list[Mapping[str, Any]] = []  # of the current optimizer step, one per batch
+        self._teacher_cache: dict[tuple[str, ...], tuple[Batch, Tensor, list[Target]]] = {}
+        self._unchecked: list[tuple[int, list[str], Tensor]] = []  # (step, image keys, loss)
         self.trainable = strategy.trainable(student)
         optim.check(self.trainable)
         student.requires_grad_(False)
         for part in self.trainable.values():
             part.requires_grad_(True)
-        self.train()  # Lightning calls it no more: it restores the modes that it finds
+        self.train()  # Lightning does not call it: it restores the modes that it finds
 
     @property
     def teacher(self) -> Teacher:
         return self._teacher[0]
 
     def train(self, mode: bool = True) -> "Distillation":
-        """Frozen parts stay in eval mode whoever calls this: BatchNorm's statistics would drift."""
+        """Set the mode of the trainable parts. Frozen parts stay in eval mode: BatchNorm's statistics would drift."""
         super().train(False)
         for part in self.trainable.values():
             part.train(mode)
@@ -100,7 +100,7 @@ class Distillation(pl.LightningModule):
         return self
 
     def on_train_batch_start(self, batch: Batch, index: int) -> None:
-        """What torch draws now, such as DropPath's masks, differs between ranks, and is the same after a resume."""
+        """Seed torch: its draws, such as DropPath's masks, differ between ranks and are the same after a resume."""
         place = f"{self.global_rank}/{index % self.trainer.accumulate_grad_batches}"
         torch.manual_seed(int(generator(self.seed, place, self.global_step, "torch").integers(2**63)))
 
@@ -117,13 +117,13 @@ class Distillation(pl.LightningModule):
             if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
                 self._check_losses()
                 mean = {name: sum(logs[name] for logs in batches) / len(batches) for name in batches[0]}
-                # Lightning would count this step from 0, and validations from -1.
+                # Without "step", Lightning would log training steps and validations under a number one too low.
                 logs = {f"train/{name}": value for name, value in self._over_ranks(mean).items()}
                 self.log_dict(logs | {"step": self.global_step + 1.0}, batch_size=len(batch))
         return out.loss
 
     def _check_losses(self) -> None:
-        """A loss that is not finite ends the run. Not at every step: reading it would make a GPU wait."""
+        """Raise UserError if a loss is not finite. Do not call it at every step: reading a loss makes a GPU wait."""
         unchecked, self._unchecked = self._unchecked, []
         values = torch.stack([loss for *_, loss in unchecked]).tolist() if unchecked else []
         for (step, keys, _), value in zip(unchecked, values, strict=True):
@@ -132,15 +132,15 @@ class Distillation(pl.LightningModule):
                 raise UserError(f"{message}: try a smaller optim.lr, or trainer.precision=fp32")
 
     def _check_finite(self) -> None:
-        """Before weights are judged or saved. Finite losses are not enough: a gradient may not have been finite."""
-        self._check_losses()
+        """Raise UserError if a loss or a weight is not finite, before weights are evaluated or saved."""
+        self._check_losses()  # not enough: a gradient may not be finite although the loss is
         weights = [value for value in self.student.state_dict().values() if value.is_floating_point()]
         if not torch.stack([value.isfinite().all() for value in weights]).all():
             message = f"weights are no numbers any more after step {self.global_step}, though all losses were"
             raise UserError(f"{message}: try a smaller optim.lr, or trainer.precision=fp32")
 
     def _over_ranks(self, logs: Mapping[str, Any]) -> dict[str, Any]:
-        """Means over all ranks, in one go: Lightning's `sync_dist` has all of them wait for each value."""
+        """Return means over all ranks, by one reduction: Lightning's `sync_dist` makes ranks wait for each value."""
         if self.trainer.world_size == 1:
             return dict(logs)
         values = torch.stack([torch.as_tensor(value, device=self.device).detach().float() for value in logs.values()])
@@ -152,7 +152,7 @@ class Distillation(pl.LightningModule):
         self.judge.reset()
 
     def validation_step(self, batch: Batch, _: int) -> None:
-        teacher_embedding, targets = self._ask_teacher(batch)
+        teacher_embedding, targets = self._teacher_outputs(batch)
         embedding = self.student.encode(batch.images, batch.sizes)
         self.judge.update(self.judge.protocol.see(self.student, embedding, batch), teacher_embedding, targets)
 
@@ -161,31 +161,31 @@ class Distillation(pl.LightningModule):
         logs = {f"val/{name}": float(value) for name, value in self.metrics.items()}
         self.log_dict(logs | {"step": float(self.global_step)})
 
-    def _ask_teacher(self, batch: Batch) -> tuple[Tensor, list[Target]]:
-        """The teacher's embedding and masks. The validation set is small and fixed: it is asked once per batch."""
+    def _teacher_outputs(self, batch: Batch) -> tuple[Tensor, list[Target]]:
+        """Return the teacher's embedding and masks, computed once per batch: the validation set is small and fixed."""
         keys = tuple(batch.keys)
-        if keys not in self._answers:
+        if keys not in self._teacher_cache:
             self.teacher.sam.to(self.device)
             embedding, protocol = self.teacher.embed(batch), self.judge.protocol
-            self._answers[keys] = batch, embedding, protocol.ask(protocol.see(self.teacher.sam, embedding, batch))
-        return self._answers[keys][1:]
+            self._teacher_cache[keys] = batch, embedding, protocol.ask(protocol.see(self.teacher.sam, embedding, batch))
+        return self._teacher_cache[keys][1:]
 
     @torch.no_grad()
     def blind(self) -> dict[str, float]:
-        """The score of never looking, on the validation images; all ranks take part."""
-        own = torch.cat([embedding for _, embedding, _ in self._answers.values()]).float()
-        totals: Any = self.all_gather(own.sum(0))  # [ranks, 256, 64, 64], or just [256, 64, 64] on one
-        counts: Any = self.all_gather(torch.tensor(len(own), device=self.device))
-        total, images = totals.reshape(-1, *own.shape[1:]).sum(0), int(counts.sum())
+        """Return the validation scores of the blind baseline (evaluate.judge.blind). All ranks have to call this."""
+        embeddings = torch.cat([embedding for _, embedding, _ in self._teacher_cache.values()]).float()
+        totals: Any = self.all_gather(embeddings.sum(0))  # [ranks, 256, 64, 64]; [256, 64, 64] on one rank
+        counts: Any = self.all_gather(torch.tensor(len(embeddings), device=self.device))
+        total, images = totals.reshape(-1, *embeddings.shape[1:]).sum(0), int(counts.sum())
         judge = Judge(self.judge.protocol).to(self.device)
-        return blind(judge, self.teacher.sam, self._answers.values(), total, images)
+        return blind(judge, self.teacher.sam, self._teacher_cache.values(), total, images)
 
     def configure_optimizers(self) -> Any:
         optimizer, schedule = self.optim.build(self.trainable, self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_start(self) -> None:
-        """A resumed optimizer has the options back that it was saved with; what is asked for now is put in place."""
+        """Apply the current options to a resumed optimizer, which has got back the options that it was saved with."""
         (optimizer,), (schedule,) = self.trainer.optimizers, self.trainer.lr_scheduler_configs
         assert isinstance(schedule.scheduler, LambdaLR)
         self.optim.renew(optimizer, schedule.scheduler, self.trainable, self.trainer.max_steps)
@@ -195,15 +195,15 @@ class Distillation(pl.LightningModule):
         checkpoint[DESCRIPTION] = describe(self.student)
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
-        held = checkpoint.get(DESCRIPTION)
-        if held != describe(self.student):
-            raise UserError(f"resume: the checkpoint holds {held}, but this run builds {describe(self.student)}")
+        saved = checkpoint.get(DESCRIPTION)
+        if saved != describe(self.student):
+            raise UserError(f"resume: the checkpoint holds {saved}, but this run builds {describe(self.student)}")
 
 
 def silence_lightning() -> None:
-    """Lightning's advice is about choices that are made here on purpose."""
+    """Hide Lightning's messages and warnings: they are about choices that are made here on purpose."""
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    logging.getLogger("pytorch_lightning.profilers").setLevel(logging.INFO)  # what +trainer.profiler=simple has found
+    logging.getLogger("pytorch_lightning.profilers").setLevel(logging.INFO)  # the report of +trainer.profiler=simple
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="pytorch_lightning|lightning_fabric")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")

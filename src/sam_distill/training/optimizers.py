@@ -1,4 +1,4 @@
-"""The optimizers, with a warm-up and a cosine, and the parameters that take no weight decay."""
+"""Optimizers with linear warm-up and cosine decay; biases, norms and position tables have no weight decay."""
 
 import math
 from collections.abc import Collection, Iterator, Mapping
@@ -15,16 +15,16 @@ from torch.optim.lr_scheduler import LambdaLR
 from sam_distill.types import UserError
 
 _NO_DECAY = ("bias", "attention_biases", "pos_embed", "rel_pos_h", "rel_pos_w")
-NOT_DECAYED = ", no decay"  # ends the name of their parameter group
+NOT_DECAYED = ", no decay"  # suffix of the name of their parameter group
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 @dataclass(frozen=True)
 class AdamW:
-    """Makes a torch.optim.AdamW and its schedule for the parts that train; not an optimizer itself, nor is `Muon`.
+    """Builder of a torch.optim.AdamW and its schedule for the trainable parts; itself no optimizer, nor is `Muon`.
 
-    conf/optim/adamw.yaml says what each option means.
+    conf/optim/adamw.yaml explains each option.
     """
 
     lr: Annotated[float, Field(gt=0)] = 1e-3
@@ -37,18 +37,18 @@ class AdamW:
     scale: Mapping[str, Annotated[float, Field(gt=0)]] | None = None
 
     def check(self, parts: Collection[str]) -> None:
-        """A UserError for a scale of a part that does not train."""
+        """Raise UserError if `scale` has a factor other than 1 for a part that does not train."""
         frozen = {name for name, factor in (self.scale or {}).items() if factor != 1} - set(parts)
         if frozen:
             raise UserError(f"optim.scale names {', '.join(sorted(frozen))}; what trains is {', '.join(parts)}")
 
     def build(self, parts: Mapping[str, nn.Module], total_steps: int) -> tuple[Optimizer, LambdaLR]:
-        """Optimizer over the trainable parts, and its per-step schedule."""
+        """Return an optimizer over the trainable parts, and its learning rate schedule per optimizer step."""
         optimizer = self._optimizer([group for name, part in parts.items() for group in self._groups(name, part)])
         return optimizer, LambdaLR(optimizer, lambda step: self._factor(step, total_steps))
 
     def renew(self, optimizer: Optimizer, schedule: LambdaLR, parts: Mapping[str, nn.Module], total_steps: int) -> None:
-        """Put the options of this one into what `build` has made for the same parts with other options."""
+        """Apply these options to an optimizer and schedule that `build` made for the same parts with other options."""
         fresh, _ = self.build(parts, total_steps)
         for group, new in zip(optimizer.param_groups, fresh.param_groups, strict=True):
             group.update({name: value for name, value in new.items() if name != "params"})
@@ -77,10 +77,10 @@ class AdamW:
 
 
 class Muon(AdamW):
-    """Muon (Jordan et al. 2024): the momentum of each matrix or filter, made orthogonal, is its step.
+    """Builder of Muon (Jordan et al. 2024): each matrix or filter is updated by its orthogonalised momentum.
 
-    Steps are as long as AdamW's usually are (Liu et al. 2025), so that rates mean the same. Biases, norms and tables
-    are AdamW's, at the same rate; both look ahead as Nesterov does. Arguments as there.
+    Updates are scaled to AdamW's usual length (Liu et al. 2025), so that learning rates mean the same. Biases, norms
+    and position tables use AdamW at the same rate. Both use Nesterov momentum. The options are those of `AdamW`.
     """
 
     def _optimizer(self, groups: list[dict[str, Any]]) -> Optimizer:

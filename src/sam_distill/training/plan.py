@@ -1,4 +1,4 @@
-"""What a training will take, measured on a few steps before it is begun."""
+"""Estimate of the time and memory that a training run takes, measured on a few steps."""
 
 import time
 from datetime import timedelta
@@ -15,17 +15,17 @@ from sam_distill.runs.hardware import Hardware, peak_memory
 from sam_distill.training.datamodule import DistillationData
 from sam_distill.training.lightning_module import Distillation, silence_lightning
 
-STEPS = 4  # that are measured, ...
-WARM_UP = 2  # ... after so many
+STEPS = 4  # measured steps
+WARM_UP = 2  # steps before the measured ones
 
 
 def measure_steps(
     module: Distillation, loaders: DistillationData, hardware: Hardware, steps: int
 ) -> tuple[list[float], float]:
-    """(seconds of each of so many steps, the share of them spent waiting for data). The weights change."""
+    """Return (seconds of each of `steps` steps, share of the time spent waiting for data). The weights change."""
     silence_lightning()
-    starts: list[float] = []  # when each step got its batch, ...
-    ends: list[float] = []  # ... and when it ended
+    starts: list[float] = []  # when each step got its batch
+    ends: list[float] = []  # when each step ended
 
     def end(*_: Any) -> None:
         if torch.cuda.is_available():
@@ -47,7 +47,7 @@ def measure_steps(
 def plan_training(
     module: Distillation, loaders: DistillationData, hardware: Hardware, steps: int, accumulate: int
 ) -> None:
-    """Take a few steps, which are forgotten, and say what all of them will take. Writes nothing."""
+    """Run a few steps and print the time, memory and data wait to expect of all `steps`. Write no files."""
     times, waited = measure_steps(module, loaders, hardware, STEPS)
     each = sum(times) / len(times)
     images = loaders.batch_size * hardware.processes

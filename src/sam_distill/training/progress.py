@@ -1,4 +1,4 @@
-"""The bar of a training. Lightning's own count the batches of an epoch, which has no end here."""
+"""Progress bar of training. Lightning's own bars count the batches of an epoch, which has no end here."""
 
 import time
 from typing import Any
@@ -11,12 +11,12 @@ INTERVAL = 0.2  # seconds between updates
 
 
 class TrainingBar(pl.Callback):
-    """Steps done of all, the last loss and the time left, in a line that disappears; the log goes on above it."""
+    """Callback that shows steps done, the last loss and the time left in a bar below the log, removed at the end."""
 
     def __init__(self) -> None:
         self._bar = drawn_bar(transient=True)
         self._task = self._bar.add_task("training", note="")
-        self._drawn = 0.0
+        self._drawn_at = 0.0
 
     def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
         if stage == "fit" and trainer.is_global_zero:
@@ -29,7 +29,7 @@ class TrainingBar(pl.Callback):
         loss = trainer.callback_metrics.get("train/loss")  # none before the first step is complete
         if loss is not None and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._bar.update(self._task, note=f"loss {float(loss):.4f}")
-        if time.perf_counter() - self._drawn > INTERVAL:
+        if time.perf_counter() - self._drawn_at > INTERVAL:
             self._draw(completed=trainer.global_step, description="training")
 
     def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -43,4 +43,4 @@ class TrainingBar(pl.Callback):
 
     def _draw(self, **changes: Any) -> None:
         self._bar.update(self._task, refresh=True, **changes)
-        self._drawn = time.perf_counter()
+        self._drawn_at = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Where the time of a training step goes: data, teacher, encoder, decoder, loss, optimizer."""
+"""Time spent in each part of a training step: data, teacher, encoder, decoder, loss, optimizer."""
 
 import time
 from collections import defaultdict
@@ -12,14 +12,14 @@ from torch.utils.hooks import RemovableHandle
 from sam_distill.training.lightning_module import Distillation, ends_logged_step, ends_step
 from sam_distill.types import Masks
 
-_WARM_UP = 2  # steps that don't count: kernels are chosen, memory is allocated
+_WARM_UP = 2  # first steps, not counted: kernels are chosen, memory is allocated
 
 
 class StepTimes(pl.Callback):
-    """Logs `time/PART`, milliseconds per step, averaged between two log lines.
+    """Callback that logs `time/PART`, milliseconds per step, averaged between two log lines.
 
-    Forward and backward of a part count together. Each mark adds the time since the last one to a part. On a GPU every
-    mark waits for its queue, so the step as a whole takes longer than without.
+    Forward and backward of a part count together. Each mark adds the time since the last mark to a part. On a GPU every
+    mark waits for queued kernels, so the whole step takes longer than without this callback.
     """
 
     def __init__(self) -> None:
@@ -46,12 +46,12 @@ class StepTimes(pl.Callback):
             return lambda *_: self._mark(part)
 
         def mark_backward(part: str) -> Callable[..., None]:
-            """When the gradient of a module's output is there, what comes before it in the backward pass is done."""
+            """Return a forward hook that marks `part`, which follows the module, when its output's gradient exists."""
 
             def hook(_: Any, __: Any, output: Any) -> None:
                 tensor = output.low_res if isinstance(output, Masks) else output
                 if tensor.requires_grad:
-                    tensor.register_hook(mark(part))
+                    tensor.register_hook(mark(part))  # the backward pass of `part` is then done
 
             return hook
 

@@ -1,7 +1,7 @@
-"""Checkpoints, and a clean stop: on Ctrl-C, SIGTERM or SIGHUP all ranks finish the step in hand and save a checkpoint.
+"""Checkpoints and clean stops: on Ctrl-C, SIGTERM or SIGHUP all ranks finish the current step and save a checkpoint.
 
-Lightning (2.6) stops after a batch, be it in the midst of a step that accumulates gradients, on SIGTERM only, and for
-that makes a GPU wait at every step; it saves nothing then.
+Lightning (2.6) stops on SIGTERM only, after any batch, even within a step that accumulates gradients. It saves no
+checkpoint then, and makes a GPU wait at every step to check for the signal.
 """
 
 import logging
@@ -23,11 +23,11 @@ from sam_distill.types import upload
 
 log = logging.getLogger(__name__)
 
-REPEATS = 3.0  # seconds: torchrun passes on a Ctrl-C that its processes have received themselves
+REPEATS = 3.0  # seconds in which a repeat is ignored: torchrun forwards a Ctrl-C that its processes also receive
 
 
 class Checkpoint(ModelCheckpoint):
-    """Only between two steps: gradients that accumulate are not part of a checkpoint."""
+    """Callback that saves checkpoints only between optimizer steps: accumulated gradients are not in a checkpoint."""
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -37,9 +37,9 @@ class Checkpoint(ModelCheckpoint):
 
 
 class Stopping(pl.Callback):
-    """Ranks agree on the step after which to stop, since each hears of a signal at a time of its own, or never.
+    """Callback that stops all ranks after the same step, since each may receive a signal at a different time or never.
 
-    Outside of training steps there is nothing to lose: a signal ends validation at once. So does a second one.
+    Outside of training steps, as in validation, nothing is lost: a signal exits at once. So does a second signal.
     """
 
     def __init__(self, checkpoint: Path) -> None:
@@ -63,10 +63,10 @@ class Stopping(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self._stepping = False
-        trainer.save_checkpoint(self.checkpoint)  # the budget need not be a multiple of the interval
+        trainer.save_checkpoint(self.checkpoint)  # the number of steps need not be a multiple of the interval
 
     def on_before_backward(self, trainer: pl.Trainer, module: pl.LightningModule, loss: Tensor) -> None:
-        """Signals are exchanged at every step and read at the next one, so that no GPU runs out of work."""
+        """Exchange signals between ranks at every step and read them at the next, so that no GPU runs out of work."""
         if not torch.distributed.is_initialized():
             self._agreed = self._signal
             return
@@ -88,12 +88,12 @@ class Stopping(pl.Callback):
             trainer.save_checkpoint(self.checkpoint)
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, index: int) -> None:
-        """By now that step's metrics are written, too."""
+        """Exit if the last step was the one to stop after: by now its metrics are written, too."""
         if self._agreed and index % trainer.accumulate_grad_batches == 0:
             raise SystemExit(128 + self._agreed)
 
     def _install_handlers(self) -> None:
-        """In place of Lightning's handlers, which it puts back to what they were when it ends."""
+        """Replace Lightning's signal handlers. When it ends, Lightning restores those from before it started."""
         for number in STOP_SIGNALS:
             signal.signal(number, self._on_signal)
 

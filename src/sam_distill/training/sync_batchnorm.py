@@ -1,7 +1,7 @@
 """BatchNorm over the batches of all devices, so that N devices with batch B train like one with batch N x B.
 
-torch.nn.SyncBatchNorm, which Lightning's `sync_batchnorm` puts in, neither runs on CPUs nor replaces timm's BatchNorms
-that have an activation inside.
+torch.nn.SyncBatchNorm, which Lightning's `sync_batchnorm` uses, does not run on CPUs and does not replace timm's
+BatchNorms with a built-in activation.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,10 +16,10 @@ from torch.overrides import TorchFunctionMode
 
 
 class SyncBatchNorm(TorchFunctionMode):
-    """Within this context, every `F.batch_norm` in training mode takes its statistics over all ranks.
+    """Context in which every `F.batch_norm` in training mode computes its statistics over all ranks.
 
-    Modules are neither replaced nor changed: whatever normalises by that function, such as timm's BatchNorm with an
-    activation inside, takes part, and state dicts stay as they are. Frozen ones, in eval mode, are left alone.
+    Modules are neither replaced nor changed: all that call this function, such as timm's BatchNorm with a built-in
+    activation, are included, and state dicts stay as they are. Frozen modules, in eval mode, are not affected.
     """
 
     def __torch_function__(
@@ -40,13 +40,13 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """The signature of `F.batch_norm`. Torch's own over all ranks works on GPUs only."""
+    """Normalise like `F.batch_norm`, but over all ranks. Torch's own implementation of this works on GPUs only."""
     if not training:
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     if input.is_cuda:
         group, ranks = distributed.group.WORLD, distributed.get_world_size()
         return OnGpu.apply(input, weight, bias, running_mean, running_var, eps, momentum, group, ranks)
-    # Mean first, then squares around it: one pass would lose digits.
+    # First the mean, then the squared differences from it: a single pass would lose precision.
     axes = [axis for axis in range(input.ndim) if axis != 1]
     shape = [-1 if axis == 1 else 1 for axis in range(input.ndim)]
     x = input.float()
