@@ -76,7 +76,7 @@ def fingerprint(digests: NDArray[np.uint64]) -> str:
     return hashlib.sha256(f"{len(digests)} {digests.sum(dtype=np.uint64)}".encode()).hexdigest()
 
 
-def first_fingerprint(keys: Iterable[str]) -> str:
+def legacy_fingerprint(keys: Iterable[str]) -> str:
     """Return the hash that runs of the first versions recorded instead of `fingerprint`."""
     return hashlib.sha256("\n".join(sorted(keys)).encode(errors="surrogateescape")).hexdigest()
 

@@ -48,7 +48,7 @@ class Teacher(ABC):
     def embed(self, batch: Batch) -> Tensor:
         """Return the exact embeddings: [B, 256, 64, 64]."""
 
-    def recall(self, batch: Batch) -> Tensor:
+    def embed_cached(self, batch: Batch) -> Tensor:
         """Return the embeddings, possibly from memory with lower precision."""
         return self.embed(batch)
 
@@ -66,7 +66,7 @@ class Teacher(ABC):
         if not self.provides & set(requires):
             return batch
         self.sam.to(batch.images.device)
-        embedding = self.recall(batch)
+        embedding = self.embed_cached(batch)
 
         @torch.no_grad()
         def ask(prompts: Prompts) -> Masks:
@@ -101,7 +101,7 @@ class LiveTeacher(Teacher):
     def embed(self, batch: Batch) -> Tensor:
         return self.sam.encode(batch.images, batch.sizes)
 
-    def recall(self, batch: Batch) -> Tensor:
+    def embed_cached(self, batch: Batch) -> Tensor:
         """Return the embeddings, rounded to float16 if a memory is kept; the encoder runs only on images not in it."""
         if not self.capacity:
             return self.embed(batch)

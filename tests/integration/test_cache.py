@@ -171,8 +171,8 @@ def test_train_and_evaluate_from_a_cache(strategy: str, cached: Path, tmp_path: 
     held_out = json.loads((cached / "manifest.json").read_text())["held_out"]
     rows = (run_dir / "prompts.csv").read_text().splitlines()[1:]
     assert {row.split(",")[0] for row in rows} <= set(held_out)
-    judge = ["evaluate", f"checkpoint={run_dir}", "data=cache", f"data.path={cached}", "split=val", "trainer=cpu"]
-    assert app.main([*judge, "protocol.points=1", f"hydra.run.dir={tmp_path / 'judged'}"]) == 0
+    evaluator = ["evaluate", f"checkpoint={run_dir}", "data=cache", f"data.path={cached}", "split=val", "trainer=cpu"]
+    assert app.main([*evaluator, "protocol.points=1", f"hydra.run.dir={tmp_path / 'judged'}"]) == 0
     here, there = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("run", "judged"))
     assert there["miou/point"] == pytest.approx(here["miou/point"], abs=1e-5)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sam_distill.cli.app import default_conf_dir
 from sam_distill.config.compose import compose_jobs
-from sam_distill.evaluate.judge import Judge, blind
+from sam_distill.evaluate.evaluator import Evaluator, blind
 from sam_distill.models.encoders import TinyViT
 from sam_distill.models.sam import Sam
 from sam_distill.predict.mask_generator import SamAutomaticMaskGenerator
@@ -255,16 +255,16 @@ def test_a_protocol_waits_a_few_times_for_each_batch(name: str, sam: Sam, gpu: P
         protocol = build("evaluate", "protocol", name, options, *short)
         with torch.no_grad():
             embedding = sam.encode(batch.images, batch.sizes)
-            judge = Judge(protocol).to("cuda")
+            evaluator = Evaluator(protocol).to("cuda")
             gpu.waits.clear()
-            targets = protocol.ask(protocol.see(sam, embedding, batch))
-            student = protocol.see(sam, embedding.flip(0), batch)
-            judge.update(student, embedding, targets)
-            counted.append(len([wait for wait in gpu.waits if "  judge.py" not in wait]))  # which draws a few
-            assert judge.comparisons
-            assert judge.compute()["prompts"]
+            targets = protocol.make_targets(protocol.view(sam, embedding, batch))
+            student = protocol.view(sam, embedding.flip(0), batch)
+            evaluator.update(student, embedding, targets)
+            counted.append(len([wait for wait in gpu.waits if "  evaluator.py" not in wait]))  # which draws a few
+            assert evaluator.comparisons
+            assert evaluator.compute()["prompts"]
     with torch.no_grad():
-        blind(Judge(protocol).to("cuda"), sam, [(batch, embedding, targets)], embedding.sum(0), 2)
+        blind(Evaluator(protocol).to("cuda"), sam, [(batch, embedding, targets)], embedding.sum(0), 2)
     assert counted[0] == counted[1]
     kinds, clicks = len(protocol.kinds), max(getattr(protocol, "clicks", [1])) - 1
     assert counted[0] <= 3 + 3 * kinds + clicks * (1 + 2), gpu.waits

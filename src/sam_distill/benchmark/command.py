@@ -12,14 +12,14 @@ from rich.console import Console
 
 from sam_distill.benchmark.data import bench_data, example_jpegs, temporary_cache
 from sam_distill.benchmark.everything import bench_everything
-from sam_distill.benchmark.models import bench_decoder, bench_encoder, bench_fastsam, bench_image, counted
+from sam_distill.benchmark.models import bench_decoder, bench_encoder, bench_fastsam, bench_image, parameter_finding
 from sam_distill.benchmark.peak import bench_peak
 from sam_distill.benchmark.steps import bench_step
 from sam_distill.benchmark.tables import Finding, machine, show, write
 from sam_distill.data.base import DataSource
 from sam_distill.evaluate.agreement import Agreement
 from sam_distill.export.contract import CONTRACT, contracts
-from sam_distill.fastsam.model import FastSam, Judged, is_fastsam
+from sam_distill.fastsam.model import FastSam, SamOrFastSam, is_fastsam
 from sam_distill.images import decode
 from sam_distill.models.checkpoints import load_sam
 from sam_distill.models.encoders import ImageEncoder
@@ -38,7 +38,7 @@ def bench(
     *,
     suite: Literal["all", "data", "step", "parameters", "encoder", "decoder", "image", "everything"],
     data: DataSource,
-    checkpoint: Judged,
+    checkpoint: SamOrFastSam,
     encoder: ImageEncoder | None = None,
     trainer: Hardware,
     batch_size: Annotated[int, Field(gt=0)],
@@ -76,7 +76,7 @@ def bench(
             yield bench_fastsam(FastSam(checkpoint), photograph(), kind, seconds)
             return
         sam = load_sam(checkpoint) if encoder is None else Sam(encoder)
-        yield counted(sam)
+        yield parameter_finding(sam)
         if chosen("encoder") or chosen("decoder"):
             peak = bench_peak(kind, seconds)
             yield peak

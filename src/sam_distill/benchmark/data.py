@@ -18,9 +18,9 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.functional import resize, to_pil_image
 
 from sam_distill.benchmark.tables import Finding
-from sam_distill.benchmark.timing import Contender, race
+from sam_distill.benchmark.timing import Contender, time_in_turns
 from sam_distill.data.base import DataSource, collate
-from sam_distill.data.cache import Cache, ShardWriter, members, update_manifest
+from sam_distill.data.cache import Cache, ShardWriter, tar_members, update_manifest
 from sam_distill.data.embeddings import Dtype
 from sam_distill.data.photos import Photos
 from sam_distill.data.sa1b import Sa1b
@@ -48,7 +48,7 @@ def temporary_cache(folder: Path, jpegs: list[bytes], dtype: Dtype) -> Cache:
     for number, jpeg in enumerate(jpegs):
         picture, size = decode(jpeg)
         framed, embedding = to_frame(picture, size), torch.randn(EMBED_DIM, GRID, GRID, generator=noise)
-        shard.add(members(Sample(f"{number:06d}", framed, size), to_jpeg(framed, 92), embedding, dtype))
+        shard.add(tar_members(Sample(f"{number:06d}", framed, size), to_jpeg(framed, 92), embedding, dtype))
     shard.finish()
     update_manifest(folder, {"tars": 1, "held_out": ["000000"], "annotations": False})
     return Cache(str(folder))
@@ -81,7 +81,7 @@ def _decoding(jpegs: list[bytes], seconds: float) -> Finding:
     sizes = {Image.open(io.BytesIO(jpeg)).size for jpeg in jpegs}
     what = f"JPEG of {' or '.join(f'{w} x {h}' for w, h in sorted(sizes)[:3])} to the frame, one core"
     with _one_thread():
-        return Finding(what, "image", race(contenders, "cpu", seconds), note)
+        return Finding(what, "image", time_in_turns(contenders, "cpu", seconds), note)
 
 
 def _reading(jpegs: list[bytes], folder: Path, seconds: float) -> Finding:
@@ -101,7 +101,7 @@ def _reading(jpegs: list[bytes], folder: Path, seconds: float) -> Finding:
 
     contenders.append(Contender("peers: full JPEG and .npy, read by our decoder", peers, ours=False))
     with _one_thread():
-        return Finding("Image and teacher's embedding, one core", "image", race(contenders, "cpu", seconds))
+        return Finding("Image and teacher's embedding, one core", "image", time_in_turns(contenders, "cpu", seconds))
 
 
 def _loading(cache: Cache, workers: int, seconds: float) -> Finding:
@@ -109,7 +109,7 @@ def _loading(cache: Cache, workers: int, seconds: float) -> Finding:
     loader = DataLoader(stream, IMAGES, collate_fn=collate, num_workers=workers)
     batches = iter(loader)
     contender = Contender(f"sam-distill: loader, {workers} worker processes", lambda: next(batches), IMAGES)
-    return Finding("Batches from the cache, int8", "image", race([contender], "cpu", seconds))
+    return Finding("Batches from the cache, int8", "image", time_in_turns([contender], "cpu", seconds))
 
 
 def _starting(folder: Path) -> Finding:
@@ -131,7 +131,7 @@ def _starting(folder: Path) -> Finding:
             source = Sa1b(str(folder))
             return source.fingerprint, source.skipped_samples, source.train_stream(0, 0, 0, 8, 8)
 
-        timings = race([Contender("sam-distill", start)], "cpu", turns=3)
+        timings = time_in_turns([Contender("sam-distill", start)], "cpu", turns=3)
     return Finding(f"Start on {SA1B_TARS * each:,} images in {SA1B_TARS:,} tars that were read before", timings=timings)
 
 

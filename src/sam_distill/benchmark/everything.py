@@ -8,7 +8,7 @@ import numpy as np
 from sam_distill.benchmark.models import FP32
 from sam_distill.benchmark.peers import MISSING, peer_of
 from sam_distill.benchmark.tables import Finding
-from sam_distill.benchmark.timing import Contender, race
+from sam_distill.benchmark.timing import Contender, time_in_turns
 from sam_distill.evaluate.everything import Records, nearest
 from sam_distill.inference.optimize import optimize_for_inference
 from sam_distill.models.sam import Sam
@@ -36,7 +36,7 @@ def bench_everything(sam: Sam, image: np.ndarray[Any, Any], points_per_side: int
         contenders.append(Contender(peer.name, lambda: keep("theirs", theirs), ours=False))
     height, width = image.shape[:2]
     what = f"Segment everything, {points_per_side} x {points_per_side} points, {width} x {height} pixels, {device}"
-    timings = race(contenders, device, turns=1)
+    timings = time_in_turns(contenders, device, turns=1)
     if "theirs" in found:
         note = similarity(found["ours"], found["theirs"])
     note += f"\nfast: {similarity(found['fast'], found['ours'])}"

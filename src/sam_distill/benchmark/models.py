@@ -17,7 +17,7 @@ from torch import Tensor
 from sam_distill.benchmark.peak import gflop_of, with_share_of_peak
 from sam_distill.benchmark.peers import MISSING, peer_of
 from sam_distill.benchmark.tables import Finding
-from sam_distill.benchmark.timing import Contender, race
+from sam_distill.benchmark.timing import Contender, time_in_turns
 from sam_distill.data.base import collate
 from sam_distill.export.contract import Settings, contracts
 from sam_distill.export.formats import FORMATS, load_format
@@ -75,7 +75,7 @@ def bench_encoder(
     facts = f"{sam.parameter_counts['parameters'] / 1e6:.2f}M parameters, {gflop / 2:.1f} GMACs"
     what = f"Image encoder at {sam.image_size} px, {device}: {facts}"
     note = "\n".join([*notes, *([] if peer else [MISSING]), PAPER_ENCODER])
-    finding = Finding(what, "image", race(contenders, device, seconds), note)
+    finding = Finding(what, "image", time_in_turns(contenders, device, seconds), note)
     return _with_times(with_share_of_peak(finding, peak, gflop, FP32, BF16), "encoder_ms")
 
 
@@ -123,7 +123,9 @@ def bench_decoder(sam: Sam, device: str, peak: Finding, seconds: float) -> Itera
             contenders.append(Contender(peer.name, run, count, ours=False))
         what = f"Mask decoder, {count} point prompt{'s' * (count > 1)} on one image, {device}"
         what += f": {sam.parameter_counts['parameters/mask_decoder'] / 1e6:.2f}M parameters"
-        finding = Finding(what, "prompt", race(contenders, device, seconds), PAPER_DECODER if peer else MISSING)
+        finding = Finding(
+            what, "prompt", time_in_turns(contenders, device, seconds), PAPER_DECODER if peer else MISSING
+        )
         yield with_share_of_peak(finding, peak, gflop_of(decode) / count, FP32, BF16)
 
 
@@ -141,7 +143,10 @@ def bench_image(sam: Sam, photograph: np.ndarray, device: str, seconds: float) -
         theirs = partial(ask, peer.package.SamPredictor(peer.model))
         contenders.append(Contender(peer.name, theirs, ours=False))
     finding = Finding(
-        _mask_title(photograph, device), "image", race(contenders, device, seconds), PAPER_IMAGE if peer else MISSING
+        _mask_title(photograph, device),
+        "image",
+        time_in_turns(contenders, device, seconds),
+        PAPER_IMAGE if peer else MISSING,
     )
     return _with_times(finding, "image_ms")
 
@@ -155,16 +160,19 @@ def bench_fastsam(model: FastSam, photograph: np.ndarray, device: str, seconds: 
     def run() -> Tensor:
         picture = Image.fromarray(photograph)
         sample = Sample("photograph", to_frame(picture), (picture.height, picture.width))
-        return model.see(collate([sample]).to(device)).masks(click)(0, 0)
+        return model.view(collate([sample]).to(device)).masks(click)(0, 0)
 
     finding = Finding(
-        _mask_title(photograph, device), "image", race([Contender(name, run, ours=False)], device, seconds), PAPER_IMAGE
+        _mask_title(photograph, device),
+        "image",
+        time_in_turns([Contender(name, run, ours=False)], device, seconds),
+        PAPER_IMAGE,
     )
     parameters = model.description["parameters/model"]
     return replace(finding, metrics={"image_ms": finding.milliseconds(name), "parameters/model": parameters})
 
 
-def counted(sam: Sam) -> Finding:
+def parameter_finding(sam: Sam) -> Finding:
     encoder, prompts, decoder, model = (f"{number / 1e6:,.3f}M" for number in sam.parameter_counts.values())
     what = f"Parameters: image encoder {encoder}, prompt encoder {prompts}, mask decoder {decoder}, together {model}"
     return Finding(what, note=PAPER_PARAMETERS, metrics=dict(sam.parameter_counts))

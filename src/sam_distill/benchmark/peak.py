@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from sam_distill.benchmark.tables import Finding
-from sam_distill.benchmark.timing import Contender, race
+from sam_distill.benchmark.timing import Contender, time_in_turns
 
 SIDE = 2048  # rows and columns of the matrices
 FP32, BF16 = "fp32", "bf16"
@@ -21,7 +21,7 @@ def bench_peak(device: str, seconds: float) -> Finding:
     matrices.append((BF16, matrices[0][1].bfloat16()))
     contenders = [Contender(name, partial(torch.mm, matrix, matrix), units) for name, matrix in matrices]
     what = f"The most that this machine does: products of {SIDE} x {SIDE} matrices, {device}"
-    peak = Finding(what, "GFLOP", race(contenders, device, seconds))
+    peak = Finding(what, "GFLOP", time_in_turns(contenders, device, seconds))
     return replace(peak, metrics={f"peak_gflops/{timing.name}": 1 / timing.median for timing in peak.timings})
 
 

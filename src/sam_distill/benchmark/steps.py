@@ -28,7 +28,7 @@ def bench_step(module: Distillation, loaders: DistillationData, hardware: Hardwa
         Timing.of("sam-distill train", True, [seconds / images for seconds in whole]),
         Timing.of("bare PyTorch loop, one batch again and again", False, [seconds / images for seconds in bare]),
     ]
-    what = f"A training step of {images} images, {module.student.image_size} px, {hardware.num_format}"
+    what = f"A training step of {images} images, {module.student.image_size} px, {hardware.resolved_precision}"
     return Finding(what, "image", timings, f"waiting for data: {100 * sum(waits) / TURNS:.1f}% of the time")
 
 

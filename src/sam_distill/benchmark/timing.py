@@ -46,7 +46,9 @@ class Timing:
         return cls(name, ours, median, low, high, len(times), memory)
 
 
-def race(contenders: Sequence[Contender], device: str, seconds: float = 0, turns: int | None = None) -> list[Timing]:
+def time_in_turns(
+    contenders: Sequence[Contender], device: str, seconds: float = 0, turns: int | None = None
+) -> list[Timing]:
     """Time all contenders in turn: for `seconds` each on average, and for at least `MIN_ROUNDS` rounds.
 
     A first round is not counted. If a round takes very long, such as that of a ViT-H on a CPU, there may be fewer.

@@ -39,6 +39,6 @@ def plan_cache(job: CacheJob) -> bool:
     table.add_row("disk", f"{needed / 1e9:.2f} GB, {needed / images / 1e3:.0f} kB per image; free: {free / 1e9:.1f} GB")
     table.add_row("time", f"{timedelta(seconds=seconds)} at {1 / seconds_per_image:.1f} images/s per process")
     table.add_row("memory", f"{peak_memory(hardware.kind) / 1e9:.1f} GB so far")
-    table.add_row("teacher", f"{job.teacher.checkpoint}, {hardware.num_format} on {hardware.kind}")
+    table.add_row("teacher", f"{job.teacher.checkpoint}, {hardware.resolved_precision} on {hardware.kind}")
     Console().print(table)
     return needed < free

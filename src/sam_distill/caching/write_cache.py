@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from sam_distill.data.annotations import check_json
 from sam_distill.data.base import DataSource, collate, loader_worker
-from sam_distill.data.cache import MANIFEST, ShardWriter, done, members, read_manifest, update_manifest
+from sam_distill.data.cache import MANIFEST, ShardWriter, is_finished, read_manifest, tar_members, update_manifest
 from sam_distill.data.embeddings import Dtype
 from sam_distill.files import disk_is_full, file_sha256
 from sam_distill.images import decode, to_frame, to_jpeg
@@ -36,7 +36,7 @@ WAITING = 4  # batches that may wait for the writer thread
 
 
 @dataclass(frozen=True)
-class ImagesToCache:
+class CacheBatch:
     """Batch of images for one tar. tar: its number.
 
     samples: as they will be read back, decoded from `jpgs`. errors: a line for each image that can't be read.
@@ -51,14 +51,14 @@ class ImagesToCache:
         return len(self.samples) + len(self.errors)
 
 
-class ToCache(IterableDataset[ImagesToCache]):
+class CacheStream(IterableDataset[CacheBatch]):
     """Stream of image batches, tar by tar; loader workers take batches in turn, so that they arrive in order."""
 
     def __init__(self, job: "CacheJob", todo: list[int]) -> None:
         self.source, self.blocks, self.todo = job.source, job.blocks, todo
         self.batch_size, self.quality = job.batch_size, job.quality
 
-    def __iter__(self) -> Iterator[ImagesToCache]:
+    def __iter__(self) -> Iterator[CacheBatch]:
         worker, workers = loader_worker()
         turn = count()
         for number in self.todo:
@@ -67,8 +67,8 @@ class ToCache(IterableDataset[ImagesToCache]):
                 if next(turn) % workers == worker:
                     yield self._prepare(number, batch)
 
-    def _prepare(self, tar: int, loads: Sequence[Callable[[], Sample]]) -> ImagesToCache:
-        images = ImagesToCache(tar)
+    def _prepare(self, tar: int, loads: Sequence[Callable[[], Sample]]) -> CacheBatch:
+        images = CacheBatch(tar)
         for load in loads:
             try:
                 sample = load()
@@ -105,18 +105,18 @@ class CacheJob:
     def images(self) -> int:
         return sum(map(self.source.count, self.blocks))
 
-    def loader(self, todo: list[int]) -> DataLoader[ImagesToCache]:
+    def loader(self, todo: list[int]) -> DataLoader[CacheBatch]:
         """Return a loader of the batches for the tars with the numbers `todo`."""
-        stream = ToCache(self, todo)
+        stream = CacheStream(self, todo)
         workers = self.hardware.num_workers
         return DataLoader(stream, batch_size=None, num_workers=workers, worker_init_fn=processes.begin_worker)
 
-    def members(self, images: ImagesToCache, embeddings: Sequence[Tensor]) -> Iterator[dict[str, bytes]]:
+    def members(self, images: CacheBatch, embeddings: Sequence[Tensor]) -> Iterator[dict[str, bytes]]:
         """Yield the tar members of each readable image: name -> content. embeddings: of these images, from `embed`."""
         for sample, jpg, embedding in zip(images.samples, images.jpgs, embeddings, strict=True):
-            yield members(sample, jpg, embedding, self.dtype)
+            yield tar_members(sample, jpg, embedding, self.dtype)
 
-    def embed(self, images: ImagesToCache) -> Sequence[Tensor]:
+    def embed(self, images: CacheBatch) -> Sequence[Tensor]:
         """Return the teacher's embeddings of the readable images, each [256, 64, 64] on the CPU."""
         if not images.samples:
             return []
@@ -137,17 +137,17 @@ def write_cache(job: CacheJob) -> dict[str, Any]:
     message = f"path={folder}: another process is writing this cache; wait for it, or stop it"
     with only_process(folder / f".writing-{rank}.lock", message):  # two processes would write the same tars
         job.teacher.sam.to(hardware.kind)
-        todo = [number for number in range(rank, len(blocks), ranks) if not done(folder, number)]
+        todo = [number for number in range(rank, len(blocks), ranks) if not is_finished(folder, number)]
         log.info(
             "%s: %d images in %d tars, %d of them to be written by this process; %s on %s",
-            folder, job.images, len(blocks), len(todo), hardware.num_format, hardware.kind,
+            folder, job.images, len(blocks), len(todo), hardware.resolved_precision, hardware.kind,
         )  # fmt: skip
         writer = _Writer(job, {n: job.source.count(blocks[n]) for n in todo}, facts)
         with CountProgress(sum(writer.expected.values()), "Caching") as progress, writer:
             for images in job.loader(todo):
                 writer.add(images, job.embed(images))
                 progress.add(len(images), f"{writer.bytes / 1e6:,.0f} MB")
-    while rank == 0 and not all(done(folder, number) for number in range(len(blocks))):
+    while rank == 0 and not all(is_finished(folder, number) for number in range(len(blocks))):
         time.sleep(0.5)  # the other processes are still writing
     return update_manifest(folder, facts)
 
@@ -175,7 +175,7 @@ class _Writer:
             if self._shard is not None:
                 self._shard.abandon()
 
-    def add(self, images: ImagesToCache, embeddings: Sequence[Tensor]) -> None:
+    def add(self, images: CacheBatch, embeddings: Sequence[Tensor]) -> None:
         self._pending.append(self._pool.submit(self._write, images, embeddings))
         while len(self._pending) > WAITING:
             self._wait()
@@ -194,7 +194,7 @@ class _Writer:
                 " free. Make room and run the same command again: it goes on where it stopped"
             ) from error
 
-    def _write(self, images: ImagesToCache, embeddings: Sequence[Tensor]) -> None:
+    def _write(self, images: CacheBatch, embeddings: Sequence[Tensor]) -> None:
         if self._shard is None:
             self._shard, self._seen = ShardWriter(self.folder, images.tar), 0
         for message in images.errors:
@@ -242,7 +242,7 @@ def _facts(job: CacheJob) -> dict[str, Any]:
         "format": 1,
         "teacher": job.teacher.checkpoint,
         "teacher_sha256": job.teacher.sha256,
-        "precision": job.hardware.num_format,
+        "precision": job.hardware.resolved_precision,
         "frame": FRAME,
         "resize": "Pillow, bilinear, antialiased; sides int(x + 0.5)",
         "quality": job.quality,

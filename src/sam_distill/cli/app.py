@@ -22,9 +22,9 @@ from hydra.core.utils import JobReturn
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from sam_distill.cli.console import go_on_unread
-from sam_distill.cli.jobs import Task, describe, name_folders, print_errors
-from sam_distill.cli.resume import NOT_READ, run_folder_mistakes, with_resumed_options
+from sam_distill.cli.console import discard_output
+from sam_distill.cli.jobs import Task, describe_error, print_errors, register_folder_resolvers
+from sam_distill.cli.resume import IGNORED_ON_RESUME, run_folder_mistakes, with_resumed_options
 from sam_distill.cli.usage import print_usage
 from sam_distill.config.check import check, forwarded_options
 from sam_distill.config.compose import compose_jobs
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None, conf_dir: Path | None = None) -> int
         hint = did_you_mean(name, known, f"commands: {', '.join(known)}")
         return _fail(f"{name}: no such command; {hint}", status=2)
     except BrokenPipeError:  # the program that reads our output, such as `head`, has ended
-        go_on_unread()
+        discard_output()
         return 1
 
 
@@ -73,11 +73,11 @@ def run(command: str, argv: Sequence[str], conf_dir: Path | None = None) -> int:
     conf_dir = (conf_dir or default_conf_dir()).resolve()
     token = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{secrets.token_hex(3)}"
     folders = (token, processes.shared_name() or token)
-    name_folders(*folders)
+    register_folder_resolvers(*folders)
     pairs = pairwise(["", *argv])
     argv = [word if before in FLAGS_WITH_A_VALUE else _expand(command, word) for before, word in pairs]
     try:
-        with joblib_workers.signals_end_all():
+        with joblib_workers.stop_on_signals():
             return _run(command, with_resumed_options(argv), conf_dir, folders)
     except KeyboardInterrupt:
         return _fail("interrupted", status=130)
@@ -86,9 +86,9 @@ def run(command: str, argv: Sequence[str], conf_dir: Path | None = None) -> int:
     except BrokenPipeError:
         raise
     except OSError as error:  # no job has begun: Hydra could not create the run folder
-        return _fail(f"{describe(error)}; hydra.run.dir=DIR puts the run elsewhere")
+        return _fail(f"{describe_error(error)}; hydra.run.dir=DIR puts the run elsewhere")
     except Exception as error:  # no job has begun, so there is no log file
-        return _fail(describe(error))
+        return _fail(describe_error(error))
 
 
 def _expand(command: str, word: str) -> str:
@@ -129,7 +129,7 @@ def _run(command: str, argv: list[str], conf_dir: Path, folders: tuple[str, str]
     if not (args.help or only_shows):
         unreadable = {line.partition("=")[0] for line in mistakes}  # such a key is not reported as missing, too
         for job in jobs:
-            ignored = unreadable | NOT_READ if job.get("resume") else unreadable
+            ignored = unreadable | IGNORED_ON_RESUME if job.get("resume") else unreadable
             mistakes += [line for line in check(job) if line.partition("=")[0] not in ignored]
         mistakes = list(_of_another_command(jobs, command)) or mistakes
         mistakes += _conflicts(jobs, command, swept, argv)
@@ -175,8 +175,8 @@ def _conflicts(jobs: list[DictConfig], command: str, swept: bool, argv: list[str
     """Yield a mistake for options that are valid one by one, but not together, or not with this command."""
     if command == "report" and sum(word.startswith("runs=") for word in argv) > 1:
         yield "runs: several folders given; name one that holds them all"
-    if command in ON_ONE_DEVICE and processes.started() > 1:
-        yield f"{processes.launcher()} has started {processes.started()} processes, but {command} runs in one"
+    if command in ON_ONE_DEVICE and processes.launched() > 1:
+        yield f"{processes.launcher()} has started {processes.launched()} processes, but {command} runs in one"
     for job in jobs:
         for name in ("devices", "nodes"):
             number = OmegaConf.select(job, f"trainer.{name}", default=1)
@@ -199,7 +199,7 @@ def _conflicts(jobs: list[DictConfig], command: str, swept: bool, argv: list[str
             " folder it has"
         )
     named = processes.shared_name() is not None or any("hydra.run.dir=" in word for word in argv)
-    if processes.started() > 1 and not named:  # each process would compose another folder name
+    if processes.launched() > 1 and not named:  # each process would compose another folder name
         yield "the processes share no name for the run's folder: give hydra.run.dir=DIR, or torchrun --rdzv-id=NAME"
 
 

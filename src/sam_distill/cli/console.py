@@ -5,7 +5,7 @@ import os
 import sys
 
 
-def go_on_unread(*_: object) -> None:
+def discard_output(*_: object) -> None:
     """Discard all further output: the program that reads it, such as `head`, has ended."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -19,7 +19,7 @@ class ToStdout(logging.StreamHandler):
             super().emit(record)
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's own name)
-        go_on_unread() if isinstance(sys.exc_info()[1], BrokenPipeError) else super().handleError(record)
+        discard_output() if isinstance(sys.exc_info()[1], BrokenPipeError) else super().handleError(record)
 
     def format(self, record: logging.LogRecord) -> str:
         """Escape characters that the terminal can't show: file names may have some, or even bytes that are not text."""

@@ -10,10 +10,10 @@ from pydantic import Field
 
 from sam_distill.cli.teacher import teacher_for
 from sam_distill.data.base import DataSource, Split
-from sam_distill.evaluate.evaluation import judge
-from sam_distill.evaluate.everything import Everything, judge_everything
+from sam_distill.evaluate.evaluation import evaluate_prompts
+from sam_distill.evaluate.everything import Everything, evaluate_everything
 from sam_distill.evaluate.protocol import Protocol
-from sam_distill.fastsam.model import FastSam, Judged, is_fastsam
+from sam_distill.fastsam.model import FastSam, SamOrFastSam, is_fastsam
 from sam_distill.models.checkpoints import load_sam
 from sam_distill.runs import status
 from sam_distill.runs.hardware import Hardware
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 def evaluate(
     *,
-    checkpoint: Judged,
+    checkpoint: SamOrFastSam,
     teacher: LiveTeacher,
     data: DataSource,
     split: Split,
@@ -44,9 +44,11 @@ def evaluate(
     options: dict[str, Any] = {"source": data, "split": split, "hardware": trainer, "batch_size": batch_size}
     student = fastsam(checkpoint) if is_fastsam(checkpoint) else load_sam(checkpoint)
     if isinstance(protocol, Everything):
-        judge_everything(student=student, teacher=teacher, protocol=protocol, run_dir=run_dir, **options)
+        evaluate_everything(student=student, teacher=teacher, protocol=protocol, run_dir=run_dir, **options)
     else:
-        judge(student=student, teacher=teacher_for(teacher, data), protocol=protocol, run_dir=run_dir, **options)
+        evaluate_prompts(
+            student=student, teacher=teacher_for(teacher, data), protocol=protocol, run_dir=run_dir, **options
+        )
 
 
 def _seen_in_training(checkpoint: str, split: Split, run_dir: Path) -> str:

@@ -19,7 +19,7 @@ from sam_distill.types import FRAME, UserError
 
 log = logging.getLogger(__name__)
 
-CHECKED = 10  # photographs, at most, on which the runtime's masks must agree with PyTorch's
+MAX_CHECKED_IMAGES = 10  # photographs, at most, on which the runtime's masks must agree with PyTorch's
 
 
 def export(
@@ -45,7 +45,7 @@ def export(
         settings = Settings(format, quantize, sam.image_size, points, normalize)
         floor = check.LEAST_IOU[quantize] if least_iou is None else least_iou
         with atomic_target(target, folder=True) as draft:
-            export_graphs(sam, draft, settings, floor, data.val_samples()[:CHECKED])
+            export_graphs(sam, draft, settings, floor, data.val_samples()[:MAX_CHECKED_IMAGES])
             files = sorted(target / file.relative_to(draft) for file in draft.rglob("*") if file.is_file())
     else:
         if quantize and (format, quantize) != ("safetensors", "fp16"):

@@ -18,8 +18,8 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from sam_distill.cli.console import go_on_unread
-from sam_distill.cli.resume import occupied
+from sam_distill.cli.console import discard_output
+from sam_distill.cli.resume import why_occupied
 from sam_distill.config.check import RUN_DIR, keeps_run_folder
 from sam_distill.config.sources import task_overrides
 from sam_distill.errors import UserError
@@ -30,7 +30,7 @@ from sam_distill.runs.status import Status, earlier_outcome, writing
 tracebacks = logging.getLogger("sam_distill.tracebacks")  # goes to the log file only: conf/hydra/common.yaml
 
 
-def name_folders(token: str, name: str) -> None:
+def register_folder_resolvers(token: str, name: str) -> None:
     """Register the values of ${run_token:} and ${run_name:}, which conf/ uses in folder names."""
     OmegaConf.register_new_resolver("run_token", lambda: token, replace=True)
     OmegaConf.register_new_resolver("run_name", lambda: name, replace=True)
@@ -39,7 +39,7 @@ def name_folders(token: str, name: str) -> None:
 class Task:
     """Callable that Hydra runs for each job of a command; returns whether the job succeeded.
 
-    argv: the command line. folders: the arguments of `name_folders`.
+    argv: the command line. folders: the arguments of `register_folder_resolvers`.
     """
 
     def __init__(self, command: str, argv: list[str], folders: tuple[str, str]) -> None:
@@ -48,12 +48,14 @@ class Task:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore the task in a worker process and prepare that process, before Hydra composes the job there."""
         self.__dict__.update(state)
-        name_folders(*self.folders)
+        register_folder_resolvers(*self.folders)
         if joblib_workers.is_worker():
             joblib_workers.set_up_worker()
 
     def __call__(self, cfg: DictConfig) -> bool:
-        return joblib_workers.unless_stopped(lambda: self._run(cfg)) if joblib_workers.is_worker() else self._run(cfg)
+        return (
+            joblib_workers.run_unless_stopped(lambda: self._run(cfg)) if joblib_workers.is_worker() else self._run(cfg)
+        )
 
     def _run(self, cfg: DictConfig) -> bool:
         """Return whether the job succeeded. Failures are printed and recorded, so that a multirun continues."""
@@ -66,7 +68,7 @@ class Task:
         if swept and recorded and _has_finished(cfg, run_dir):
             print(f"{which} has finished before: {run_dir}")
             return True
-        if swept and recorded and cfg.get("resume") is None and (line := occupied(run_dir, self.command)):
+        if swept and recorded and cfg.get("resume") is None and (line := why_occupied(run_dir, self.command)):
             print_errors(f"{which}: {line}")
             return False
         words = [self.command, *(task_overrides(settings) if swept else self.argv)]
@@ -75,10 +77,10 @@ class Task:
         status = Status(run_dir, words, choices, first, recorded, resumed=cfg.get("resume") is not None)
         log = run_dir / f"{settings.job.name}.log"
         if not first:
-            log = log.with_suffix(f".{processes.name()}.log")
+            log = log.with_suffix(f".{processes.rank_name()}.log")
             _log_to_file_only(log)
         supplied = {RUN_DIR: run_dir} if has_folder else {}
-        Console.on_broken_pipe = go_on_unread  # type: ignore[assignment, method-assign]  # rich would end the job instead
+        Console.on_broken_pipe = discard_output  # type: ignore[assignment, method-assign]  # rich would end the job instead
         try:
             with writing(run_dir) if first and recorded else nullcontext():
                 return _execute(cfg, supplied, status, log, f"{which}: " if swept else "")
@@ -105,7 +107,7 @@ def _execute(cfg: DictConfig, supplied: dict[str, Path], status: Status, log: Pa
             )
         expected = isinstance(cause, UserError)
         # An error in a loader worker arrives with the worker's traceback; its message comes last.
-        why = str(cause).rpartition("UserError: ")[2].strip() if expected else describe(cause)
+        why = str(cause).rpartition("UserError: ")[2].strip() if expected else describe_error(cause)
         where = "" if expected else f" (traceback in {log})"
         if recorded or not expected:  # a command without a record writes no log for a user's mistake
             try:
@@ -115,7 +117,7 @@ def _execute(cfg: DictConfig, supplied: dict[str, Path], status: Status, log: Pa
                 where = ""
         if not first:
             time.sleep(1)  # if all processes fail alike, the first one reports it
-            why = f"{processes.name()}: {why}"
+            why = f"{processes.rank_name()}: {why}"
         if status.end(why):
             print_errors(prefix + why + where)
         return False
@@ -123,7 +125,7 @@ def _execute(cfg: DictConfig, supplied: dict[str, Path], status: Status, log: Pa
         code = 130 if isinstance(stop, KeyboardInterrupt) else getattr(stop, "code", None)
         names = {128 + number: f"interrupted by {number.name}" for number in processes.STOP_SIGNALS}
         signalled = (names | {130: "interrupted"}).get(code) if isinstance(code, int) else None
-        if first and status.end(signalled or describe(stop)) and signalled:
+        if first and status.end(signalled or describe_error(stop)) and signalled:
             print_errors(signalled + (f"; resume={run_dir} goes on from the last checkpoint" if can_resume() else ""))
         raise SystemExit(code) from stop
     else:
@@ -161,7 +163,7 @@ def _seed(seed: int | None) -> None:
             start(seed)
 
 
-def describe(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """Return an error's type and message on one line; for a file that can't be accessed, its name and the reason."""
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"

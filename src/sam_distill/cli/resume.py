@@ -22,7 +22,7 @@ _MAY_CHANGE = (
     "resume", "plan", "scale", "budget", "validate_every", "step_times", "compile", "logger", "trainer", "optim",
     "batch_size", "accumulate", "data.path", "data.local", "data.shuffle_buffer", "teacher.memory_gb",
 )  # fmt: skip
-NOT_READ = frozenset({"init"})  # not read on resuming: the checkpoint has the weights; init's file may be gone
+IGNORED_ON_RESUME = frozenset({"init"})  # not read on resuming: the checkpoint has the weights; init's file may be gone
 
 
 def with_resumed_options(argv: list[str]) -> list[str]:
@@ -49,14 +49,14 @@ def run_folder_mistakes(cfg: DictConfig, command: str) -> list[str]:
         return [f"resume={resume}: {wrong}; expected the folder of a run"]
     if resume is not None and not status.read(Path(resume)).get("command"):
         return [f"resume={resume}: no status.json there can be read, which says with what options the run began"]
-    if processes.is_first() and (line := status.locked(run_dir)):
+    if processes.is_first() and (line := status.why_locked(run_dir)):
         return [line]
     if resume is not None:
         return list(_changed(cfg, Path(resume)))
-    return [f"hydra.run.dir={line}"] if (line := occupied(run_dir, command)) else []
+    return [f"hydra.run.dir={line}"] if (line := why_occupied(run_dir, command)) else []
 
 
-def occupied(run_dir: Path, command: str) -> str:
+def why_occupied(run_dir: Path, command: str) -> str:
     """Return why `command` may not start a run in this folder, as it would overwrite files of another; "" if it may."""
     record = status.read(run_dir)
     other = (record.get("command") or [command])[0]

@@ -21,7 +21,7 @@ from sam_distill.images import decode
 from sam_distill.inference.optimize import Runtime, optimize_for_inference
 from sam_distill.models.checkpoints import Checkpoint, load_sam
 from sam_distill.predict.mask_generator import SamAutomaticMaskGenerator
-from sam_distill.predict.overlays import coloured, overlay
+from sam_distill.predict.overlays import masks_overlay, overlay
 from sam_distill.predict.predictor import SamPredictor
 from sam_distill.runs.hardware import Hardware
 from sam_distill.runs.progress import CountProgress
@@ -75,16 +75,17 @@ def segment(
                     records, result, summary = _everything(make, picture)
                 else:
                     records, result, summary = _one_thing(predictor, picture, file, coordinates, signs, box)
-                _save(result, target)
-                _write_json(target.with_suffix(".json"), file, number, picture, records)
-            except OSError as error:
-                raise UserError(f"path={path}: cannot be written ({error.strerror or error})") from error
             except UserError as error:
                 if len(jobs) == 1:
                     raise
                 skipped += 1
                 log.warning("skipped: %s", error)
             else:
+                try:
+                    _save(result, target)
+                    _write_json(target.with_suffix(".json"), file, number, picture, records)
+                except OSError as error:
+                    raise UserError(f"path={path}: cannot be written ({error.strerror or error})") from error
                 log.info("%s: %s", target, summary)
             if isinstance(progress, CountProgress):
                 progress.add(1)
@@ -148,7 +149,7 @@ def _everything(
     """Return a record for each mask, the picture with all masks drawn in, and a line that sums it up."""
     records = generator.generate(picture)
     summary = f"{len(records)} masks" if records else f"no mask that the model trusts; {NO_MASK_HINT}"
-    return records, coloured(picture, records), summary
+    return records, masks_overlay(picture, records), summary
 
 
 def _save(picture: Image.Image, target: Path) -> None:

@@ -22,7 +22,7 @@ RUN_DIR = "run_dir"  # a parameter of commands that keep a run folder: cli/jobs.
 _WANTS_OBJECT = {"needs_python_object", "dataclass_type", "callable_type"}  # pydantic's errors for "not plain data"
 _PYDANTIC = re.compile("^Input |^Value error, | after validation")  # parts of messages that mean nothing to a user
 _ABSENT = object()
-LIKENESS = 0.7  # least similarity to the typed name (difflib's ratio) at which a name is suggested
+MIN_SIMILARITY = 0.7  # least similarity to the typed name (difflib's ratio) at which a name is suggested
 
 
 class Mistake(NamedTuple):
@@ -82,9 +82,9 @@ def nearest(name: str, names: Iterable[str]) -> str:
     ends, end = [n.rpartition(".")[2] for n in known], name.rpartition(".")[2]
     if end in ends:
         return known[ends.index(end)]
-    if alike := difflib.get_close_matches(name, known, 1, LIKENESS):
+    if alike := difflib.get_close_matches(name, known, 1, MIN_SIMILARITY):
         return alike[0]
-    alike = difflib.get_close_matches(end, ends, 1, LIKENESS)
+    alike = difflib.get_close_matches(end, ends, 1, MIN_SIMILARITY)
     return known[ends.index(alike[0])] if alike else ""
 
 

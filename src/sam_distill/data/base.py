@@ -33,7 +33,7 @@ class SkippedSamples:
     def __init__(self, train_images: int) -> None:
         with torch.inference_mode(False):  # training can't modify inference tensors, and validation may be first here
             self.unreadable = torch.zeros(train_images, dtype=torch.bool).share_memory_()
-        self.others: set[str] = set()
+        self.other_reasons: set[str] = set()
 
     def report(self, reason: str, *indices: int) -> None:
         """Mark the training images with these indices as unreadable; raise UserError when no readable one is left."""
@@ -43,14 +43,14 @@ class SkippedSamples:
         if self.unreadable.all():
             raise UserError(f"not one of {len(self.unreadable)} training images can be read; for one, {reason}")
 
-    def note(self, reason: str) -> None:
+    def report_other(self, reason: str) -> None:
         """Record that anything else is skipped: a validation or evaluation image, the end of a truncated tar."""
-        if reason not in self.others:
-            self.others.add(reason)
+        if reason not in self.other_reasons:
+            self.other_reasons.add(reason)
             log.warning("skipped: %s", reason)
 
     def __len__(self) -> int:
-        return int(self.unreadable.sum()) + len(self.others)
+        return int(self.unreadable.sum()) + len(self.other_reasons)
 
 
 class DataSource(ABC, Generic[T]):
@@ -98,7 +98,7 @@ class DataSource(ABC, Generic[T]):
         """Whether any image has annotations."""
         return False
 
-    def annotate(self, count: int, seed: int) -> None:
+    def load_annotations(self, count: int, seed: int) -> None:
         """Add `count` annotations, drawn with `seed`, to every training sample; existing streams are not affected."""
         raise UserError("these data have no annotations: take data=sa1b, or a cache of it")
 
@@ -133,7 +133,7 @@ class DataSource(ABC, Generic[T]):
             try:
                 yield load()
             except UserError as error:
-                self.skipped_samples.note(str(error))
+                self.skipped_samples.report_other(str(error))
 
     @cached_property
     def skipped_samples(self) -> SkippedSamples:

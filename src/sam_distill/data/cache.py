@@ -58,7 +58,7 @@ class Cache(Sa1b):
         self.path, self.images, self.fraction, self.shuffle_buffer = path, images, fraction, shuffle_buffer
         self._set_up(shards, val, rest, problems)
 
-    def annotate(self, count: int, seed: int) -> None:
+    def load_annotations(self, count: int, seed: int) -> None:
         self.load_json()
         self.annotations = (count, seed)
 
@@ -84,7 +84,7 @@ class Cache(Sa1b):
         return self.with_annotations(sample, encoded)
 
 
-def members(sample: Sample, jpg: bytes, embedding: Any, dtype: Dtype) -> dict[str, bytes]:
+def tar_members(sample: Sample, jpg: bytes, embedding: Any, dtype: Dtype) -> dict[str, bytes]:
     """Return the tar members of one image: name -> content. embedding: [256, 64, 64] float32, of exactly that jpg."""
     metadata = json.loads(sample.json) if sample.json else {"annotations": []}
     metadata["original_size"] = list(sample.original_size)
@@ -130,7 +130,7 @@ def shard_name(number: int) -> str:
     return f"cache-{number:06d}.tar"
 
 
-def done(folder: Path, number: int) -> bool:
+def is_finished(folder: Path, number: int) -> bool:
     tar = folder / shard_name(number)
     return tar.is_file() and tar.with_suffix(".json").is_file()
 

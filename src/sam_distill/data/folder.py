@@ -13,7 +13,7 @@ from sam_distill.images import decode, to_frame
 from sam_distill.selection import Fraction, Images, ValImages, choose, digests, is_image, limit_val_images, unique_keys
 from sam_distill.types import Sample, UserError
 
-DRAWN = ("pictures", "wandb")  # subfolders of a run folder with images that the run has drawn
+RUN_IMAGE_FOLDERS = ("pictures", "wandb")  # subfolders of a run folder with images that the run has drawn
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def image_files(folder: Path) -> list[Path]:
                 subfolders.clear()
                 continue
             entered.add((stat.st_dev, stat.st_ino))
-            drawn = DRAWN if "status.json" in names and "config.yaml" in names else ()
+            drawn = RUN_IMAGE_FOLDERS if "status.json" in names and "config.yaml" in names else ()
             subfolders[:] = sorted(name for name in subfolders if not name.startswith(".") and name not in drawn)
             tops += [path for name in subfolders if os.path.islink(path := os.path.join(parent, name))]
             found += [Path(parent, name) for name in names if is_image(name)]

@@ -19,7 +19,15 @@ from sam_distill.data.tar_stream import NOT_TRAINED_ON, EncodedSample, TarStream
 from sam_distill.images import decode, to_frame
 from sam_distill.selection import Fraction, Images, ValImages, fingerprint, limit_val_images
 from sam_distill.tars.index import companion
-from sam_distill.tars.shards import Shard, all_digests, choose_images, filter_shards, index_tars, split_by_keys, spread
+from sam_distill.tars.shards import (
+    Shard,
+    all_digests,
+    choose_images,
+    filter_shards,
+    first_images,
+    index_tars,
+    split_by_keys,
+)
 from sam_distill.types import Sample, UserError
 
 log = logging.getLogger(__name__)
@@ -46,10 +54,10 @@ class Sa1b(DataSource[Shard]):
         shards, problems = index_tars(path, "data.path", local)
         if val_path is None:
             held_out, self.shortage = limit_val_images(self.count(shards), val_images, f"data.path={path}")
-            val = spread(shards, held_out)
+            val = first_images(shards, held_out)
         else:
             val_shards, val_problems = index_tars(val_path, "data.val_path", local)
-            val = spread(val_shards, val_images)
+            val = first_images(val_shards, val_images)
             problems += val_problems
         _, rest = split_by_keys(shards, set(self.keys(val)))
         self.path, self.images, self.fraction, self.shuffle_buffer = path, images, fraction, shuffle_buffer
@@ -63,7 +71,7 @@ class Sa1b(DataSource[Shard]):
         self.shards, self.val, self.train = shards, val, choose_images(rest, self.images, self.fraction)
         self.annotations: tuple[int, int] | None = None  # (number per image, seed to draw them with)
         for problem in problems:
-            self.skipped_samples.note(problem)
+            self.skipped_samples.report_other(problem)
 
     def count(self, items: Sequence[Shard]) -> int:
         return sum(map(len, items))
@@ -91,7 +99,7 @@ class Sa1b(DataSource[Shard]):
     def blocks(self, size: int) -> list[Sequence[Shard]]:
         self._read_json()
         shards = [*self.val, *self.train]
-        return [[shard.only(slice(n, n + size))] for shard in shards for n in range(0, len(shard), size)]
+        return [[shard.select(slice(n, n + size))] for shard in shards for n in range(0, len(shard), size)]
 
     @property
     def fingerprint(self) -> str:
@@ -106,15 +114,15 @@ class Sa1b(DataSource[Shard]):
     def has_annotations(self) -> bool:
         return any(shard.has_companion(".json").any() for shard in self.shards)
 
-    def annotate(self, count: int, seed: int) -> None:
+    def load_annotations(self, count: int, seed: int) -> None:
         annotated = filter_shards(self.train, (shard.has_companion(".json") for shard in self.train))
         if not annotated:
             raise UserError("not one training image has annotations: a JSON of the same name beside it in its tar")
         left_out = self.num_train_images - self.count(annotated)
         self.train, self.annotations = annotated, (count, seed)
         self._read_json()
-        problems, self.skipped_samples = self.skipped_samples.others, SkippedSamples(self.num_train_images)
-        self.skipped_samples.others |= problems
+        problems, self.skipped_samples = self.skipped_samples.other_reasons, SkippedSamples(self.num_train_images)
+        self.skipped_samples.other_reasons |= problems
         if left_out:
             log.warning("%d training images have no annotations: left out", left_out)
 
@@ -134,7 +142,7 @@ class Sa1b(DataSource[Shard]):
         return self.with_annotations(sample, encoded) if ".json" in self.kinds else sample
 
     def with_annotations(self, sample: Sample, encoded: EncodedSample) -> Sample:
-        """Return the sample with its JSON (the last companion) and, for training after `annotate`, masks from it."""
+        """Return the sample with its JSON (the last companion) and, after `load_annotations`, masks drawn from it."""
         sample = replace(sample, json=encoded.contents[-1])
         if self.annotations is None or encoded.index == NOT_TRAINED_ON:
             return sample

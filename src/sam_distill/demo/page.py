@@ -14,7 +14,7 @@ from sam_distill.images import to_rgb
 from sam_distill.metrics import mask_iou
 from sam_distill.models.sam import Sam
 from sam_distill.predict.mask_generator import SamAutomaticMaskGenerator
-from sam_distill.predict.overlays import STUDENT, TEACHER, coloured, overlay
+from sam_distill.predict.overlays import STUDENT, TEACHER, masks_overlay, overlay
 from sam_distill.predict.predictor import SamPredictor
 
 FOREGROUND, BACKGROUND, BOX = "point on it", "point beside it", "box: two corners"
@@ -135,7 +135,7 @@ def _everything(visit: Visit, points_per_side: int) -> list[Any]:
         started = time.perf_counter()
         found = SamAutomaticMaskGenerator(predictor.model, points_per_side).generate(np.asarray(visit.image))
         times[f"{name}, {len(found)} masks"] = time.perf_counter() - started
-        views.append(coloured(visit.image, found))
+        views.append(masks_overlay(visit.image, found))
     return [visit, *views, f"Everything: {_timings(times)}."]
 
 

@@ -29,7 +29,7 @@ class Agreement(Protocol):
     def description(self) -> dict[str, str | int]:
         return super().description | {"points_per_image": self.points}
 
-    def ask(self, teacher: SamView) -> list[Target]:
+    def make_targets(self, teacher: SamView) -> list[Target]:
         batch = teacher.batch
         draw = PromptRng(batch.keys, [0] * len(batch), self.seed)  # always epoch 0: the same points in every evaluation
         at_points = point_prompts(uniform_points(draw, batch.sizes, self.points).unsqueeze(2))

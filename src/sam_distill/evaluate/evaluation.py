@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sam_distill.data.base import DataSource, EvalStream, Split, collate
-from sam_distill.evaluate.judge import BLIND, Answer, Judge, blind
+from sam_distill.evaluate.evaluator import BLIND, Evaluator, TeacherBatch, blind
 from sam_distill.evaluate.protocol import Protocol, write_prompts
 from sam_distill.evaluate.views import OtherModel, View
 from sam_distill.files import write_json
@@ -24,7 +24,7 @@ BLIND_IMAGES = 100  # the blind baseline uses at most this many images and holds
 
 
 @torch.inference_mode()
-def judge(
+def evaluate_prompts(
     *,
     student: Sam | OtherModel,
     teacher: Teacher,
@@ -46,19 +46,19 @@ def judge(
     for model in (student, teacher.sam):
         if isinstance(model, Sam):
             model.to(hardware.kind).to(memory_format=torch.channels_last)
-    result, teacher_result = Judge(protocol).to(hardware.kind), Judge(protocol).to(hardware.kind)
-    answers: list[Answer] = []
+    result, teacher_result = Evaluator(protocol).to(hardware.kind), Evaluator(protocol).to(hardware.kind)
+    answers: list[TeacherBatch] = []
     with CountProgress(total, "Evaluating") as progress:
         stream = EvalStream(source, split, truth=annotated)
         for batch in hardware.loader(stream, batch_size=batch_size, collate_fn=collate):
             batch = batch.to(hardware.kind)
             with hardware.autocast():  # as in validation during training; SamView decodes in float32 all the same
-                teacher_view = protocol.see(teacher.sam, teacher.embed(batch), batch)
+                teacher_view = protocol.view(teacher.sam, teacher.embed(batch), batch)
                 if isinstance(student, Sam):
-                    student_view: View = protocol.see(student, student.encode(batch.images, batch.sizes), batch)
+                    student_view: View = protocol.view(student, student.encode(batch.images, batch.sizes), batch)
                 else:
-                    student_view = student.see(batch)
-                targets = protocol.ask(teacher_view)
+                    student_view = student.view(batch)
+                targets = protocol.make_targets(teacher_view)
                 if annotated:
                     teacher_result.update(teacher_view, teacher_view.embedding, targets)
                 result.update(student_view, teacher_view.embedding, targets)
@@ -76,7 +76,7 @@ def judge(
     blind_images = sum(len(batch) for batch, _, _ in answers)
     embedding_sum = torch.stack([embedding.float().sum(0) for _, embedding, _ in answers]).sum(0)
     with hardware.autocast():
-        baseline = blind(Judge(protocol).to(hardware.kind), teacher.sam, answers, embedding_sum, blind_images)
+        baseline = blind(Evaluator(protocol).to(hardware.kind), teacher.sam, answers, embedding_sum, blind_images)
     metrics |= result.intervals() | baseline | ({"blind/images": blind_images} if baseline else {})
     if annotated:
         metrics |= {f"teacher/{n}": value for n, value in teacher_result.compute().items() if n.startswith("miou/")}
@@ -99,7 +99,7 @@ def facts(student: Sam | OtherModel, hardware: Hardware, images: int, total: int
         "images_skipped": total - images,
         "seconds": round(seconds, 1),
         "images_per_second": round(images / seconds, 2),
-        "precision": hardware.num_format,
+        "precision": hardware.resolved_precision,
         "device": hardware.device_name,
     }
 

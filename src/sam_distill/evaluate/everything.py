@@ -33,7 +33,7 @@ from sam_distill.metrics import bootstrap
 from sam_distill.models.sam import Sam
 from sam_distill.models.weights import home
 from sam_distill.predict.mask_generator import SamAutomaticMaskGenerator
-from sam_distill.predict.overlays import coloured, column, side_by_side
+from sam_distill.predict.overlays import column, masks_overlay, side_by_side
 from sam_distill.runs.hardware import Hardware
 from sam_distill.runs.progress import CountProgress
 from sam_distill.teachers import LiveTeacher
@@ -172,7 +172,7 @@ def _iou(first: Records, second: Records) -> np.ndarray:
 
 
 @torch.inference_mode()
-def judge_everything(
+def evaluate_everything(
     *, student: Sam | OtherModel, teacher: LiveTeacher, source: DataSource, split: Split, protocol: Everything,
     hardware: Hardware, batch_size: int, run_dir: Path,
 ) -> dict[str, Any]:  # fmt: skip
@@ -181,7 +181,7 @@ def judge_everything(
     for model in (student, teacher.sam):
         if isinstance(model, Sam):
             model.to(hardware.kind).to(memory_format=torch.channels_last)
-    teacher_id, detections = f"{teacher.sha256} {hardware.num_format}", Detections()
+    teacher_id, detections = f"{teacher.sha256} {hardware.resolved_precision}", Detections()
     rows: list[Image.Image] = []
     with CountProgress(total, "Segmenting everything") as progress, hardware.autocast():
         for batch in hardware.loader(EvalStream(source, split), batch_size=batch_size, collate_fn=collate):
@@ -205,7 +205,7 @@ def judge_everything(
 def _row(frame: np.ndarray, ours: Records, theirs: Records) -> Image.Image:
     image = Image.fromarray(frame)
     captions = ["image", f"teacher   {len(theirs)} masks", f"student   {len(ours)} masks"]
-    return side_by_side([image, coloured(image, theirs), coloured(image, ours)], captions)
+    return side_by_side([image, masks_overlay(image, theirs), masks_overlay(image, ours)], captions)
 
 
 def _print_scores(metrics: dict[str, Any], run_dir: Path) -> None:

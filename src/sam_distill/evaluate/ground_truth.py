@@ -42,7 +42,7 @@ class GroundTruth(Protocol):
     def description(self) -> dict[str, str | int]:
         return super().description | {"annotations_per_image": self.annotations or "all"}
 
-    def ask(self, teacher: SamView) -> list[Target]:
+    def make_targets(self, teacher: SamView) -> list[Target]:
         batch = teacher.batch
         chosen = [self._chosen(key, truth) for key, truth in zip(batch.keys, batch.truth, strict=True)]
         most, device = max(map(len, chosen)), batch.images.device

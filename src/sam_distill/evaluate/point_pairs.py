@@ -14,7 +14,7 @@ from pydantic import Field
 from sam_distill.evaluate.protocol import Protocol, Target
 from sam_distill.evaluate.views import SamView, Token
 from sam_distill.prompts.forms import point_prompts
-from sam_distill.prompts.sampling import PromptRng, at_points, points_at, uniform_points
+from sam_distill.prompts.sampling import PromptRng, distant_points, uniform_points, values_at
 from sam_distill.types import ABSENT, BACKGROUND, FOREGROUND, upload
 
 
@@ -37,7 +37,7 @@ class PointPairs(Protocol):
     def description(self) -> dict[str, str | int]:
         return super().description | {"pairs_per_image": self.pairs, "pixels": self.pixels, "outside": self.outside}
 
-    def ask(self, teacher: SamView) -> list[Target]:
+    def make_targets(self, teacher: SamView) -> list[Target]:
         batch = teacher.batch
         scale = torch.ones(len(batch), device=batch.sizes.device)
         if self.pixels == "original":
@@ -47,11 +47,11 @@ class PointPairs(Protocol):
             draw = PromptRng(batch.keys, [0] * len(batch), self.seed, kind)
             points = uniform_points(draw, batch.sizes, self.pairs)
             wanted = (distance * scale)[:, None, None]
-            others = points_at(draw, points, batch.sizes, wanted, wanted)
+            others = distant_points(draw, points, batch.sizes, wanted, wanted)
             fits = ((others - points).norm(dim=-1, keepdim=True) - wanted).abs()[..., 0] < 2
             if self.outside:
                 first_masks = teacher.low_res(point_prompts(points.unsqueeze(2))) > 0
-                fits &= ~at_points(first_masks, others)
+                fits &= ~values_at(first_masks, others)
             signs = upload([FOREGROUND, BACKGROUND], points.device).expand(*points.shape[:2], 2)
             labels = signs.masked_fill(~fits[..., None], ABSENT)
             prompts = point_prompts(torch.stack([points, others], 2), labels)

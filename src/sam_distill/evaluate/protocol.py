@@ -71,11 +71,11 @@ class Protocol(ABC):
         """Return the settings that must be equal for two scores to be comparable."""
         return {"token": self.token, "averaging": "per prompt", "prompt_seed": self.seed}
 
-    def see(self, sam: Sam, embedding: Tensor, batch: Batch) -> SamView:
+    def view(self, sam: Sam, embedding: Tensor, batch: Batch) -> SamView:
         return SamView(sam, embedding, batch, self.token)
 
     @abstractmethod
-    def ask(self, teacher: SamView) -> list[Target]:
+    def make_targets(self, teacher: SamView) -> list[Target]:
         """Draw prompts for the images of the teacher's view, and return them with their reference masks."""
 
     def compare(self, student: View, target: Target) -> Iterator[Outcome]:

@@ -40,7 +40,7 @@ class OtherModel(ABC):
     description: dict[str, Any]
 
     @abstractmethod
-    def see(self, batch: Batch) -> View:
+    def view(self, batch: Batch) -> View:
         """Return the model's view of the batch."""
 
     @abstractmethod

@@ -19,7 +19,7 @@ LEAST_IOU = {None: 0.999, "fp16": 0.995, "int8": 0.97}  # of mean mask IoU and o
 
 
 @dataclass(frozen=True)
-class Agreement:
+class ExportCheck:
     """Agreement of an export with PyTorch over `images` photographs and `prompts` prompts.
 
     embedding: largest absolute difference of the embeddings.
@@ -49,7 +49,7 @@ class Agreement:
 
 
 @torch.no_grad()
-def compare(sam: Sam, runner: Runner, samples: Sequence[Sample]) -> Agreement:
+def compare(sam: Sam, runner: Runner, samples: Sequence[Sample]) -> ExportCheck:
     """Compare the two from the picture to the mask: each decodes the embedding that it computed itself."""
     embeddings, cosines, ious, iou_errors = [], [], [], []
     seconds: list[list[float]] = [[], [], [], []]
@@ -66,14 +66,14 @@ def compare(sam: Sam, runner: Runner, samples: Sequence[Sample]) -> Agreement:
         embeddings.append(float((found - expected).abs().max()))
         cosines.append(float(F.cosine_similarity(found.flatten().double(), expected.flatten().double(), dim=0)))
         for prompt in prompts(sam, expected, sample):
-            reference = timed(3, sam.decode, expected, prompt.as_sam_has_it(), ALL)
+            reference = timed(3, sam.decode, expected, prompt.to_prompts(), ALL)
             low_res, iou = timed(1, runner.decode, found.numpy(), prompt)
             best = 1 + int(reference.iou[0, 0, 1:].argmax()) if prompt.ambiguous else 0
             ious.append(_iou(torch.from_numpy(low_res[best]), reference.low_res[0, 0, best], sample))
             iou_errors.append(float(np.abs(iou - reference.iou[0, 0].numpy()).max()))
     agreement = np.max(embeddings), np.min(cosines), np.mean(ious), np.min(ious), np.max(iou_errors)  # NaN stays NaN
     medians = [np.median(times) for times in seconds]
-    return Agreement(len(samples), len(ious), *map(float, [*agreement, *medians]))
+    return ExportCheck(len(samples), len(ious), *map(float, [*agreement, *medians]))
 
 
 def prompts(sam: Sam, embedding: Tensor, sample: Sample) -> Iterator[Prompt]:
@@ -85,7 +85,7 @@ def prompts(sam: Sam, embedding: Tensor, sample: Sample) -> Iterator[Prompt]:
     yield Prompt(torch.stack([middle, high]), torch.tensor([FOREGROUND, BACKGROUND]))
     box = Prompt(torch.stack([low, high]), torch.tensor([BOX_TOP_LEFT, BOX_BOTTOM_RIGHT]))
     yield box
-    earlier = sam.decode(embedding, box.as_sam_has_it(), ALL).low_res[0, 0, :1]
+    earlier = sam.decode(embedding, box.to_prompts(), ALL).low_res[0, 0, :1]
     yield Prompt(torch.stack([low, middle, high]), torch.tensor([FOREGROUND, BACKGROUND, FOREGROUND]), earlier)
 
 

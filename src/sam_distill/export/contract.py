@@ -78,7 +78,7 @@ MASK_INPUT = TensorSpec("mask_input", (1, 1, LOW_RES, LOW_RES), "logits of an ea
 HAS_MASK_INPUT = TensorSpec("has_mask_input", (1,), "1 if there is a mask_input, else 0")
 COORDINATES = f"(x, y) in pixels of the picture with its long side resized to {FRAME}, 0 to {FRAME}"
 LABELS = "1 foreground, 0 background, 2 and 3 a box's top left and bottom right corner, -1 no point"
-WHICH = "0 for boxes and several points; of 1 to 3 the one with the highest predicted IoU for a single click"
+MASK_ORDER = "0 for boxes and several points; of 1 to 3 the one with the highest predicted IoU for a single click"
 
 
 def prompt(points: int) -> list[TensorSpec]:
@@ -90,8 +90,8 @@ def prompt(points: int) -> list[TensorSpec]:
     ]
 
 
-ANSWER = [
-    TensorSpec(LOW_RES_MASKS, (1, 4, LOW_RES, LOW_RES), f"logits of four masks; {WHICH}"),
+DECODER_OUTPUTS = [
+    TensorSpec(LOW_RES_MASKS, (1, 4, LOW_RES, LOW_RES), f"logits of four masks; {MASK_ORDER}"),
     TensorSpec(IOUS, (1, 4), "the model's own estimate of each mask's IoU, about 0 to 1"),
 ]
 UPSCALING = (

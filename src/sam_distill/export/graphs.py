@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sam_distill.export import contract
-from sam_distill.export.contract import ANSWER, EMBEDDING, HAS_MASK_INPUT, MASK_INPUT, Normalize
+from sam_distill.export.contract import DECODER_OUTPUTS, EMBEDDING, HAS_MASK_INPUT, MASK_INPUT, Normalize
 from sam_distill.inference.simplify import simplified
 from sam_distill.models.prompt_encoder import PromptEncoder
 from sam_distill.models.sam import PIXEL_MEAN, PIXEL_STD, Sam
 from sam_distill.types import ABSENT, ALL, BOX_BOTTOM_RIGHT, BOX_TOP_LEFT, NOT_A_POINT, Prompts
 
-NOTHING = 1000.0  # more than any logit: subtracted for an unknown label
+UNKNOWN_LABEL_PENALTY = 1000.0  # more than any logit: subtracted for an unknown label
 
 
 class Encoder(nn.Module):
@@ -49,7 +49,7 @@ class Decoder(nn.Module):
         self.prompt_encoder = sam.prompt_encoder
         self.mask_decoder = sam.mask_decoder
         self.inputs = [EMBEDDING, *contract.prompt(points), MASK_INPUT, HAS_MASK_INPUT]
-        self.outputs = ANSWER
+        self.outputs = DECODER_OUTPUTS
 
     def forward(
         self,
@@ -75,7 +75,8 @@ class Decoder(nn.Module):
         image_pe = self.prompt_encoder.dense_positions()
         masks = self.mask_decoder(image_embeddings, image_pe, tokens, dense, labels, ALL)
         unknown = (point_labels - point_labels.clamp(NOT_A_POINT, BOX_BOTTOM_RIGHT)).abs().amax(dim=1, keepdim=True)
-        return masks.low_res[0] - NOTHING * unknown.view(1, 1, 1, 1), masks.iou[0] - NOTHING * unknown
+        penalty = UNKNOWN_LABEL_PENALTY * unknown
+        return masks.low_res[0] - penalty.view(1, 1, 1, 1), masks.iou[0] - penalty
 
 
 def dense_prompt(prompt_encoder: PromptEncoder, mask: Tensor, has_mask: Tensor) -> Tensor:

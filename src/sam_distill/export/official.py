@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from safetensors.torch import save
 
-from sam_distill.models.checkpoints import DESCRIPTION, describe, in_words, official_state, save_sam
+from sam_distill.models.checkpoints import DESCRIPTION, describe, format_spec, official_state, save_sam
 from sam_distill.models.sam import Sam
 from sam_distill.types import UserError
 
@@ -37,7 +37,7 @@ def save_official(sam: Sam, path: Path, layout: Literal["mobile_sam", "sam"]) ->
         fits = f"format={next(iter(found))}" if found else "format=onnx or format=safetensors"
         names = {"mobile_sam": "MobileSAM's TinyViT-5M", "sam": "SAM's ViT-B, L and H"}
         raise UserError(
-            f"format={layout} is for {names[layout]}, but this is {in_words(describe(sam)['encoder'])}: take {fits}"
+            f"format={layout} is for {names[layout]}, but this is {format_spec(describe(sam)['encoder'])}: take {fits}"
         )
     save_sam(sam, path)
     return found[layout]

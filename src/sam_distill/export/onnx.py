@@ -57,7 +57,7 @@ class OnnxRunner:
         return self.encoder.run(None, encoder_input(sample))[0]
 
     def decode(self, embedding: np.ndarray, prompt: Prompt) -> tuple[np.ndarray, np.ndarray]:
-        prompts = prompt.as_sam_has_it()
+        prompts = prompt.to_prompts()
         values = [
             embedding, prompts.points[0].numpy(), prompts.labels[0].float().numpy(), *mask_inputs(prompt),
             np.array([FRAME, FRAME], np.float32),

@@ -28,7 +28,7 @@ class Prompt:
     def ambiguous(self) -> bool:
         return len(self.labels) == 1 and self.mask is None
 
-    def as_sam_has_it(self) -> Prompts:
+    def to_prompts(self) -> Prompts:
         """Return the prompt as SAM's prompt encoder takes it: a NOT_A_POINT is appended to points without a box."""
         padding = 0 if (self.labels >= BOX_TOP_LEFT).any() else 1
         points = F.pad(self.points, (0, 0, 0, padding))[None, None]

@@ -7,7 +7,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sam_distill.export.contract import COORDINATES, EMBEDDING, HAS_MASK_INPUT, LABELS, MASK_INPUT, WHICH, TensorSpec
+from sam_distill.export.contract import (
+    COORDINATES,
+    EMBEDDING,
+    HAS_MASK_INPUT,
+    LABELS,
+    MASK_INPUT,
+    MASK_ORDER,
+    TensorSpec,
+)
 from sam_distill.export.graphs import Encoder, dense_prompt
 from sam_distill.models.sam import Sam
 from sam_distill.types import ALL, BOX_BOTTOM_RIGHT, FRAME, LOW_RES, NOT_A_POINT, Prompts
@@ -16,7 +24,7 @@ PICTURE = "RGB, 0 to 255, resized so that the long side is 1024, not padded"
 ENDING = "points without a box end with a point (0, 0) labelled -1"
 
 
-class Refusal(nn.Module):
+class FailIf(nn.Module):
     """Layer that makes the runtime fail if the graph's input is wrong, and otherwise returns a tensor unchanged."""
 
     nothing: Tensor
@@ -37,7 +45,7 @@ class AnySizeEncoder(nn.Module):
 
     def __init__(self, sam: Sam) -> None:
         super().__init__()
-        self.refuse = Refusal()
+        self.refuse = FailIf()
         self.encoder = Encoder(sam, "outside")
         # The reduction to S is a matrix product, because runtimes differ in how they resize with antialiasing.
         unit = torch.eye(FRAME).view(1, 1, FRAME, FRAME)
@@ -66,7 +74,7 @@ class UpscalingDecoder(nn.Module):
 
     def __init__(self, sam: Sam) -> None:
         super().__init__()
-        self.refuse = Refusal()
+        self.refuse = FailIf()
         self.prompt_encoder = sam.prompt_encoder
         self.mask_decoder = sam.mask_decoder
         self.inputs = [
@@ -78,7 +86,7 @@ class UpscalingDecoder(nn.Module):
             TensorSpec("orig_im_size", (2,), "height and width of the picture before it was resized"),
         ]
         self.outputs = [
-            TensorSpec("masks", ("prompts", 4, "H", "W"), f"logits; a mask is where they are above 0; {WHICH}"),
+            TensorSpec("masks", ("prompts", 4, "H", "W"), f"logits; a mask is where they are above 0; {MASK_ORDER}"),
             TensorSpec("iou_predictions", ("prompts", 4), "the model's own estimate of each mask's IoU, about 0 to 1"),
             TensorSpec("low_res_masks", ("prompts", 4, LOW_RES, LOW_RES), "logits, before they were up-sampled"),
         ]

@@ -48,7 +48,7 @@ def _checked(
     return {"runtime": runtime, "least_iou": least_iou} | found.as_json()
 
 
-def _show(found: check.Agreement, runtime: str, least_iou: float) -> None:
+def _show(found: check.ExportCheck, runtime: str, least_iou: float) -> None:
     title = f"{runtime} beside PyTorch, {found.images} photographs, {found.prompts} prompts"
     table = Table("", "", title=title, show_header=False)
     table.add_row("embeddings: largest difference, least cosine", f"{found.embedding:.1e}, {found.cosine:.5f}")

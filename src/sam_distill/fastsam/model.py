@@ -43,7 +43,7 @@ def _or_fastsam(checkpoint: Any, as_sam: ValidatorFunctionWrapHandler) -> Any:
     return checkpoint if isinstance(checkpoint, str) and is_fastsam(checkpoint) else as_sam(checkpoint)
 
 
-Judged = Annotated[Checkpoint, WrapValidator(_or_fastsam)]  # checkpoint of a SAM or a FastSAM
+SamOrFastSam = Annotated[Checkpoint, WrapValidator(_or_fastsam)]  # checkpoint of a SAM or a FastSAM
 
 
 class FastSam(OtherModel):
@@ -69,7 +69,7 @@ class FastSam(OtherModel):
         self.description = {"parameters/model": sum(p.numel() for p in self.network.model.parameters())}
         self.description |= {"fastsam/mapping": mapping, "fastsam/conf": conf, "fastsam/iou": iou}
 
-    def see(self, batch: Batch) -> View:
+    def view(self, batch: Batch) -> View:
         areas = zip(batch.images, batch.sizes.tolist(), strict=True)
         return FastSamView([self.everything(image[:, :h, :w]) for image, (h, w) in areas], batch, self.mapping)
 
@@ -111,7 +111,7 @@ class FastSamView(View):
 
 def _name(checkpoint: str) -> str | None:
     """Return the name in our weights table, also for its published file name unless such a file exists; else None."""
-    name = checkpoint if Path(checkpoint).exists() else weights.named(checkpoint) or checkpoint
+    name = checkpoint if Path(checkpoint).exists() else weights.name_of_file(checkpoint) or checkpoint
     return name if name in weights.names("fastsam") else None
 
 

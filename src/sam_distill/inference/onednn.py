@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sam_distill.inference.neighbours import neighbours, replace_layer
+from sam_distill.inference.layer_pairs import layer_pairs, replace_layer
 from sam_distill.models.layers import DepthwiseConv2d
 from sam_distill.types import GRID
 
@@ -58,7 +58,7 @@ def with_fused_layers(encoder: nn.Module) -> nn.Module:
     """Return a copy in which each linear layer and convolution applies the activation that takes exactly its output."""
     fused, identity = copy.deepcopy(encoder), nn.Identity()
     layers = dict(fused.named_modules())
-    pairs = neighbours(fused, tuple(LAYERS), tuple(ACTIVATIONS.keys() - {nn.Identity}))
+    pairs = layer_pairs(fused, tuple(LAYERS), tuple(ACTIVATIONS.keys() - {nn.Identity}))
     activations = {layer_name: name for layer_name, name in pairs if _can_fuse(layers[layer_name], layers[name])}
     for name, layer in layers.items():
         if name in activations.values():

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from sam_distill.inference.neighbours import neighbours, replace_layer
+from sam_distill.inference.layer_pairs import layer_pairs, replace_layer
 from sam_distill.models.sam import Sam
 
 
@@ -26,14 +26,14 @@ def simplified(sam: Sam) -> Sam:
 
 
 def has_batch_norms(encoder: nn.Module) -> bool:
-    """Whether there are any. SAM's ViTs have none, so that `neighbours` need not run these large networks."""
+    """Whether there are any. SAM's ViTs have none, so that `layer_pairs` need not run these large networks."""
     return any(isinstance(layer, nn.BatchNorm2d) for layer in encoder.modules())
 
 
 @torch.no_grad()
 def _fold_batch_norms(encoder: nn.Module) -> None:
     """Fold each BatchNorm that takes exactly the output of a convolution into that convolution."""
-    for conv_name, name in neighbours(encoder, (nn.Conv2d,), (nn.BatchNorm2d,)):
+    for conv_name, name in layer_pairs(encoder, (nn.Conv2d,), (nn.BatchNorm2d,)):
         conv: Any = encoder.get_submodule(conv_name)
         norm: Any = encoder.get_submodule(name)
         conv.weight, conv.bias = fuse_conv_bn_weights(

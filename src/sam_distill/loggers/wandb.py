@@ -16,9 +16,9 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from requests.utils import get_netrc_auth
 
 from sam_distill.errors import UserError, one_line
-from sam_distill.evaluate.judge import Judge, Picture
+from sam_distill.evaluate.evaluator import Evaluator, Picture
 from sam_distill.evaluate.protocol import COLUMNS, prompt_rows
-from sam_distill.predict.overlays import contained, prompted
+from sam_distill.predict.overlays import prompt_overlay, resize_long_side
 from sam_distill.runs import status
 
 STEP = "trainer/global_step"  # the x-axis, as Lightning's W&B logger names it
@@ -92,12 +92,12 @@ class WandB:
         return [logger]
 
 
-def validation_media(judge: Judge, skipped_by_tar: Mapping[str, int]) -> dict[str, Any]:
+def validation_media(evaluator: Evaluator, skipped_by_tar: Mapping[str, int]) -> dict[str, Any]:
     """Return a validation's results for W&B: images with masks that can be switched on and off, and tables."""
-    images = [_image(picture, judge.protocol.reference) for picture in judge.pictures]
-    rows = prompt_rows([picture.comparison for picture in judge.pictures])
+    images = [_image(picture, evaluator.protocol.reference) for picture in evaluator.pictures]
+    rows = prompt_rows([picture.comparison for picture in evaluator.pictures])
     pictures = [[image, *row.values()] for image, row in zip(images, rows, strict=True)]
-    prompts = [list(row.values()) for row in prompt_rows(judge.comparisons)]
+    prompts = [list(row.values()) for row in prompt_rows(evaluator.comparisons)]
     content = {
         "val/masks": images,
         "val/pictures": wandb.Table(columns=["picture", *COLUMNS], data=pictures),
@@ -122,14 +122,14 @@ def _image(picture: Picture, reference: str) -> wandb.Image:
         who: {"mask_data": label * np.asarray(_squared(Image.fromarray(mask)), np.uint8), "class_labels": {label: who}}
         for label, (who, mask) in enumerate({reference: picture.reference, "student": picture.student}.items(), 1)
     }
-    image = _squared(prompted(picture.image, row.prompt, row.labels))
+    image = _squared(prompt_overlay(picture.image, row.prompt, row.labels))
     return wandb.Image(image, caption=f"{row.image}, {row.kind}: IoU {row.iou:.2f}", masks=masks, file_type="jpg")
 
 
 def _squared(image: Image.Image) -> Image.Image:
     """Return the image scaled into a SIDE x SIDE square; Pillow keeps the values of a mask, mode 1, at 0 and 1."""
     square = Image.new(image.mode, (SIDE, SIDE))
-    square.paste(contained(image, SIDE, Image.Resampling.BILINEAR))
+    square.paste(resize_long_side(image, SIDE, Image.Resampling.BILINEAR))
     return square
 
 

@@ -68,7 +68,8 @@ def load_weights(sam: Sam, checkpoint: str | Path) -> None:
     state, description = _read(path)
     ours = describe(sam)["encoder"]
     if description["encoder"] != ours:
-        raise UserError(f"{path} holds the encoder {in_words(description['encoder'])}, but this is {in_words(ours)}")
+        held = format_spec(description["encoder"])
+        raise UserError(f"{path} holds the encoder {held}, but this is {format_spec(ours)}")
     _load(sam, state, path)
 
 
@@ -217,7 +218,7 @@ def _load(sam: Sam, state: dict[str, Tensor], path: Path) -> None:
     problems = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
     message = [f"{len(keys)} tensors {what} ({keys[0]}, ...)" for what, keys in problems.items() if keys]
     if message:
-        raise UserError(f"{path} does not fit {in_words(describe(sam)['encoder'])}: {'; '.join(message)}")
+        raise UserError(f"{path} does not fit {format_spec(describe(sam)['encoder'])}: {'; '.join(message)}")
     broken = sorted(key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all())
     if broken:
         raise UserError(f"{path} holds NaN or infinity in {len(broken)} tensors ({broken[0]}, ...): it can't be used")
@@ -249,7 +250,7 @@ def _official_names(sam: Sam) -> dict[str, str]:
     return {key: official(key) for key in sam.state_dict()}
 
 
-def in_words(spec: Mapping[str, Any]) -> str:
+def format_spec(spec: Mapping[str, Any]) -> str:
     """Return an encoder's spec as text for messages: `Class(name=value, ...)`."""
     details = ", ".join(f"{name}={value}" for name, value in spec.items() if name != "class")
     return f"{spec['class']}({details})"

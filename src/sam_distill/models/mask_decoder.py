@@ -21,7 +21,7 @@ from sam_distill.types import ABSENT, EMBED_DIM, GRID, LOW_RES, Masks
 
 NUM_MASKS = 4  # token 0: the single mask; tokens 1-3: whole, part, sub-part of an ambiguous prompt
 HEADS = 8
-HIDDEN = -1e4  # added to the attention scores of absent tokens; finite, because some runtimes have no infinity
+MASKED_SCORE = -1e4  # added to the attention scores of absent tokens; finite, because some runtimes have no infinity
 # Number of prompts decoded at a time without gradients: their image features, 4 MB per prompt, should stay in a CPU's
 # cache and fit into a GPU's memory.
 CHUNK_CPU, CHUNK_GPU = 1, 64
@@ -223,7 +223,7 @@ class MaskDecoder(nn.Module):
         dense: Tensor,
         labels: Tensor | None,
         wanted: slice,
-        least_iou: float | None = None,
+        min_pred_iou: float | None = None,
     ) -> Masks:
         """Decode every prompt of every image in one pass.
 
@@ -231,25 +231,27 @@ class MaskDecoder(nn.Module):
         tokens: [B, P, N, 256]; dense: [B, P, 4096, 256] or [1, 1, 1, 256] (no mask prompt, shared).
         labels: [B, P, N], to keep ABSENT tokens out of attention; None: no token is absent.
         wanted: the mask tokens to decode: SINGLE, MULTI or ALL.
-        least_iou: a prompt gets zeros for masks if none of its predicted IoUs exceeds this: masks are half the work.
+        min_pred_iou: a prompt gets zeros for masks if none of its predicted IoUs exceeds this: masks are half the work.
         """
         batch, prompts = tokens.shape[:2]
         image = embedding.flatten(2).transpose(-2, -1).unsqueeze(1) + dense
         output_tokens = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
         tokens = torch.cat([output_tokens.expand(batch, prompts, -1, -1), tokens], dim=2)
         parts = self.transformer(tokens, image, image_pe, _token_mask(labels, len(output_tokens)))
-        answers = [self._predict(tokens, image, wanted, least_iou) for tokens, image in parts]
+        answers = [self._predict(tokens, image, wanted, min_pred_iou) for tokens, image in parts]
         return Masks(*(torch.cat(each, dim=1) for each in zip(*answers, strict=True)))
 
-    def _predict(self, tokens: Tensor, image: Tensor, wanted: slice, least_iou: float | None) -> tuple[Tensor, Tensor]:
+    def _predict(
+        self, tokens: Tensor, image: Tensor, wanted: slice, min_pred_iou: float | None
+    ) -> tuple[Tensor, Tensor]:
         """Return masks [B, p, M, 256, 256], predicted IoUs [B, p, M] from tokens [B, p, T, C], image [B, p, L, C]."""
         iou = self.iou_prediction_head(tokens[:, :, 0])[:, :, wanted].float()
         mask_tokens = tokens[:, :, 1 : 1 + NUM_MASKS][:, :, wanted]
-        if least_iou is None:
+        if min_pred_iou is None:
             masks = self._predict_masks(mask_tokens.flatten(0, 1), image.flatten(0, 1), wanted)
             return masks.unflatten(0, iou.shape[:2]), iou
         masks = iou.new_zeros(*iou.shape, LOW_RES, LOW_RES)
-        good = (iou > least_iou).any(-1).nonzero(as_tuple=True)
+        good = (iou > min_pred_iou).any(-1).nonzero(as_tuple=True)
         if len(good[0]):
             masks[good] = self._predict_masks(mask_tokens[good], image[good], wanted)
         return masks, iou
@@ -278,7 +280,7 @@ def _upscale_cells(x: Tensor, conv: nn.ConvTranspose2d) -> Tensor:
 
 
 def _token_mask(labels: Tensor | None, num_output_tokens: int) -> Tensor | None:
-    """Return [B, P, T]: HIDDEN for absent tokens, else 0. On a CPU None if no token is absent, which is faster there.
+    """Return [B, P, T]: MASKED_SCORE for absent tokens, else 0. On a CPU None if no token is absent: it is faster.
 
     On a GPU this check would have to wait for the labels; an exported graph can't branch on them.
     """
@@ -287,4 +289,4 @@ def _token_mask(labels: Tensor | None, num_output_tokens: int) -> Tensor | None:
     present = labels != ABSENT
     if not torch.compiler.is_compiling() and labels.device.type == "cpu" and bool(present.all()):
         return None
-    return F.pad((1 - present.float()) * HIDDEN, (num_output_tokens, 0))
+    return F.pad((1 - present.float()) * MASKED_SCORE, (num_output_tokens, 0))

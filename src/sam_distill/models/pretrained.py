@@ -19,7 +19,7 @@ from sam_distill.types import UserError
 log = logging.getLogger(__name__)
 logging.getLogger("timm").setLevel(logging.ERROR)  # it logs downloads even if they fail, and unused layers
 
-HUB_PATIENCE = 3  # timeout of the connection, seconds
+HUB_TIMEOUT = 3  # timeout of the connection, seconds
 
 
 def with_imagenet_weights(name: str, build: Callable[..., nn.Module], pretrained: bool | str) -> nn.Module:
@@ -96,7 +96,7 @@ def _offline_unless_reached() -> Iterator[None]:
     """
     before = hub.HF_HUB_OFFLINE
     try:
-        get_session().head(hub.ENDPOINT, timeout=HUB_PATIENCE)
+        get_session().head(hub.ENDPOINT, timeout=HUB_TIMEOUT)
     except Exception:  # its type depends on the library that the client is built on
         hub.HF_HUB_OFFLINE = True
     try:

@@ -51,19 +51,19 @@ class Sam(nn.Module):
         return self.image_encoder(preprocess(images, sizes, self.image_size)).float()
 
     def decode(
-        self, embedding: Tensor, prompts: Prompts, wanted: slice = SINGLE, least_iou: float | None = None
+        self, embedding: Tensor, prompts: Prompts, wanted: slice = SINGLE, min_pred_iou: float | None = None
     ) -> Masks:
         """Return the wanted masks, SINGLE, MULTI or ALL: embedding [B, 256, 64, 64], prompts for the same B images.
 
-        least_iou: a prompt gets zeros for masks, in half the time, if none of its predicted IoUs exceeds this.
+        min_pred_iou: a prompt gets zeros for masks, in half the time, if none of its predicted IoUs exceeds this.
         """
         if len(embedding) > 1 and _better_one_by_one(embedding):
             parts = [slice(i, i + 1) for i in range(len(embedding))]
-            each = [self.decode(embedding[part], prompts[part], wanted, least_iou) for part in parts]
+            each = [self.decode(embedding[part], prompts[part], wanted, min_pred_iou) for part in parts]
             return Masks(torch.cat([masks.low_res for masks in each]), torch.cat([masks.iou for masks in each]))
         tokens, dense = self.prompt_encoder(prompts)
         image_pe = self.prompt_encoder.dense_positions()
-        return self.mask_decoder(embedding, image_pe, tokens, dense, prompts.labels, wanted, least_iou)
+        return self.mask_decoder(embedding, image_pe, tokens, dense, prompts.labels, wanted, min_pred_iou)
 
     def forward(self, images: Tensor, sizes: Tensor, prompts: Prompts, wanted: slice = SINGLE) -> Masks:
         return self.decode(self.encode(images, sizes), prompts, wanted)

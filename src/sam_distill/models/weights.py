@@ -58,7 +58,7 @@ def names(kind: str | None = None) -> list[str]:
     return [name for name, checkpoint in _table().items() if kind in (None, checkpoint.kind)]
 
 
-def named(file: str) -> str | None:
+def name_of_file(file: str) -> str | None:
     """Return the name of the checkpoint that is published as `file`; None if there is none."""
     return next((name for name, checkpoint in _table().items() if checkpoint.file == file), None)
 

@@ -30,7 +30,7 @@ class Patch:
     x: Span
 
 
-class FullSize:
+class PatchUpsampler:
     """Up-sampler of low-res logits with the results of `upscale_masks`, for parts of a mask.
 
     size: (h, w) of the picture in the frame. crop: (x0, y0, x1, y1) of the picture in the whole image of `image_size`

@@ -17,9 +17,9 @@ from torchvision.ops import nms
 
 from sam_distill.models.sam import Sam
 from sam_distill.predict.crops import Box, checked_grids, coarse_to_fine, crop_boxes, is_cut_off, point_grid
-from sam_distill.predict.full_size import FullSize, Patch, box_of
+from sam_distill.predict.full_size import Patch, PatchUpsampler, box_of
 from sam_distill.predict.predictor import ImageLike, SamPredictor, to_pil
-from sam_distill.predict.regions import without_small_regions
+from sam_distill.predict.regions import remove_small_regions
 from sam_distill.predict.run_lengths import Runs, runs_of
 from sam_distill.predict.similar_points import SimilarPoints
 from sam_distill.prompts.forms import point_prompts
@@ -29,10 +29,10 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundMask:
     """Mask found in a crop of an image. box: of its pixels; point: its prompt; all in pixels of the image."""
 
-    canvas: FullSize
+    upsampler: PatchUpsampler
     patch: Patch
     box: Box
     iou: float
@@ -41,7 +41,7 @@ class Found:
 
     @property
     def crop(self) -> Box:
-        return self.canvas.crop
+        return self.upsampler.crop
 
 
 class SamAutomaticMaskGenerator:
@@ -129,31 +129,33 @@ class SamAutomaticMaskGenerator:
             sizes = [(x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in (mask.crop for mask in found)]
             found = _nms(found, [mask.box for mask in found], [1 / size for size in sizes], self.crop_nms_thresh)
         with torch.autocast(self.predictor.device.type, enabled=False):
-            masks = [(mask, mask.canvas.runs(mask.patch)) for mask in found]
+            masks = [(mask, mask.upsampler.runs(mask.patch)) for mask in found]
         if self.min_mask_region_area > 0:
             masks = self._without_small_regions(masks)
         return [self._record(mask, runs) for mask, runs in masks]
 
-    def _masks_in_crop(self, image: Image.Image, crop: Box, grid: np.ndarray) -> list[Found]:
+    def _masks_in_crop(self, image: Image.Image, crop: Box, grid: np.ndarray) -> list[FoundMask]:
         """Return the masks of one crop."""
         size = image.height, image.width
         predictor = self.predictor
         predictor.set_image(image.crop(crop))
-        canvas = FullSize(predictor.input_size, crop, size, predictor.device)
+        upsampler = PatchUpsampler(predictor.input_size, crop, size, predictor.device)
         points = grid * predictor.original_size[::-1]
         framed = predictor.transform.apply_coords(points, predictor.original_size)
         similar = SimilarPoints(predictor.get_image_embedding(), framed) if self.fast else None
         to_ask = coarse_to_fine(grid) if self.fast else np.arange(len(grid))
-        found: list[Found] = []
+        found: list[FoundMask] = []
         while len(to_ask):
             asked, to_ask = to_ask[: self.points_per_batch], to_ask[self.points_per_batch :]
-            for point, masks in zip(asked, self._masks_at_points(points[asked], framed[asked], canvas), strict=True):
+            for point, masks in zip(asked, self._masks_at_points(points[asked], framed[asked], upsampler), strict=True):
                 found += masks
                 if similar is not None:
-                    to_ask = to_ask[~similar.answered_alike(point, [mask.patch for mask in masks])[to_ask]]
+                    to_ask = to_ask[~similar.redundant_points(point, [mask.patch for mask in masks])[to_ask]]
         return _nms(found, [mask.box for mask in found], [mask.iou for mask in found], self.box_nms_thresh)
 
-    def _masks_at_points(self, points: np.ndarray, framed: np.ndarray, canvas: FullSize) -> list[list[Found]]:
+    def _masks_at_points(
+        self, points: np.ndarray, framed: np.ndarray, upsampler: PatchUpsampler
+    ) -> list[list[FoundMask]]:
         """Return the good ones of the three masks of each point. points: [n, 2] in the crop; framed: in the frame."""
         predictor, least = self.predictor, self.pred_iou_thresh if self.pred_iou_thresh > 0 else None
         prompts = point_prompts(torch.from_numpy(framed.astype(np.float32))[None, :, None].to(predictor.device))
@@ -161,24 +163,24 @@ class SamAutomaticMaskGenerator:
         trusted = masks.iou[0] > (-torch.inf if least is None else least)
         indices, ious = trusted.nonzero()[:, 0].tolist(), masks.iou[0][trusted].tolist()
         with torch.autocast(predictor.device.type, enabled=False):
-            patches = canvas.patches(masks.low_res[0][trusted], min(0.0, -self.stability_score_offset))
-            measured = [canvas.measure(patch, self.stability_score_offset) for patch in patches]
-        corner = np.array(canvas.crop[:2])
-        good: list[list[Found]] = [[] for _ in points]
+            patches = upsampler.patches(masks.low_res[0][trusted], min(0.0, -self.stability_score_offset))
+            measured = [upsampler.measure(patch, self.stability_score_offset) for patch in patches]
+        corner = np.array(upsampler.crop[:2])
+        good: list[list[FoundMask]] = [[] for _ in points]
         for index, iou, patch, (stability, box) in zip(indices, ious, patches, measured, strict=True):
             x0, y0, x1, y1 = (int(side) for side in box + np.tile(corner, 2))
             unstable = self.stability_score_thresh > 0 and not stability >= self.stability_score_thresh
-            if not unstable and not is_cut_off((x0, y0, x1, y1), canvas.crop, canvas.image_size):
+            if not unstable and not is_cut_off((x0, y0, x1, y1), upsampler.crop, upsampler.image_size):
                 x, y = (points[index] + corner).tolist()
-                good[index].append(Found(canvas, patch, (x0, y0, x1, y1), iou, stability, (x, y)))
+                good[index].append(FoundMask(upsampler, patch, (x0, y0, x1, y1), iou, stability, (x, y)))
         return good
 
-    def _without_small_regions(self, masks: Sequence[tuple[Found, Runs]]) -> list[tuple[Found, Runs]]:
+    def _without_small_regions(self, masks: Sequence[tuple[FoundMask, Runs]]) -> list[tuple[FoundMask, Runs]]:
         """Remove small regions, then masks that have become duplicates; masks that did not change are preferred."""
         mended, unchanged = [], []
         for mask, runs in masks:
             before = runs.mask()
-            after: np.ndarray = without_small_regions(before, self.min_mask_region_area)
+            after: np.ndarray = remove_small_regions(before, self.min_mask_region_area)
             if changed := bool((before != after).any()):
                 runs = runs_of([(0, after.T)], 0, runs.size)
                 mask = replace(mask, box=box_of(np.asarray(after.any(0)), np.asarray(after.any(1))))
@@ -187,7 +189,7 @@ class SamAutomaticMaskGenerator:
         boxes, threshold = [mask.box for mask, _ in mended], max(self.box_nms_thresh, self.crop_nms_thresh)
         return _nms(mended, boxes, unchanged, threshold)
 
-    def _record(self, mask: Found, runs: Runs) -> dict[str, Any]:
+    def _record(self, mask: FoundMask, runs: Runs) -> dict[str, Any]:
         draw = {"binary_mask": runs.mask, "uncompressed_rle": runs.uncompressed, "coco_rle": runs.compressed}
         return {
             "segmentation": draw[self.output_mode](),

@@ -40,7 +40,7 @@ def overlay(
     return picture
 
 
-def coloured(image: Image.Image, records: Iterable[Mapping[str, Any]]) -> Image.Image:
+def masks_overlay(image: Image.Image, records: Iterable[Mapping[str, Any]]) -> Image.Image:
     """Return `image` with many masks, each in a different colour, small masks above large ones.
 
     records: from `SamAutomaticMaskGenerator`, as binary_mask or coco_rle.
@@ -58,7 +58,7 @@ def coloured(image: Image.Image, records: Iterable[Mapping[str, Any]]) -> Image.
     return Image.fromarray(pixels)
 
 
-def prompted(
+def prompt_overlay(
     image: Image.Image,
     prompt: Sequence[float],
     labels: Sequence[int],
@@ -75,7 +75,7 @@ def prompted(
 
 def side_by_side(panels: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image:
     """Return a row of pictures, resized to the same long side, each under its caption."""
-    panels = [contained(panel, _PANEL, Image.Resampling.LANCZOS) for panel in panels]
+    panels = [resize_long_side(panel, _PANEL, Image.Resampling.LANCZOS) for panel in panels]
     font = ImageFont.load_default(15)
     widths = [max(panel.width, int(font.getlength(text)) + 5) for panel, text in zip(panels, captions, strict=True)]
     width = sum(widths) + _GAP * (len(panels) - 1)
@@ -89,7 +89,7 @@ def side_by_side(panels: Sequence[Image.Image], captions: Sequence[str]) -> Imag
     return row
 
 
-def contained(picture: Image.Image, side: int, resample: Image.Resampling) -> Image.Image:
+def resize_long_side(picture: Image.Image, side: int, resample: Image.Resampling) -> Image.Image:
     """Resize to this long side, and 1 pixel at least: ImageOps.contain rounds the short side of a thin picture to 0."""
     width, height = (max(1, round(length * side / max(picture.size))) for length in picture.size)
     return picture.resize((width, height), resample)

@@ -18,7 +18,7 @@ from sam_distill.prompts.forms import box_prompts, point_prompts
 from sam_distill.types import FRAME, LOW_RES, MULTI, SINGLE, Prompts
 
 ImageLike = np.ndarray | Tensor | Image.Image | str | Path
-Answer = tuple[np.ndarray, np.ndarray, np.ndarray]
+Prediction = tuple[np.ndarray, np.ndarray, np.ndarray]
 _PROMPT = ("point_coords", "point_labels", "box", "mask_input")
 
 
@@ -89,7 +89,7 @@ class SamPredictor:
         mask_input: np.ndarray | None = None,
         multimask_output: bool = True,
         return_logits: bool = False,
-    ) -> Answer:
+    ) -> Prediction:
         """Return masks, predicted IoUs and logits for one prompt: one or more points, a box, a mask, or all together.
 
         Raise ValueError for an invalid prompt, such as NaN or two boxes; warn of a prompt outside the image.
@@ -120,7 +120,7 @@ class SamPredictor:
 
     def predict_batch(
         self, prompts: Sequence[Mapping[str, Any]], multimask_output: bool = True, return_logits: bool = False
-    ) -> list[Answer]:
+    ) -> list[Prediction]:
         """Return what `predict` returns, for each image of `set_images`. prompts: arguments of `predict`, one set each.
 
         For example [{"box": box}, {"point_coords": points, "point_labels": labels}].
@@ -171,7 +171,7 @@ class SamPredictor:
         self.features = self.model.encode(torch.stack(padded), torch.tensor(sizes, device=self.device))
         self.original_sizes, self.input_sizes = original_sizes, sizes
 
-    def _predict_one(self, index: int, arguments: Mapping[str, Any]) -> Answer:
+    def _predict_one(self, index: int, arguments: Mapping[str, Any]) -> Prediction:
         """Return the result of `predict` for one of the images. arguments: those of `predict`."""
         point_coords, point_labels, box, mask_input = (arguments.get(name) for name in _PROMPT)
         check_one(point_coords, point_labels, box, mask_input)

@@ -4,7 +4,7 @@ import numpy as np
 from skimage.measure import label
 
 
-def without_small_regions(mask: np.ndarray, least: int) -> np.ndarray:
+def remove_small_regions(mask: np.ndarray, least: int) -> np.ndarray:
     """Fill holes of fewer than `least` pixels in a mask [H, W] bool, then remove such islands, except the largest.
 
     Regions are 8-connected, as in segment-anything.

@@ -22,7 +22,7 @@ class SimilarPoints:
         self._embeddings = F.normalize(at_points, dim=0).T.cpu().numpy()
         self._cells = (points * (LOW_RES / FRAME)).astype(int).clip(0, LOW_RES - 1)
 
-    def answered_alike(self, point: int, masks: Sequence[Patch]) -> np.ndarray:
+    def redundant_points(self, point: int, masks: Sequence[Patch]) -> np.ndarray:
         """Return the points similar to `point` that lie in the smallest of its masks (if it has any): [n] bool."""
         similar = self._embeddings @ self._embeddings[point] > SIMILAR
         if masks:

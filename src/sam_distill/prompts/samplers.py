@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from sam_distill.prompts.forms import box_prompts, boxes_of, join, point_prompts
-from sam_distill.prompts.sampling import PromptRng, jitter, points_at, points_in, uniform_points
+from sam_distill.prompts.sampling import PromptRng, distant_points, jitter, points_in, uniform_points
 from sam_distill.types import ABSENT, BACKGROUND, FOREGROUND, LOW_RES, Batch, Prompts, upload, valid_area
 
 Count = Annotated[int, Field(gt=0)]
@@ -55,7 +55,7 @@ class PointPairs(PromptSampler):
     def draw(self, batch: Batch, first: int = 0) -> Prompts:
         rng = self.rng(batch, first)
         points = uniform_points(rng, batch.sizes, self.count)
-        others = points_at(rng, points, batch.sizes, *self.distance)
+        others = distant_points(rng, points, batch.sizes, *self.distance)
         pairs = torch.stack([points, others], dim=2)
         labels = upload([FOREGROUND, BACKGROUND], pairs.device).expand(pairs.shape[:3])
         return point_prompts(pairs, labels)
@@ -76,7 +76,7 @@ class Grid(PromptSampler):
 
 
 @dataclass
-class OfMasks(PromptSampler):
+class MaskSampler(PromptSampler):
     """Sampler of prompts made from masks.
 
     masks: the teacher's masks at points uniform over the image, or the image's annotations.
@@ -99,7 +99,7 @@ class OfMasks(PromptSampler):
         return (batch.ask_teacher(point_prompts(points.unsqueeze(2))).low_res[:, :, 0] > 0) & area
 
 
-class MaskPoints(OfMasks):
+class MaskPoints(MaskSampler):
     """Sampler of one foreground point, uniform over a mask."""
 
     def draw(self, batch: Batch, first: int = 0) -> Prompts:
@@ -108,7 +108,7 @@ class MaskPoints(OfMasks):
 
 
 @dataclass
-class Boxes(OfMasks):
+class Boxes(MaskSampler):
     """Sampler of a mask's box, with the noise that SAM adds (its appendix A, "Training algorithm").
 
     noise: standard deviation as a share of the side, clipped to +-`most` frame pixels. 0 and 0: tight boxes.

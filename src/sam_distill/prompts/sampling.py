@@ -68,7 +68,7 @@ def jitter(draw: PromptRng, boxes: Tensor, sizes: Tensor, share: float, most: fl
     return torch.minimum((boxes + noise).round().clamp_min(0), last)
 
 
-def points_at(
+def distant_points(
     draw: PromptRng, points: Tensor, sizes: Tensor, nearest: float | Tensor, farthest: float | Tensor
 ) -> Tensor:
     """Return for each point [B, P, 2] another one in a random direction and distance, within the valid area.
@@ -90,7 +90,7 @@ def points_at(
     return clipped.take_along_dim(score.argmax(-1)[..., None, None], 2).squeeze(2)
 
 
-def at_points(masks: Tensor, points: Tensor) -> Tensor:
+def values_at(masks: Tensor, points: Tensor) -> Tensor:
     """Return each mask's value at its point: masks [B, P, 256, 256], points [B, P, 2] in frame pixels -> [B, P]."""
     cell = (points // CELL).long()
     index = (cell[..., 1] * LOW_RES + cell[..., 0]).unsqueeze(-1)
@@ -105,5 +105,5 @@ def corrections(draw: PromptRng, answer: Tensor, target: Tensor, area: Tensor, s
     """
     wrong = (answer ^ target) & area
     points, _ = points_in(draw, wrong, sizes)
-    labels = torch.where(at_points(target, points), FOREGROUND, BACKGROUND)
+    labels = torch.where(values_at(target, points), FOREGROUND, BACKGROUND)
     return points, labels.masked_fill(wrong.sum((-1, -2)) < _MIN_ERROR_CELLS, ABSENT)

@@ -83,12 +83,13 @@ def tabulate(experiment: Experiment, runs: Sequence[Run]) -> Table:
 
 
 def estimate(runs: Sequence[Run], name: str) -> Estimate | None:
-    values = [value for run in runs if (value := run.measure(name)) is not None]
-    if not values:
+    scored = [(run, value) for run in runs if (value := run.measure(name)) is not None]
+    if not scored:
         return None
+    values = [value for _, value in scored]
     low, high = min(values), max(values)
     if len(values) == 1:
-        bounds = [runs[0].measure(f"{name}/{end}") for end in ("low", "high")]
+        bounds = [scored[0][0].measure(f"{name}/{end}") for end in ("low", "high")]
         low, high = (value if bound is None else bound for bound, value in zip(bounds, values * 2, strict=True))
     return Estimate(sum(values) / len(values), low, high, len(values))
 

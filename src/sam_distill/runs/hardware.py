@@ -72,7 +72,7 @@ class Hardware:
         return next(names, platform.processor())
 
     @property
-    def num_format(self) -> Literal["fp32", "bf16", "fp16"]:
+    def resolved_precision(self) -> Literal["fp32", "bf16", "fp16"]:
         """Return the precision that is used, which for `auto` depends on the device."""
         if self.precision != "auto":
             return self.precision
@@ -103,15 +103,15 @@ class Hardware:
             "devices": self.devices,
             "num_nodes": self.nodes,
             "strategy": "ddp" if self.processes > 1 else "auto",
-            "precision": {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}[self.num_format],
+            "precision": {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}[self.resolved_precision],
             "use_distributed_sampler": False,
             **self.lightning,
         }
 
     def autocast(self) -> torch.autocast:
-        """Return an autocast context with the precision `num_format`, for use outside a Trainer."""
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.num_format]
-        return torch.autocast(self.kind, dtype=dtype, enabled=self.num_format != "fp32")
+        """Return an autocast context with the precision `resolved_precision`, for use outside a Trainer."""
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.resolved_precision]
+        return torch.autocast(self.kind, dtype=dtype, enabled=self.resolved_precision != "fp32")
 
 
 def _cpu_info() -> str:

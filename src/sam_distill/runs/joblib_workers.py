@@ -20,7 +20,7 @@ _stopped = False  # whether a signal has arrived
 
 
 @contextmanager
-def signals_end_all() -> Iterator[None]:
+def stop_on_signals() -> Iterator[None]:
     """Within the context, make SIGTERM, like Ctrl-C, unwind the main process's stack, so that a job's end is recorded.
 
     Training then installs handlers of its own. If there is a pool, its workers receive the signal and unwind their
@@ -64,7 +64,7 @@ def set_up_worker() -> None:
         signal.signal(number, _on_signal)
 
 
-def unless_stopped(job: Callable[[], bool]) -> bool:
+def run_unless_stopped(job: Callable[[], bool]) -> bool:
     """Run a job in a worker and return its result; False if a signal ends it, or arrived before it."""
     global _has_job, _stopped
     if _stopped:

@@ -64,7 +64,7 @@ def all_processes(hardware: Hardware, run_dir: Path) -> Iterator[None]:
 
 def _check_launcher(hardware: Hardware) -> None:
     """Raise UserError if torchrun or srun started another number of processes, or if nodes can't find each other."""
-    wanted, launcher, started = hardware.processes, processes.launcher(), processes.started()
+    wanted, launcher, started = hardware.processes, processes.launcher(), processes.launched()
     if launcher is not None and started != wanted:
         options = {"torchrun": "--nnodes and --nproc-per-node", "srun": "--nodes and --ntasks-per-node"}[launcher]
         raise UserError(

@@ -24,7 +24,7 @@ def launcher() -> str | None:
     return "srun" if "SLURM_NTASKS" in os.environ and not interactive else None
 
 
-def started() -> int:
+def launched() -> int:
     """Return how many processes the launcher has started; 1 without a launcher."""
     size = {"torchrun": "WORLD_SIZE", "srun": "SLURM_NTASKS"}.get(launcher() or "", "")
     return int(os.environ.get(size, "1"))
@@ -50,7 +50,7 @@ def rank(devices: int) -> int:
     return int(os.environ.get("NODE_RANK", "0")) * devices + int(os.environ.get("LOCAL_RANK", "0"))
 
 
-def name() -> str:
+def rank_name() -> str:
     """Return the name of a process that is not the first, for log files and messages."""
     if launcher() is not None:
         return f"rank{rank(1)}"

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 log = logging.getLogger(__name__)
 
 
-def drawn_bar(**options: Any) -> Progress:
+def new_bar(**options: Any) -> Progress:
     """Return a progress bar with tasks that have a `note`. It is drawn on updates, not by a thread: loader workers are
     forked while it is shown, and would inherit that thread's locks.
     """
@@ -25,7 +25,7 @@ class CountProgress:
 
     def __init__(self, total: int, what: str) -> None:
         self.total, self.what, self.completed = total, what, 0
-        self._bar = drawn_bar()
+        self._bar = new_bar()
         self._task = self._bar.add_task(what, total=total, note="")
         self._is_terminal = Console().is_terminal
         self._started = self._logged_at = time.perf_counter()

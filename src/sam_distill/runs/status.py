@@ -84,7 +84,7 @@ def writing(run_dir: Path) -> AbstractContextManager[None]:
     return only_process(run_dir / LOCK, message)
 
 
-def locked(run_dir: Path) -> str:
+def why_locked(run_dir: Path) -> str:
     """Return the message with which `writing` would fail now; "" if it would not."""
     try:
         with writing(run_dir) if (run_dir / LOCK).exists() else nullcontext():

@@ -51,7 +51,7 @@ class TarIndex:
     problem: str | None = None
 
     @classmethod
-    def of(cls, files: Sequence[str], problem: str | None = None) -> "TarIndex":
+    def from_members(cls, files: Sequence[str], problem: str | None = None) -> "TarIndex":
         """Return the index of a tar. files: the members that it contains completely."""
         images, present = [name for name in files if is_image_member(name)], set(files)
         beside = [
@@ -108,9 +108,9 @@ def read_headers(file: IO[bytes], size: int | None, address: str) -> TarIndex:
                 file.seek(0)
                 if packed := compression(file.read(8)):
                     problem = f"{address} is compressed with {packed}: unpack it, or read it by a command, pipe:..."
-            return TarIndex.of(list(names), problem)
+            return TarIndex.from_members(list(names), problem)
     skipped = f"{links} images of {address}, which are links: tar --dereference --hard-dereference takes what they mean"
-    return TarIndex.of(list(names), skipped if links else None)
+    return TarIndex.from_members(list(names), skipped if links else None)
 
 
 def sha256_of(address: str) -> str:

@@ -39,7 +39,7 @@ class Shard:
 
     tar: Tar
     index: TarIndex
-    shared: Collection[str] = frozenset()
+    ambiguous_keys: Collection[str] = frozenset()
     rows: NDArray[np.int32] | None = None
 
     def __len__(self) -> int:
@@ -52,20 +52,20 @@ class Shard:
 
     def key(self, member: str) -> str:
         short = short_key(member)
-        return f"{self.tar.stem}/{member}" if short in self.shared else short
+        return f"{self.tar.stem}/{member}" if short in self.ambiguous_keys else short
 
     def image_keys(self) -> list[str]:
         return [self.key(member) for member in self.members()]
 
     def digests(self) -> NDArray[np.uint64]:
         """Return the digests of the keys: [images] uint64."""
-        return digests(self.image_keys()) if self.shared else self._chosen(self.index.digests())
+        return digests(self.image_keys()) if self.ambiguous_keys else self._chosen(self.index.digests())
 
     def has_companion(self, kind: str) -> NDArray[np.bool_]:
         """Return which images have that companion: [images] bool."""
         return self._chosen(self.index.has_companion(kind))
 
-    def only(self, which: slice | NDArray[np.bool_]) -> "Shard":
+    def select(self, which: slice | NDArray[np.bool_]) -> "Shard":
         """Return a shard with only these of its images. which: a slice, or flags [images]."""
         rows = self._chosen(np.arange(self.index.images, dtype=np.int32))[which]
         return self if len(rows) == len(self) else replace(self, rows=rows)
@@ -123,9 +123,11 @@ def index_tars(path: str | list[str], option: str, local: str | None = None) -> 
     if not shards:
         reason = next(iter(problems), "none of them holds a jpg or png")
         raise UserError(f"{option}={path}: no image in {len(tars)} tars ({reason})")
-    shared = _shared_keys(shards)
-    shards = [replace(shard, shared=shared) for shard in shards]
-    long_keys = Counter(shard.key(m) for shard in shards if shared for m in shard.members() if short_key(m) in shared)
+    ambiguous_keys = _shared_keys(shards)
+    shards = [replace(shard, ambiguous_keys=ambiguous_keys) for shard in shards]
+    long_keys = Counter(
+        shard.key(m) for shard in shards if ambiguous_keys for m in shard.members() if short_key(m) in ambiguous_keys
+    )
     if any(uses > 1 for uses in long_keys.values()):
         raise UserError(f"{option}={path}: two tars of the same name hold images of the same name; rename one of them")
     return shards, problems
@@ -212,7 +214,7 @@ def all_digests(shards: Sequence[Shard]) -> NDArray[np.uint64]:
 
 def filter_shards(shards: Sequence[Shard], flags: Iterable[NDArray[np.bool_]]) -> list[Shard]:
     """Return the shards with only the images that their flags choose, without shards that would be empty."""
-    return [shard.only(which) for shard, which in zip(shards, flags, strict=True) if which.any()]
+    return [shard.select(which) for shard, which in zip(shards, flags, strict=True) if which.any()]
 
 
 def split_by_keys(shards: Sequence[Shard], keys: Collection[str]) -> tuple[list[Shard], list[Shard]]:
@@ -234,10 +236,10 @@ def choose_images(shards: list[Shard], images: int | None, fraction: float | Non
     return filter_shards(shards, np.split(lowest(all_digests(shards), wanted), ends[:-1]))
 
 
-def spread(shards: list[Shard], images: int) -> list[Shard]:
+def first_images(shards: list[Shard], images: int) -> list[Shard]:
     """Return the first images of evenly spaced shards, `images` in total."""
     used = min(images, len(shards))
     spaced = [shards[number * len(shards) // used] for number in range(used)]
     in_turn = chain.from_iterable(zip_longest(*(repeat(number, len(shard)) for number, shard in enumerate(spaced))))
     counts = Counter(islice((number for number in in_turn if number is not None), images))
-    return [shard.only(slice(counts[number])) for number, shard in enumerate(spaced)]
+    return [shard.select(slice(counts[number])) for number, shard in enumerate(spaced)]

@@ -228,12 +228,12 @@ class _HttpRanges(AbstractBufferedFile):
             try:
                 headers = {"Range": f"bytes={start}-{end - 1}"}
                 response = self._session.get(self.path, timeout=TIMEOUT, headers=headers)
+                _raise_for_status(response)
                 break
             except requests.RequestException:
                 if seconds is None:
                     raise
                 time.sleep(seconds)
-        _raise_for_status(response)
         if response.status_code != 206:
             raise UserError(f"{self.path}: the server can't send parts of a file; download it first, or use pipe:")
         return response.content

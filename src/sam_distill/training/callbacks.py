@@ -180,7 +180,7 @@ class RunFolder(pl.Callback):
             self.source.skipped_samples.unreadable |= unreadable.cpu().bool()
         if not trainer.is_global_zero:
             return
-        metrics = module.metrics | module.judge.intervals() | self.before | self.facts
+        metrics = module.metrics | module.evaluator.intervals() | self.before | self.facts
         metrics |= {"steps": step, "images": step * self.facts["images_per_step"], "seconds": round(self.seconds, 1)}
         metrics["images_skipped"] = self.source.skipped
         metrics["images_per_second"] = round(metrics["images"] / self.seconds, 2)
@@ -188,7 +188,7 @@ class RunFolder(pl.Callback):
         if step:  # an untrained student is not saved
             save_sam(module.student, self.run_dir / "student.pt")
         self._draw(trainer, module, step)
-        scores = {kind: module.metrics.get(f"miou/{kind}", math.nan) for kind in module.judge.protocol.kinds}
+        scores = {kind: module.metrics.get(f"miou/{kind}", math.nan) for kind in module.evaluator.protocol.kinds}
         miou = "  ".join(f"{kind} {score:.3f}" for kind, score in scores.items())
         log.info(
             "step %d/%d  val mIoU %s  embedding MSE %.5f  cosine %.3f",
@@ -198,9 +198,9 @@ class RunFolder(pl.Callback):
     def _draw(self, trainer: pl.Trainer, module: Distillation, step: int) -> None:
         pictures = self.run_dir / "pictures"
         pictures.mkdir(parents=True, exist_ok=True)
-        module.judge.sheet().save(pictures / f"masks_{step:07d}.png")
+        module.evaluator.sheet().save(pictures / f"masks_{step:07d}.png")
         write_curves(self.history.rows, pictures / "curves.png")
         for logger in trainer.loggers:
             logger.log_metrics({"images_skipped": self.source.skipped}, step)
             if isinstance(logger, WandbLogger):
-                logger.log_metrics(validation_media(module.judge, self.source.skipped_by_tar), step)
+                logger.log_metrics(validation_media(module.evaluator, self.source.skipped_by_tar), step)

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from sam_distill.data.base import DataSource
 from sam_distill.evaluate.agreement import Agreement
-from sam_distill.evaluate.judge import BLIND
+from sam_distill.evaluate.evaluator import BLIND
 from sam_distill.evaluate.protocol import write_prompts
 from sam_distill.files import LAST_CHECKPOINT
 from sam_distill.loggers.history import CsvOnly, History
@@ -30,7 +30,7 @@ from sam_distill.prompts.samplers import PromptSampler
 from sam_distill.runs.hardware import Hardware
 from sam_distill.runs.launch import all_processes
 from sam_distill.runs.overrides import quoted_override
-from sam_distill.selection import first_fingerprint
+from sam_distill.selection import legacy_fingerprint
 from sam_distill.strategies.base import Strategy
 from sam_distill.teachers import Teacher
 from sam_distill.training.callbacks import Averaged, ProgressiveResizing, RunFolder, Throughput
@@ -118,7 +118,7 @@ def fit(setup: Setup, options: Options, run_dir: Path) -> dict[str, Any]:
     if options.compile and sync_batchnorm:
         raise UserError("compile=true does not go with synchronised BatchNorm: give trainer.sync_batchnorm=false")
     if "annotations" in requirements(strategy, setup.prompts):
-        source.annotate(setup.prompts.count, options.seed)
+        source.load_annotations(setup.prompts.count, options.seed)
     strategy.prepare(student)
     if options.init is not None and resume is None and not options.plan:  # else it may not exist yet, or no longer
         load_weights(student, options.init)
@@ -142,7 +142,7 @@ def fit(setup: Setup, options: Options, run_dir: Path) -> dict[str, Any]:
         "images_per_step": images_per_step,
         "workers": hardware.num_workers,  # the order of images in tars depends on them
         "parameters": student.parameter_counts["parameters"],
-        "precision": hardware.num_format,
+        "precision": hardware.resolved_precision,
         "device": hardware.device_name,
         "teacher_sha256": teacher.sha256,
         "data_keys": source.fingerprint,
@@ -168,7 +168,7 @@ def fit(setup: Setup, options: Options, run_dir: Path) -> dict[str, Any]:
         finally:
             close(trainer.loggers)
         if first:
-            write_prompts(run_dir / "prompts.csv", module.judge.comparisons)
+            write_prompts(run_dir / "prompts.csv", module.evaluator.comparisons)
             _print_summary(folder, module, run_dir)
         return module.metrics
 
@@ -224,7 +224,7 @@ def _log_start(module: Distillation, source: DataSource, hardware: Hardware, ste
     log.info(
         "%s, %s, %.1fM parameters at %d px: %d steps of %d images (%.1f epochs of %d), %s on %s", module.strategy.name,
         type(student.image_encoder).__name__, student.parameter_counts["parameters"] / 1e6, student.image_size, steps,
-        images_per_step, steps * images_per_step / images, images, hardware.num_format, hardware.kind,
+        images_per_step, steps * images_per_step / images, images, hardware.resolved_precision, hardware.kind,
     )  # fmt: skip
     if module.requires & teacher.provides and teacher.capacity >= images:
         message = (
@@ -243,7 +243,7 @@ def _print_summary(folder: RunFolder, module: Distillation, run_dir: Path) -> No
     """Print the scores before and after training, and commands to try the student."""
     skipped = folder.source.skipped
     table = Table("", "before", "blind", "after", title="Agreement with the teacher on images the student never saw")
-    for kind in module.judge.protocol.kinds:
+    for kind in module.evaluator.protocol.kinds:
         name = f"miou/{kind}"
         scores = folder.before.get(f"before/{name}"), folder.before.get(f"blind/{name}"), module.metrics.get(name)
         table.add_row(f"mIoU, one {kind}", *("" if score is None else f"{score:.3f}" for score in scores))
@@ -276,7 +276,7 @@ def _check_same_run(run_dir: Path, facts: Mapping[str, Any], source: DataSource)
     metrics = run_dir / "metrics.json"
     before = json.loads(metrics.read_text()) if metrics.is_file() else {}
     keys = before.get("data_keys")
-    if keys != facts["data_keys"] and keys == first_fingerprint(source.keys(source.train)):
+    if keys != facts["data_keys"] and keys == legacy_fingerprint(source.keys(source.train)):
         before["data_keys"] = facts["data_keys"]
     new_run = f"init={run_dir} starts a new run from its weights"
     for name, message in {

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from sam_distill.evaluate.agreement import Agreement
-from sam_distill.evaluate.judge import Judge, blind
+from sam_distill.evaluate.evaluator import Evaluator, blind
 from sam_distill.evaluate.protocol import Target
 from sam_distill.models.checkpoints import DESCRIPTION, describe
 from sam_distill.models.sam import Sam
@@ -73,7 +73,7 @@ class Distillation(pl.LightningModule):
         self.optim = optim
         self.sync_batchnorm = sync_batchnorm
         self.seed = seed
-        self.judge = Judge(agreement)
+        self.evaluator = Evaluator(agreement)
         self.metrics: dict[str, float] = {}  # of the latest validation
         self.validated_at: int | None = None  # step of the latest validation
         self._teacher = (teacher,)  # in a tuple, to hide it from nn.Module
@@ -149,15 +149,15 @@ class Distillation(pl.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         self._check_finite()
-        self.judge.reset()
+        self.evaluator.reset()
 
     def validation_step(self, batch: Batch, _: int) -> None:
         teacher_embedding, targets = self._teacher_outputs(batch)
         embedding = self.student.encode(batch.images, batch.sizes)
-        self.judge.update(self.judge.protocol.see(self.student, embedding, batch), teacher_embedding, targets)
+        self.evaluator.update(self.evaluator.protocol.view(self.student, embedding, batch), teacher_embedding, targets)
 
     def on_validation_epoch_end(self) -> None:
-        self.metrics, self.validated_at = self.judge.compute(), self.global_step
+        self.metrics, self.validated_at = self.evaluator.compute(), self.global_step
         logs = {f"val/{name}": float(value) for name, value in self.metrics.items()}
         self.log_dict(logs | {"step": float(self.global_step)})
 
@@ -166,19 +166,23 @@ class Distillation(pl.LightningModule):
         keys = tuple(batch.keys)
         if keys not in self._teacher_cache:
             self.teacher.sam.to(self.device)
-            embedding, protocol = self.teacher.embed(batch), self.judge.protocol
-            self._teacher_cache[keys] = batch, embedding, protocol.ask(protocol.see(self.teacher.sam, embedding, batch))
+            embedding, protocol = self.teacher.embed(batch), self.evaluator.protocol
+            self._teacher_cache[keys] = (
+                batch,
+                embedding,
+                protocol.make_targets(protocol.view(self.teacher.sam, embedding, batch)),
+            )
         return self._teacher_cache[keys][1:]
 
     @torch.no_grad()
     def blind(self) -> dict[str, float]:
-        """Return the validation scores of the blind baseline (evaluate.judge.blind). All ranks have to call this."""
+        """Return the validation scores of the blind baseline (see `blind`). All ranks have to call this."""
         embeddings = torch.cat([embedding for _, embedding, _ in self._teacher_cache.values()]).float()
         totals: Any = self.all_gather(embeddings.sum(0))  # [ranks, 256, 64, 64]; [256, 64, 64] on one rank
         counts: Any = self.all_gather(torch.tensor(len(embeddings), device=self.device))
         total, images = totals.reshape(-1, *embeddings.shape[1:]).sum(0), int(counts.sum())
-        judge = Judge(self.judge.protocol).to(self.device)
-        return blind(judge, self.teacher.sam, self._teacher_cache.values(), total, images)
+        evaluator = Evaluator(self.evaluator.protocol).to(self.device)
+        return blind(evaluator, self.teacher.sam, self._teacher_cache.values(), total, images)
 
     def configure_optimizers(self) -> Any:
         optimizer, schedule = self.optim.build(self.trainable, self.trainer.max_steps)

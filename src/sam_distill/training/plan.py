@@ -58,7 +58,7 @@ def plan_training(
     table.add_row("time", f"{timedelta(seconds=round(steps * accumulate * each))} at {images / each:.1f} images/s")
     table.add_row("memory", f"{peak_memory(hardware.kind) / 1e9:.1f} GB so far")
     table.add_row("data", f"{100 * waited:.0f}% of the time is waiting for images")
-    table.add_row("with", f"{hardware.num_format} on {hardware.processes} x {hardware.kind}")
+    table.add_row("with", f"{hardware.resolved_precision} on {hardware.processes} x {hardware.kind}")
     console = Console()
     console.print(table)
     if module.requires & module.teacher.provides and module.teacher.capacity >= epoch:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 
-from sam_distill.runs.progress import drawn_bar
+from sam_distill.runs.progress import new_bar
 
 INTERVAL = 0.2  # seconds between updates
 
@@ -14,7 +14,7 @@ class TrainingBar(pl.Callback):
     """Callback that shows steps done, the last loss and the time left in a bar below the log, removed at the end."""
 
     def __init__(self) -> None:
-        self._bar = drawn_bar(transient=True)
+        self._bar = new_bar(transient=True)
         self._task = self._bar.add_task("training", note="")
         self._drawn_at = 0.0
 

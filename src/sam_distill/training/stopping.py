@@ -23,7 +23,7 @@ from sam_distill.types import upload
 
 log = logging.getLogger(__name__)
 
-REPEATS = 3.0  # seconds in which a repeat is ignored: torchrun forwards a Ctrl-C that its processes also receive
+REPEAT_SECONDS = 3.0  # seconds in which a repeat is ignored: torchrun forwards a Ctrl-C that its processes also receive
 
 
 class Checkpoint(ModelCheckpoint):
@@ -99,7 +99,7 @@ class Stopping(pl.Callback):
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if not self._stepping or (self._signal and now - self._received_at > REPEATS):
+        if not self._stepping or (self._signal and now - self._received_at > REPEAT_SECONDS):
             raise SystemExit(128 + number)
         if not self._signal:
             self._signal, self._received_at = number, now

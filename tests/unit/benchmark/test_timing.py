@@ -2,7 +2,7 @@ import time
 
 import numpy as np
 
-from sam_distill.benchmark.timing import Contender, race
+from sam_distill.benchmark.timing import Contender, time_in_turns
 from sam_distill.runs.allocator import keep_freed_memory
 
 
@@ -10,7 +10,7 @@ def test_all_take_turns_and_count_their_units() -> None:
     turns: list[str] = []
     slow = Contender("slow", lambda: (turns.append("slow"), time.sleep(0.02)), units=2)
     quick = Contender("quick", lambda: turns.append("quick"), ours=False)
-    first, second = race([slow, quick], "cpu", seconds=0.01)
+    first, second = time_in_turns([slow, quick], "cpu", seconds=0.01)
     assert turns == ["slow", "quick"] * (first.rounds + 1)  # one turn each before the clock runs
     assert first.rounds >= 5
     assert 0.01 <= first.low <= first.median <= first.high
@@ -24,7 +24,7 @@ def test_memory_is_that_of_each() -> None:
     def use(megabytes: int) -> Contender:
         return Contender("", lambda: [np.ones(20 << 20, np.uint8) for _ in range(megabytes // 20)])
 
-    large, small, again = race([use(400), use(20), use(400)], "cpu", seconds=0.01)
+    large, small, again = time_in_turns([use(400), use(20), use(400)], "cpu", seconds=0.01)
     for timing in (large, again):
         if timing.memory is not None:  # where the system tells
             assert 350e6 < timing.memory < 500e6

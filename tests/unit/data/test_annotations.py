@@ -85,7 +85,7 @@ def test_a_source_pairs_images_with_annotations(
     members["sa_9.jpg"], members["sa_9.json"] = jpeg(9), b"damaged"
     photo = make_tar("val/photo.tar", {"photo.jpg": jpeg(7)})
     source = Sa1b(str(make_tar("sa_000000.tar", members)), val_path=str(photo))
-    source.annotate(2, seed=0)
+    source.load_annotations(2, seed=0)
     assert [sample.key for sample in source.val_samples()] == ["photo"], "validation needs none"
     assert source.num_train_images == 4
     assert "1 training images have no annotations" in caplog.text
@@ -104,4 +104,4 @@ def test_a_source_pairs_images_with_annotations(
 def test_no_annotations_at_all(make_tar: Callable[..., Path], jpeg: Callable[[int], bytes]) -> None:
     source = Sa1b(str(make_tar("photos.tar", {f"{n}.jpg": jpeg(n) for n in range(3)})), val_images=1)
     with pytest.raises(UserError, match="not one training image has annotations"):
-        source.annotate(2, seed=0)
+        source.load_annotations(2, seed=0)

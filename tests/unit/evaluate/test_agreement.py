@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sam_distill.evaluate.agreement import Agreement
-from sam_distill.evaluate.judge import Judge
+from sam_distill.evaluate.evaluator import Evaluator
 from sam_distill.models.sam import Sam
 from sam_distill.types import Batch
 
@@ -38,8 +38,8 @@ def test_independent_recomputation(
     reference = mobile_sam.sam_model_registry["vit_t"](checkpoint=mobile_sam_weights)
     agreement = Agreement(points=2, token=token)  # type: ignore[arg-type]
     noisy = embedding + 0.05 * torch.randn(embedding.shape, generator=torch.Generator().manual_seed(1))
-    for target in agreement.ask(agreement.see(teacher, embedding, batch)):
-        for outcome in agreement.compare(agreement.see(teacher, noisy, batch), target):
+    for target in agreement.make_targets(agreement.view(teacher, embedding, batch)):
+        for outcome in agreement.compare(agreement.view(teacher, noisy, batch), target):
             found = outcome.comparison
             i = batch.keys.index(found.image)
             masks = []
@@ -68,8 +68,10 @@ def test_independent_recomputation(
 
 def test_a_model_agrees_with_itself(teacher: Sam, batch: Batch, embedding: torch.Tensor) -> None:
     agreement = Agreement(points=3)
-    view = agreement.see(teacher, embedding, batch)
-    found = [outcome.comparison for target in agreement.ask(view) for outcome in agreement.compare(view, target)]
+    view = agreement.view(teacher, embedding, batch)
+    found = [
+        outcome.comparison for target in agreement.make_targets(view) for outcome in agreement.compare(view, target)
+    ]
     assert [c.iou for c in found] == [1.0] * len(found)
     assert {(c.image, c.kind) for c in found} == {(i, k) for i in batch.keys for k in ("point", "box")}
     for c in found:
@@ -81,8 +83,8 @@ def test_a_model_agrees_with_itself(teacher: Sam, batch: Batch, embedding: torch
 
 def test_boxes_enclose_the_teachers_masks(teacher: Sam, batch: Batch, embedding: torch.Tensor) -> None:
     agreement = Agreement(points=3)
-    view = agreement.see(teacher, embedding, batch)
-    points, boxes = agreement.ask(view)
+    view = agreement.view(teacher, embedding, batch)
+    points, boxes = agreement.make_targets(view)
     low_res = view.low_res(points.prompts)
     for i, (height, width) in enumerate(batch.sizes.tolist()):
         inside = (low_res[i] > 0)[:, : height // 4, : width // 4]
@@ -98,13 +100,13 @@ def test_boxes_enclose_the_teachers_masks(teacher: Sam, batch: Batch, embedding:
 
 def test_what_nobody_sees_has_no_score(teacher: Sam, batch: Batch, embedding: torch.Tensor) -> None:
     """Prompts to which the right masks are all empty count for nothing: no NaN stands among the scores."""
-    judge, sizes = Judge(Agreement(points=2)), batch.original_sizes.tolist()
-    view = judge.protocol.see(teacher, embedding, batch)
+    evaluator, sizes = Evaluator(Agreement(points=2)), batch.original_sizes.tolist()
+    view = evaluator.protocol.view(teacher, embedding, batch)
     with torch.no_grad():
-        points, _ = judge.protocol.ask(view)
+        points, _ = evaluator.protocol.make_targets(view)
         empty = replace(points, masks=lambda image, _: torch.zeros(sizes[image], dtype=torch.bool))
-        judge.update(view, embedding, [empty])
-    metrics = judge.compute()
+        evaluator.update(view, embedding, [empty])
+    metrics = evaluator.compute()
     assert (metrics["prompts"], metrics["prompts_skipped"]) == (0, 4)
     assert not [name for name in metrics if name.startswith(("miou", "empty"))]
     assert all(np.isfinite(value) for value in metrics.values())

@@ -80,7 +80,7 @@ def test_annotations_of_coco_and_lvis(folder: Path, name: str) -> None:
 
 def test_clicks_and_boxes_lie_where_the_masks_are(folder: Path) -> None:
     batch = batch_of(folder)
-    clicks, boxes = GroundTruth(annotations=None).ask(SamView(None, torch.zeros(2, 1), batch, "single"))  # type: ignore[arg-type]
+    clicks, boxes = GroundTruth(annotations=None).make_targets(SamView(None, torch.zeros(2, 1), batch, "single"))  # type: ignore[arg-type]
     to_original = WIDTH / 1024
     middles = {(50, 60), (120, 60)}
     for prompt in range(2):
@@ -100,7 +100,7 @@ def test_the_next_click_is_in_the_middle_of_the_largest_error(folder: Path) -> N
     answer = bar.copy()
     answer[25:35, 105:115] = False
     protocol, student = GroundTruth(annotations=None, clicks=(2,)), Answering(batch, answer)
-    clicks, _ = protocol.ask(SamView(None, torch.zeros(2, 1), batch, "single"))  # type: ignore[arg-type]
+    clicks, _ = protocol.make_targets(SamView(None, torch.zeros(2, 1), batch, "single"))  # type: ignore[arg-type]
     found = [o.comparison for o in protocol.compare(student, clicks)]
     assert {c.kind for c in found} == {"click_2"}
     second = student.asked[1]
@@ -122,7 +122,7 @@ def test_the_next_click_is_in_the_middle_of_the_largest_error(folder: Path) -> N
 def test_a_perfect_answer_scores_one(folder: Path) -> None:
     batch = batch_of(folder)
     protocol = GroundTruth(annotations=1, clicks=(1, 3))
-    for target in protocol.ask(SamView(None, torch.zeros(2, 1), batch, "single")):  # type: ignore[arg-type]
+    for target in protocol.make_targets(SamView(None, torch.zeros(2, 1), batch, "single")):  # type: ignore[arg-type]
         for outcome in protocol.compare(Perfect(batch, target.masks), target):
             assert outcome.comparison.iou == 1
 

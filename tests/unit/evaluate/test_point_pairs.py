@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from sam_distill.data.folder import Folder
-from sam_distill.evaluate.evaluation import judge
+from sam_distill.evaluate.evaluation import evaluate_prompts
 from sam_distill.evaluate.point_pairs import PointPairs
 from sam_distill.models.sam import Sam
 from sam_distill.runs.hardware import Hardware
@@ -32,8 +32,8 @@ def embedding(teacher: Sam, batch: Batch) -> torch.Tensor:
 @pytest.mark.parametrize("pixels", ["original", "frame"])
 def test_distances(teacher: Sam, batch: Batch, embedding: torch.Tensor, pixels: str) -> None:
     protocol = PointPairs((50, 500), pairs=3, pixels=pixels)  # type: ignore[arg-type]
-    view = protocol.see(teacher, embedding, batch)
-    near, far = protocol.ask(view)
+    view = protocol.view(teacher, embedding, batch)
+    near, far = protocol.make_targets(view)
     for target, distance in ((near, 50), (far, 500)):
         pairs = [o.comparison for o in protocol.compare(view, target)]
         small = 3 if pixels == "frame" or distance == 50 else 0
@@ -48,7 +48,7 @@ def test_distances(teacher: Sam, batch: Batch, embedding: torch.Tensor, pixels: 
 
 def test_the_second_point_beside_the_thing(teacher: Sam, batch: Batch, embedding: torch.Tensor) -> None:
     anywhere, beside = (PointPairs((150,), pairs=40, outside=outside) for outside in (False, True))
-    (all_pairs,), (fewer,) = (p.ask(p.see(teacher, embedding, batch)) for p in (anywhere, beside))
+    (all_pairs,), (fewer,) = (p.make_targets(p.view(teacher, embedding, batch)) for p in (anywhere, beside))
     assert torch.equal(all_pairs.prompts.points, fewer.prompts.points)
     dropped = all_pairs.prompts.valid & ~fewer.prompts.valid
     assert 0 < dropped.sum() < all_pairs.prompts.valid.sum()
@@ -57,7 +57,7 @@ def test_the_second_point_beside_the_thing(teacher: Sam, batch: Batch, embedding
 def test_where_no_prompt_counts_nothing_is_written(teacher: Sam, tmp_path: Path) -> None:
     Image.new("RGB", (40, 30)).save(tmp_path / "small.png")
     with pytest.raises(UserError, match="not one prompt counts: 1 images are too small"):
-        judge(
+        evaluate_prompts(
             student=teacher, teacher=LiveTeacher("mobile_sam"), source=Folder(str(tmp_path), val_images=0), split="all",
             protocol=PointPairs(), hardware=Hardware("cpu", precision="fp32", workers=0), batch_size=1,
             run_dir=tmp_path / "run",

@@ -56,7 +56,7 @@ def test_filled_up_prompts_have_sams_own_answer(teacher: Sam, embedding: Tensor,
 
     runner = ContractRunner(run, run, Settings("onnx", None, 1024, 4, "inside"))
     low_res, iou = runner.decode(embedding.numpy(), prompt)
-    expected = teacher.decode(embedding, prompt.as_sam_has_it(), ALL)
+    expected = teacher.decode(embedding, prompt.to_prompts(), ALL)
     torch.testing.assert_close(torch.from_numpy(low_res), expected.low_res[0, 0], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(torch.from_numpy(iou), expected.iou[0, 0], rtol=1e-4, atol=1e-4)
 

@@ -167,7 +167,7 @@ def test_masks_nobody_trusts_are_not_drawn(teacher: Sam, embedding: Tensor) -> N
     prompts = point_prompts(**batched(points=POINTS, labels=LABELS))
     everything = teacher.decode(embedding, prompts, MULTI)
     best = everything.iou[0].amax(-1)
-    some = teacher.decode(embedding, prompts, MULTI, least_iou=float(best.mean()))
+    some = teacher.decode(embedding, prompts, MULTI, min_pred_iou=float(best.mean()))
     torch.testing.assert_close(some.iou, everything.iou, rtol=0, atol=0)
     good = best > best.mean()
     torch.testing.assert_close(some.low_res[0, good], everything.low_res[0, good])

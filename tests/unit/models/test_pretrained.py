@@ -99,7 +99,7 @@ def test_proxies_are_the_hub_clients_own(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(pretrained.hub, "HF_HUB_OFFLINE", False)
     with pretrained._offline_unless_reached():
         assert not pretrained.hub.HF_HUB_OFFLINE
-    assert asked == [(pretrained.hub.ENDPOINT, pretrained.HUB_PATIENCE)]
+    assert asked == [(pretrained.hub.ENDPOINT, pretrained.HUB_TIMEOUT)]
 
 
 def test_depthwise_convolutions_train_in_float32_on_a_cpu() -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sam_distill.images import frame_size, upscale_masks
-from sam_distill.predict.full_size import FullSize
+from sam_distill.predict.full_size import PatchUpsampler
 
 SIZES = [(333, 500), (1500, 700), (64, 64), (9, 300)]
 
@@ -25,26 +25,26 @@ def blobs(size: tuple[int, int]) -> Tensor:
 def test_same_masks_scores_and_boxes(size: tuple[int, int]) -> None:
     low_res, (height, width) = blobs(size), size
     whole = upscale_masks(low_res, frame_size(size), size)
-    canvas = FullSize(frame_size(size), (0, 0, width, height), size, torch.device("cpu"))
-    patches = canvas.patches(low_res, -1.0)
-    measured = [canvas.measure(patch, 1.0) for patch in patches]
+    upsampler = PatchUpsampler(frame_size(size), (0, 0, width, height), size, torch.device("cpu"))
+    patches = upsampler.patches(low_res, -1.0)
+    measured = [upsampler.measure(patch, 1.0) for patch in patches]
     np.testing.assert_allclose([score for score, _ in measured], calculate_stability_score(whole, 0, 1), atol=1e-4)
     assert [box for _, box in measured] == [tuple(box) for box in batched_mask_to_box(whole > 0).tolist()]
     for patch, expected in zip(patches, (whole > 0).numpy(), strict=True):
-        assert (canvas.runs(patch).mask() != expected).mean() < 1e-4
+        assert (upsampler.runs(patch).mask() != expected).mean() < 1e-4
 
 
 def test_crops_lie_in_their_image() -> None:
     crop, size = (100, 50, 400, 250), (300, 450)
     low_res = blobs((200, 300))
-    canvas = FullSize(frame_size((200, 300)), crop, size, torch.device("cpu"))
+    upsampler = PatchUpsampler(frame_size((200, 300)), crop, size, torch.device("cpu"))
     whole = F.pad(upscale_masks(low_res, frame_size((200, 300)), (200, 300)) > 0, (100, 50, 50, 50)).numpy()
-    for patch, expected in zip(canvas.patches(low_res, 0.0), whole, strict=True):
-        assert (canvas.runs(patch).mask() != expected).mean() < 1e-4
+    for patch, expected in zip(upsampler.patches(low_res, 0.0), whole, strict=True):
+        assert (upsampler.runs(patch).mask() != expected).mean() < 1e-4
 
 
 def test_a_small_mask_is_a_small_patch() -> None:
     low_res = torch.full((1, 256, 256), -9.0)
     low_res[0, 40:50, 30:60] = 9
-    (patch,) = FullSize((1024, 1024), (0, 0, 4000, 4000), (4000, 4000), torch.device("cpu")).patches(low_res, 0.0)
+    (patch,) = PatchUpsampler((1024, 1024), (0, 0, 4000, 4000), (4000, 4000), torch.device("cpu")).patches(low_res, 0.0)
     assert patch.logits.shape <= (14, 34)

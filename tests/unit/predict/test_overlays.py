@@ -1,7 +1,7 @@
 import numpy as np
 from PIL import Image
 
-from sam_distill.predict.overlays import STUDENT, coloured, column, overlay, prompted, side_by_side
+from sam_distill.predict.overlays import STUDENT, column, masks_overlay, overlay, prompt_overlay, side_by_side
 
 GREY = Image.new("RGB", (60, 40), (100, 100, 100))
 MASK = np.zeros((40, 60), bool)
@@ -20,7 +20,7 @@ def test_only_the_mask_is_tinted_and_its_outline_is_white() -> None:
 
 def test_a_very_thin_image_has_a_column_of_its_own() -> None:
     mask = np.ones((5000, 1), bool)
-    row = side_by_side([prompted(Image.new("RGB", (1, 5000)), [0.0, 9.0], [1], mask)] * 3, ["", "", ""])
+    row = side_by_side([prompt_overlay(Image.new("RGB", (1, 5000)), [0.0, 9.0], [1], mask)] * 3, ["", "", ""])
     assert row.height > 384
 
 
@@ -35,7 +35,9 @@ def test_prompts_are_drawn_where_they_are() -> None:
 def test_many_masks_have_many_colours_and_the_smallest_lies_above() -> None:
     whole = np.ones_like(MASK)
     small = {"segmentation": MASK, "area": int(MASK.sum()), "bbox": (20, 10, 29, 19)}
-    pixels = np.asarray(coloured(GREY, [small, {"segmentation": whole, "area": whole.size, "bbox": (0, 0, 59, 39)}]))
+    pixels = np.asarray(
+        masks_overlay(GREY, [small, {"segmentation": whole, "area": whole.size, "bbox": (0, 0, 59, 39)}])
+    )
     first, second = pixels[5, 5], pixels[20, 30]
     assert (first != second).any()
     assert (pixels[11:29, 21:49] == second).all()
@@ -51,13 +53,13 @@ def test_a_tiny_box_can_be_seen() -> None:
 
 def test_captions_have_room_beside_narrow_images() -> None:
     tall = Image.new("RGB", (40, 400))
-    panels = [prompted(tall, (5.0, 5.0), (1,), np.zeros((400, 40), bool))] * 3
+    panels = [prompt_overlay(tall, (5.0, 5.0), (1,), np.zeros((400, 40), bool))] * 3
     row = side_by_side(panels, ("image and point", "teacher", "student   IoU 0.5"))
     assert row.width > 250
 
 
 def test_rows_and_columns() -> None:
-    panels = [prompted(GREY, (30.0, 20.0), (1,), mask) for mask in (None, MASK, ~MASK)]
+    panels = [prompt_overlay(GREY, (30.0, 20.0), (1,), mask) for mask in (None, MASK, ~MASK)]
     row = side_by_side(panels, ("a", "b", "c"))
     assert row.width > 3 * 380
     assert column([row, row]).size == (row.width, 2 * row.height)

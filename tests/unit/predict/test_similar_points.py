@@ -17,10 +17,10 @@ def test_points_that_look_alike_and_lie_in_the_smallest_mask() -> None:
     embedding[:, 0] = 1
     embedding[:, 1, 16:32, :16] = 1  # the third point looks different
     similar = SimilarPoints(embedding, POINTS)
-    assert similar.answered_alike(0, []).tolist() == [True, True, False, True], "no mask: anywhere"
-    assert similar.answered_alike(0, [patch(256), patch(80)]).tolist() == [True, True, False, False]
-    assert similar.answered_alike(0, [patch(256), patch(30)]).tolist() == [True, False, False, False]
-    assert similar.answered_alike(2, [patch(256)]).tolist() == [False, False, True, False]
+    assert similar.redundant_points(0, []).tolist() == [True, True, False, True], "no mask: anywhere"
+    assert similar.redundant_points(0, [patch(256), patch(80)]).tolist() == [True, True, False, False]
+    assert similar.redundant_points(0, [patch(256), patch(30)]).tolist() == [True, False, False, False]
+    assert similar.redundant_points(2, [patch(256)]).tolist() == [False, False, True, False]
 
 
 def test_a_mask_counts_from_its_corner() -> None:
@@ -28,6 +28,6 @@ def test_a_mask_counts_from_its_corner() -> None:
     logits = torch.full((20, 20), -1.0)
     logits[:5, 10:] = 1  # cells 70..79 in x, 20..24 in y: the second point's is (75, 25), just below
     mask = Patch(logits, 20, 60, (0, 1), (0, 1))
-    assert not similar.answered_alike(0, [mask]).any()
+    assert not similar.redundant_points(0, [mask]).any()
     logits[5] = 1
-    assert similar.answered_alike(0, [mask]).tolist() == [False, True, False, False]
+    assert similar.redundant_points(0, [mask]).tolist() == [False, True, False, False]

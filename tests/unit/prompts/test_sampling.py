@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sam_distill.prompts.sampling import PromptRng, corrections, jitter, points_at, points_in, uniform_points
+from sam_distill.prompts.sampling import PromptRng, corrections, distant_points, jitter, points_in, uniform_points
 from sam_distill.types import ABSENT, BACKGROUND, FOREGROUND, valid_area
 
 sizes_of_images = st.lists(st.tuples(st.integers(1, 1024), st.integers(1, 1024)), min_size=1, max_size=3)
@@ -25,7 +25,7 @@ def test_no_point_in_the_padding(given_sizes: list[tuple[int, int]], epoch: int)
     sizes, images = torch.tensor(given_sizes), len(given_sizes)
     points = uniform_points(source(images, epoch), sizes, 5)
     assert_inside(points, sizes)
-    assert_inside(points_at(source(images, epoch), points, sizes, 100, 500), sizes)
+    assert_inside(distant_points(source(images, epoch), points, sizes, 100, 500), sizes)
     everything = valid_area(sizes, 256).expand(-1, 4, -1, -1)
     inside, found = points_in(source(images, epoch), everything, sizes)
     assert_inside(inside, sizes)
@@ -87,7 +87,7 @@ def test_a_missing_box_stays_missing() -> None:
 def test_the_other_point_is_as_far_as_asked_for() -> None:
     sizes = torch.tensor([[1024, 1024]])
     points = torch.tensor([[[512.0, 512.0], [0.0, 0.0]]]).repeat(1, 500, 1)
-    distance = (points_at(source(1), points, sizes, 100, 300) - points).norm(dim=-1)
+    distance = (distant_points(source(1), points, sizes, 100, 300) - points).norm(dim=-1)
     assert distance.min().item() == pytest.approx(100, abs=3)
     assert distance.max().item() == pytest.approx(300, abs=3)
     assert distance.mean().item() == pytest.approx(200, abs=5)

@@ -42,9 +42,9 @@ def test_what_the_environment_says(
     for key, value in environment.items():
         monkeypatch.setenv(key, value)
     assert processes.launcher() == launcher
-    assert processes.started() == started
+    assert processes.launched() == started
     assert processes.is_first() == first
-    assert processes.name() == name
+    assert processes.rank_name() == name
     assert processes.shared_name() == shared
 
 

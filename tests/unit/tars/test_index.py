@@ -91,7 +91,7 @@ def test_a_home_that_can_not_be_written_to(
 
 def test_names_come_back_as_they_are() -> None:
     names = ["a/b.jpg", "é 1.png", "broken\udcff.jpg", "x.jpg"]
-    held = cached_index("a tar", "1", lambda: TarIndex.of([*names, "a/b.json", "notes.txt", "x.embedding"]))
+    held = cached_index("a tar", "1", lambda: TarIndex.from_members([*names, "a/b.json", "notes.txt", "x.embedding"]))
     assert isinstance(held.arrays, Path)
     assert (held.images, held.names()) == (4, names)
     assert held.has_companion(".json").tolist() == [True, False, False, False]
@@ -103,7 +103,7 @@ def test_images_are_chosen_as_in_a_folder(images: int | None, fraction: float | 
     """By the digests of their keys, also where keys need their tars' names."""
     parts = [[f"{tar * 20 + n}.jpg" for n in range(20)] + ["same.jpg"] for tar in range(2)]
     tars_of = [LocalTar(f"{name}.tar") for name in "ab"]
-    shards = [Shard(tar, TarIndex.of(part), {"same"}) for tar, part in zip(tars_of, parts, strict=True)]
+    shards = [Shard(tar, TarIndex.from_members(part), {"same"}) for tar, part in zip(tars_of, parts, strict=True)]
     keys = [key for shard in shards for key in shard.image_keys()]
     assert {"a/same.jpg", "b/same.jpg"} < set(keys)
     found = [key for shard in choose_images(shards, images, fraction) for key in shard.image_keys()]
@@ -116,7 +116,7 @@ def test_images_are_chosen_as_in_a_folder(images: int | None, fraction: float | 
 
 def test_two_images_with_one_digest(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are told apart by their names; and of those that share the last place, the first is taken."""
-    index = TarIndex.of(["0.jpg", "1.jpg", "2.jpg"])
+    index = TarIndex.from_members(["0.jpg", "1.jpg", "2.jpg"])
     assert not isinstance(index.arrays, Path)
     alike = TarIndex(3, {**index.arrays, "digests": np.array([7, 7, 3], np.uint64)})
     shard = Shard(LocalTar("a.tar"), alike)

@@ -23,8 +23,8 @@ from torch import nn
 from sam_distill.data.base import collate
 from sam_distill.data.indexed import IndexedSource
 from sam_distill.evaluate.agreement import Agreement
-from sam_distill.evaluate.evaluation import judge
-from sam_distill.evaluate.judge import Judge, blind
+from sam_distill.evaluate.evaluation import evaluate_prompts
+from sam_distill.evaluate.evaluator import Evaluator, blind
 from sam_distill.evaluate.protocol import Outcome, Target
 from sam_distill.evaluate.views import View
 from sam_distill.images import to_frame
@@ -437,7 +437,7 @@ def test_the_average_is_what_is_judged_and_saved(tmp_path: Path, live: LiveTeach
     average, last = kept["state_dict"][f"student.{key}"], kept["current_model_state"][f"student.{key}"]
     assert not torch.equal(average, last)
     assert torch.equal(load_sam(whole).state_dict()[key], average)
-    metrics = judge(
+    metrics = evaluate_prompts(
         student=load_sam(whole), teacher=live, source=Drawings(), split="val", protocol=Agreement(points=1),
         hardware=HARDWARE, batch_size=2, run_dir=tmp_path,
     )  # fmt: skip
@@ -514,7 +514,7 @@ def test_nothing_held_out_is_told(finished: tuple[Path, Sam], tmp_path: Path, li
     with pytest.raises(UserError, match=r"data\.val_images: 0 images are held out to judge the student on"):
         run(tmp_path, live, student(live), source=source, plan=True)
     with pytest.raises(UserError, match=r"split=val: there is no such image; are any held out, by data\.val_images"):
-        judge(
+        evaluate_prompts(
             student=live.sam, teacher=live, source=source, split="val", protocol=Agreement(points=1),
             hardware=HARDWARE, batch_size=2, run_dir=tmp_path,
         )  # fmt: skip
@@ -527,9 +527,9 @@ def test_a_student_that_says_nan_is_no_zero(live: LiveTeacher) -> None:
     broken = own.clone()
     broken[1, 0, 0, 0] = torch.nan
     with pytest.raises(UserError, match="the student's embedding of drawing3 holds NaN or infinity"):
-        Judge(agreement).update(agreement.see(live.sam, broken, batch), own, [])
+        Evaluator(agreement).update(agreement.view(live.sam, broken, batch), own, [])
     with pytest.raises(UserError, match="the teacher's embedding of drawing3 holds NaN"):
-        Judge(agreement).update(agreement.see(live.sam, own, batch), broken, [])
+        Evaluator(agreement).update(agreement.view(live.sam, own, batch), broken, [])
 
 
 def test_resuming_another_architecture(finished: tuple[Path, Sam], tmp_path: Path, live: LiveTeacher) -> None:
@@ -544,7 +544,7 @@ def test_a_hint_can_be_pasted() -> None:
 
 
 def test_the_teacher_agrees_with_itself(tmp_path: Path, live: LiveTeacher) -> None:
-    metrics = judge(
+    metrics = evaluate_prompts(
         student=load_sam("mobile_sam"), teacher=live, source=Drawings(), split="val", protocol=Agreement(points=2),
         hardware=HARDWARE, batch_size=2, run_dir=tmp_path,
     )  # fmt: skip
@@ -553,7 +553,7 @@ def test_the_teacher_agrees_with_itself(tmp_path: Path, live: LiveTeacher) -> No
 
 
 def test_validation_and_evaluate_say_the_same(finished: tuple[Path, Sam], tmp_path: Path, live: LiveTeacher) -> None:
-    metrics = judge(
+    metrics = evaluate_prompts(
         student=load_sam(finished[0]), teacher=live, source=Drawings(), split="val", protocol=Agreement(points=1),
         hardware=HARDWARE, batch_size=2, run_dir=tmp_path,
     )  # fmt: skip
@@ -566,7 +566,7 @@ def test_validation_and_evaluate_say_the_same(finished: tuple[Path, Sam], tmp_pa
 def test_validation_and_evaluate_say_the_same_in_bf16(tmp_path: Path, live: LiveTeacher) -> None:
     hardware = Hardware(accelerator="cpu", precision="bf16", workers=0)
     trained = run(tmp_path, live, student(live), hardware=hardware, budget="1 step", validate_every="1 step")
-    metrics = judge(
+    metrics = evaluate_prompts(
         student=load_sam(tmp_path), teacher=live, source=Drawings(), split="val", protocol=Agreement(points=1),
         hardware=hardware, batch_size=2, run_dir=tmp_path,
     )  # fmt: skip
@@ -577,7 +577,7 @@ def test_validation_and_evaluate_say_the_same_in_bf16(tmp_path: Path, live: Live
 def test_a_single_image_has_no_blind_baseline(tmp_path: Path, live: LiveTeacher) -> None:
     source = Drawings()
     source.val = range(5, 6)
-    metrics = judge(
+    metrics = evaluate_prompts(
         student=live.sam, teacher=live, source=source, split="val", protocol=Agreement(points=1),
         hardware=HARDWARE, batch_size=2, run_dir=tmp_path,
     )  # fmt: skip
@@ -590,10 +590,10 @@ def test_the_blind_baseline_leaves_out_the_image_itself(live: LiveTeacher) -> No
     batch = collate([Drawings().load(0), Drawings().load(3)])
     agreement = Agreement(points=2)
     own = live.sam.encode(batch.images, batch.sizes)
-    targets = agreement.ask(agreement.see(live.sam, own, batch))
-    swapped = Judge(agreement)
-    swapped.update(agreement.see(live.sam, own.flip(0), batch), own, targets)
+    targets = agreement.make_targets(agreement.view(live.sam, own, batch))
+    swapped = Evaluator(agreement)
+    swapped.update(agreement.view(live.sam, own.flip(0), batch), own, targets)
     expected = {f"blind/{name}": value for name, value in swapped.compute().items() if "miou" in name}
-    assert blind(Judge(agreement), live.sam, [(batch, own, targets)], own.sum(0), 2) == pytest.approx(
+    assert blind(Evaluator(agreement), live.sam, [(batch, own, targets)], own.sum(0), 2) == pytest.approx(
         expected, abs=0.02
     )

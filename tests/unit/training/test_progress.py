@@ -8,14 +8,14 @@ import pytest
 import torch
 from rich.console import Console
 
-from sam_distill.runs.progress import drawn_bar
+from sam_distill.runs.progress import new_bar
 from sam_distill.training import progress
 
 
 def test_the_bar_tells_steps_and_loss_and_lets_lines_scroll_by(monkeypatch: pytest.MonkeyPatch) -> None:
     screen, before = io.StringIO(), sys.stdout
     console = Console(file=screen, force_terminal=True, color_system=None, width=100)
-    monkeypatch.setattr(progress, "drawn_bar", partial(drawn_bar, console=console))
+    monkeypatch.setattr(progress, "new_bar", partial(new_bar, console=console))
     monkeypatch.setattr(progress, "INTERVAL", 0)
     trainer: Any = SimpleNamespace(
         is_global_zero=True, max_steps=10, global_step=2, log_every_n_steps=1, callback_metrics={}

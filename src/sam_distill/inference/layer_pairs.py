@@ -14,7 +14,7 @@ Layers = tuple[type[nn.Module], ...]
 
 @torch.inference_mode(False)  # inference mode does not count in-place changes
 @torch.no_grad()
-def neighbours(encoder: nn.Module, first: Layers, second: Layers) -> list[tuple[str, str]]:
+def layer_pairs(encoder: nn.Module, first: Layers, second: Layers) -> list[tuple[str, str]]:
     """Return (first, second) names of layers where in every call the second takes exactly the first one's output."""
     made: list[tuple[str, Tensor, int]] = []  # layer, its output, number of in-place changes
     calls: Counter[str] = Counter()

@@ -16,7 +16,7 @@ from sam_distill.evaluate.views import View
 from sam_distill.losses import embedding_cosine, embedding_mse
 from sam_distill.metrics import MeanIoU, bootstrap
 from sam_distill.models.sam import Sam
-from sam_distill.predict.overlays import STUDENT, TEACHER, column, prompted, side_by_side
+from sam_distill.predict.overlays import STUDENT, TEACHER, column, prompt_overlay, side_by_side
 from sam_distill.teachers import check_finite
 from sam_distill.types import GRID, Batch, valid_area
 
@@ -34,7 +34,7 @@ class Picture:
     student: np.ndarray
 
 
-Answer = tuple[Batch, Tensor, list[Target]]  # a batch, the teacher's embedding, the prompts and reference masks
+TeacherBatch = tuple[Batch, Tensor, list[Target]]  # a batch, the teacher's embedding, the prompts and reference masks
 
 
 def _of_all_ranks(rows: list[Comparison]) -> list[Comparison]:
@@ -45,7 +45,7 @@ def _of_all_ranks(rows: list[Comparison]) -> list[Comparison]:
     return list(chain.from_iterable(shares))
 
 
-class Judge(nn.Module):
+class Evaluator(nn.Module):
     """Module that compares a student's masks with the reference masks, batch by batch, and computes the scores."""
 
     def __init__(self, protocol: Protocol) -> None:
@@ -68,7 +68,7 @@ class Judge(nn.Module):
 
     @torch.no_grad()
     def update(self, student: View, teacher_embedding: Tensor, targets: list[Target]) -> None:
-        """Add a batch. teacher_embedding: [B, 256, 64, 64]; targets: prompts and reference masks of `protocol.ask`."""
+        """Add a batch. teacher_embedding: [B, 256, 64, 64]; targets: as returned by `protocol.make_targets`."""
         batch = student.batch
         if student.embedding is not None:
             check_finite(batch.keys, student=student.embedding, teacher=teacher_embedding)
@@ -135,12 +135,14 @@ class Judge(nn.Module):
             row = picture.comparison
             captions = f"image and {row.kind}", self.protocol.reference, f"student   IoU {row.iou:.2f}"
             masks = [(None, TEACHER), (picture.reference, TEACHER), (picture.student, STUDENT)]
-            panels = [prompted(picture.image, row.prompt, row.labels, mask, colour) for mask, colour in masks]
+            panels = [prompt_overlay(picture.image, row.prompt, row.labels, mask, colour) for mask, colour in masks]
             rows.append(side_by_side(panels, captions))
         return column(rows)
 
 
-def blind(judge: Judge, teacher: Sam, answers: Iterable[Answer], total: Tensor, images: int) -> dict[str, float]:
+def blind(
+    evaluator: Evaluator, teacher: Sam, answers: Iterable[TeacherBatch], total: Tensor, images: int
+) -> dict[str, float]:
     """Return the mIoU of an encoder that never looks: each image gets the teacher's mean embedding of the others.
 
     Large masks give a high IoU even so: a student has learned something only if it scores higher. A single image has
@@ -150,5 +152,5 @@ def blind(judge: Judge, teacher: Sam, answers: Iterable[Answer], total: Tensor, 
         return {}
     for batch, embedding, targets in answers:
         others = (total - embedding.float()) / (images - 1)
-        judge.update(judge.protocol.see(teacher, others, batch), embedding, targets)
-    return {f"blind/{name}": value for name, value in judge.compute().items() if name.startswith("miou/")}
+        evaluator.update(evaluator.protocol.view(teacher, others, batch), embedding, targets)
+    return {f"blind/{name}": value for name, value in evaluator.compute().items() if name.startswith("miou/")}
