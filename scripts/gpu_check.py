@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from sam_distill.errors import UserError
 from sam_distill.files import write_json, write_text
 from sam_distill.models import weights
 from sam_distill.models.checkpoints import save_sam
@@ -30,7 +31,6 @@ from sam_distill.models.encoders import SamViT, TinyViT
 from sam_distill.models.sam import Sam
 from sam_distill.report.tables import markdown_table
 from sam_distill.runs.status import version
-from sam_distill.types import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMAND = [sys.executable, "-c", "from sam_distill.cli.app import main; raise SystemExit(main())"]

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from sam_distill.types import FRAME, LOW_RES, UserError, upload
+from sam_distill.errors import UserError
+from sam_distill.types import FRAME, LOW_RES, upload
 
 Size = tuple[int, int]  # (height, width), pixels
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from sam_distill.types import UserError
+from sam_distill.errors import UserError
 
 log = logging.getLogger(__name__)
 

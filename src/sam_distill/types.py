@@ -17,8 +17,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from sam_distill.errors import UserError as UserError
-
 FRAME = 1024  # side of the frame, pixels
 GRID = 64  # side of an image embedding; one cell is 16 x 16 pixels of the frame
 EMBED_DIM = 256  # channels of an image embedding

@@ -14,8 +14,8 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from sam_distill.cli import app
+from sam_distill.errors import UserError
 from sam_distill.runs import status as run_status
-from sam_distill.types import UserError
 
 ROOT = Path(__file__).parents[2]
 drawn: list[float] = []  # what jobs saw, in order

@@ -13,7 +13,7 @@ import pytest
 import torch
 from joblib.externals.loky import get_reusable_executor
 
-from sam_distill.types import UserError
+from sam_distill.errors import UserError
 
 POOL = ["-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "hydra.sweep.dir=sweep"]
 CONF = """# A toy job.

@@ -10,8 +10,8 @@ from PIL import Image
 from segment_anything.modeling import Sam
 from segment_anything.utils.transforms import ResizeLongestSide
 
+from sam_distill.errors import UserError
 from sam_distill.images import decode, frame_size, scale_points, to_frame, upscale_masks
-from sam_distill.types import UserError
 
 SIZES = [(333, 500), (1500, 2250), (1024, 1024), (1999, 37), (64, 64), (1, 7)]
 ORIENTATION = 0x0112  # EXIF tag

@@ -2,8 +2,8 @@
 
 import pytest
 
+from sam_distill.errors import UserError
 from sam_distill.selection import choose, is_image, limit_val_images, unique_keys
-from sam_distill.types import UserError
 
 KEYS = [f"key{number}" for number in range(1000)]
 

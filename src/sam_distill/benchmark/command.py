@@ -17,6 +17,7 @@ from sam_distill.benchmark.peak import bench_peak
 from sam_distill.benchmark.steps import bench_step
 from sam_distill.benchmark.tables import Finding, machine, show, write
 from sam_distill.data.base import DataSource
+from sam_distill.errors import UserError
 from sam_distill.evaluate.agreement import Agreement
 from sam_distill.export.contract import CONTRACT, contracts
 from sam_distill.fastsam.model import FastSam, SamOrFastSam, is_fastsam
@@ -31,7 +32,6 @@ from sam_distill.teachers import CachedTeacher, save_teacher
 from sam_distill.training.datamodule import DistillationData
 from sam_distill.training.lightning_module import Distillation
 from sam_distill.training.optimizers import AdamW
-from sam_distill.types import UserError
 
 
 def bench(

@@ -24,9 +24,10 @@ from sam_distill.data.cache import Cache, ShardWriter, tar_members, update_manif
 from sam_distill.data.embeddings import Dtype
 from sam_distill.data.photos import Photos
 from sam_distill.data.sa1b import Sa1b
+from sam_distill.errors import UserError
 from sam_distill.images import decode, to_frame, to_jpeg
 from sam_distill.tars.index import TarIndex, cached_index, file_stamp
-from sam_distill.types import EMBED_DIM, FRAME, GRID, Sample, UserError
+from sam_distill.types import EMBED_DIM, FRAME, GRID, Sample
 
 IMAGES = 16  # in a batch, and images measured at most
 SA1B = (2250, 1500)  # width and height of SA-1B's images, on average

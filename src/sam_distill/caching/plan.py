@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from sam_distill.caching.write_cache import CacheJob
+from sam_distill.errors import UserError
 from sam_distill.runs.hardware import peak_memory
-from sam_distill.types import UserError
 
 BATCHES = 4  # batches to measure, after one that is not measured
 

@@ -21,6 +21,7 @@ from sam_distill.data.annotations import check_json
 from sam_distill.data.base import DataSource, collate, loader_worker
 from sam_distill.data.cache import MANIFEST, ShardWriter, is_finished, read_manifest, tar_members, update_manifest
 from sam_distill.data.embeddings import Dtype
+from sam_distill.errors import UserError
 from sam_distill.files import disk_is_full, file_sha256
 from sam_distill.images import decode, to_frame, to_jpeg
 from sam_distill.runs import processes
@@ -28,7 +29,7 @@ from sam_distill.runs.hardware import Hardware
 from sam_distill.runs.progress import CountProgress
 from sam_distill.runs.status import only_process
 from sam_distill.teachers import CachedTeacher, LiveTeacher, check_finite, save_teacher
-from sam_distill.types import FRAME, Sample, UserError
+from sam_distill.types import FRAME, Sample
 
 log = logging.getLogger(__name__)
 

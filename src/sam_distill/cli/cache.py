@@ -10,10 +10,10 @@ from sam_distill.caching.plan import plan_cache
 from sam_distill.caching.write_cache import CacheJob, verify, write_cache
 from sam_distill.data.base import DataSource
 from sam_distill.data.embeddings import Dtype
+from sam_distill.errors import UserError
 from sam_distill.runs.hardware import Hardware
 from sam_distill.runs.launch import all_processes
 from sam_distill.teachers import LiveTeacher
-from sam_distill.types import UserError
 
 log = logging.getLogger(__name__)
 

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from sam_distill.cli.resume import is_record
 from sam_distill.data.base import DataSource
+from sam_distill.errors import UserError
 from sam_distill.export import check
 from sam_distill.export.contract import Normalize, Quantize, Settings
 from sam_distill.export.formats import FORMATS, load_format
@@ -15,7 +16,7 @@ from sam_distill.export.official import save_official, save_safetensors
 from sam_distill.export.target import atomic_target
 from sam_distill.export.write import export_graphs
 from sam_distill.models.checkpoints import Checkpoint, find_checkpoint, load_sam
-from sam_distill.types import FRAME, UserError
+from sam_distill.types import FRAME
 
 log = logging.getLogger(__name__)
 

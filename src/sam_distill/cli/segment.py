@@ -16,6 +16,7 @@ from pycocotools import mask as coco
 from pydantic import Field
 
 from sam_distill.data.folder import image_files
+from sam_distill.errors import UserError
 from sam_distill.files import atomic_write, write_text
 from sam_distill.images import decode
 from sam_distill.inference.optimize import Runtime, optimize_for_inference
@@ -26,7 +27,6 @@ from sam_distill.predict.predictor import SamPredictor
 from sam_distill.runs.hardware import Hardware
 from sam_distill.runs.progress import CountProgress
 from sam_distill.selection import IMAGE_SUFFIXES, is_image, unique_keys
-from sam_distill.types import UserError
 
 log = logging.getLogger(__name__)
 

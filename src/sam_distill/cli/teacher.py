@@ -2,8 +2,8 @@
 
 from sam_distill.data.base import DataSource
 from sam_distill.data.cache import Cache
+from sam_distill.errors import UserError
 from sam_distill.teachers import CachedTeacher, LiveTeacher, Teacher
-from sam_distill.types import UserError
 
 
 def teacher_for(teacher: LiveTeacher, data: DataSource) -> Teacher:

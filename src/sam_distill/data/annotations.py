@@ -13,9 +13,10 @@ from PIL import Image
 from pycocotools import mask as coco
 from torch import Tensor
 
+from sam_distill.errors import UserError
 from sam_distill.images import Size, frame_size
 from sam_distill.prompts.sampling import generator
-from sam_distill.types import CELL, FRAME, LOW_RES, RunLengths, Sample, UserError
+from sam_distill.types import CELL, FRAME, LOW_RES, RunLengths, Sample
 
 
 @contextmanager

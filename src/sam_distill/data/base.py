@@ -13,8 +13,9 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from sam_distill.data.annotations import run_lengths
+from sam_distill.errors import UserError
 from sam_distill.selection import digests, fingerprint
-from sam_distill.types import FRAME, Batch, Sample, UserError
+from sam_distill.types import FRAME, Batch, Sample
 
 log = logging.getLogger(__name__)
 

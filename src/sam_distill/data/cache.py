@@ -22,12 +22,13 @@ from pydantic import Field
 from sam_distill.data.embeddings import Dtype, pack, unpack
 from sam_distill.data.sa1b import Sa1b
 from sam_distill.data.tar_stream import EncodedSample
+from sam_distill.errors import UserError
 from sam_distill.files import file_sha256, write_json
 from sam_distill.images import decode, to_frame
 from sam_distill.selection import Fraction, Images
 from sam_distill.tars.index import companion
 from sam_distill.tars.shards import index_tars, split_by_keys
-from sam_distill.types import Sample, UserError
+from sam_distill.types import Sample
 
 MANIFEST = "manifest.json"
 

@@ -14,7 +14,8 @@ from safetensors.torch import load, save
 from torch import Tensor
 from torch.nn import functional as F
 
-from sam_distill.types import EMBED_DIM, FRAME, GRID, UserError
+from sam_distill.errors import UserError
+from sam_distill.types import EMBED_DIM, FRAME, GRID
 
 Dtype = Literal["int8", "fp16", "fp32"]
 

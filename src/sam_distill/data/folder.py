@@ -9,9 +9,10 @@ from pathlib import Path
 from sam_distill.data.annotations import AnnotatedImage, annotations_by_file, coco_json
 from sam_distill.data.base import Split
 from sam_distill.data.indexed import IndexedSource
+from sam_distill.errors import UserError
 from sam_distill.images import decode, to_frame
 from sam_distill.selection import Fraction, Images, ValImages, choose, digests, is_image, limit_val_images, unique_keys
-from sam_distill.types import Sample, UserError
+from sam_distill.types import Sample
 
 RUN_IMAGE_FOLDERS = ("pictures", "wandb")  # subfolders of a run folder with images that the run has drawn
 

@@ -10,7 +10,8 @@ import numpy as np
 from torch.utils.data import IterableDataset
 
 from sam_distill.data.base import DataSource, T, loader_worker
-from sam_distill.types import Sample, UserError
+from sam_distill.errors import UserError
+from sam_distill.types import Sample
 
 
 class IndexedSource(DataSource[T]):

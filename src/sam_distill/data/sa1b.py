@@ -16,6 +16,7 @@ from torch.utils.data import IterableDataset
 from sam_distill.data.annotations import draw_annotations
 from sam_distill.data.base import DataSource, SkippedSamples, Split
 from sam_distill.data.tar_stream import NOT_TRAINED_ON, EncodedSample, TarStream
+from sam_distill.errors import UserError
 from sam_distill.images import decode, to_frame
 from sam_distill.selection import Fraction, Images, ValImages, fingerprint, limit_val_images
 from sam_distill.tars.index import companion
@@ -28,7 +29,7 @@ from sam_distill.tars.shards import (
     index_tars,
     split_by_keys,
 )
-from sam_distill.types import Sample, UserError
+from sam_distill.types import Sample
 
 log = logging.getLogger(__name__)
 

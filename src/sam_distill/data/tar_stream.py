@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 from webdataset import DataPipeline
 
 from sam_distill.data.base import loader_worker
+from sam_distill.errors import UserError
 from sam_distill.tars.shards import Shard
-from sam_distill.types import Sample, UserError
+from sam_distill.types import Sample
 
 if TYPE_CHECKING:
     from sam_distill.data.sa1b import Sa1b

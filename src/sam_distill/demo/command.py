@@ -9,10 +9,10 @@ from typing import Annotated
 from pydantic import Field
 
 from sam_distill.data.photos import VAL_PHOTOS, photo
+from sam_distill.errors import UserError
 from sam_distill.inference.optimize import optimize_for_inference
 from sam_distill.models.checkpoints import Checkpoint, load_sam
 from sam_distill.runs.hardware import Hardware
-from sam_distill.types import UserError
 
 log = logging.getLogger(__name__)
 

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sam_distill.data.base import DataSource, EvalStream, Split, collate
+from sam_distill.errors import UserError
 from sam_distill.evaluate.evaluator import BLIND, Evaluator, TeacherBatch, blind
 from sam_distill.evaluate.protocol import Protocol, write_prompts
 from sam_distill.evaluate.views import OtherModel, View
@@ -18,7 +19,6 @@ from sam_distill.models.sam import Sam
 from sam_distill.runs.hardware import Hardware
 from sam_distill.runs.progress import CountProgress
 from sam_distill.teachers import Teacher
-from sam_distill.types import UserError
 
 BLIND_IMAGES = 100  # the blind baseline uses at most this many images and holds them in memory (9 MB each)
 

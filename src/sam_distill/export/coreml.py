@@ -16,10 +16,10 @@ from coremltools.converters.mil.frontend.torch.ops import noop
 from coremltools.optimize.coreml import OpLinearQuantizerConfig, OptimizationConfig, linear_quantize_weights
 from coremltools.proto.FeatureTypes_pb2 import ArrayFeatureType
 
+from sam_distill.errors import UserError
 from sam_distill.export.contract import Quantize, Settings, graph_as_json
 from sam_distill.export.graphs import Decoder, Encoder, prepared
 from sam_distill.models.sam import Sam
-from sam_distill.types import UserError
 
 logging.getLogger("coremltools").setLevel(logging.ERROR)
 

@@ -17,11 +17,11 @@ from executorch.runtime import Runtime
 from torch import nn
 from torchao.quantization import Int8DynamicActivationIntxWeightConfig, PerAxis, quantize_
 
+from sam_distill.errors import UserError
 from sam_distill.export.contract import Settings, graph_as_json
 from sam_distill.export.graphs import Decoder, Encoder, prepared
 from sam_distill.export.runner import ContractRunner, Run, Runner
 from sam_distill.models.sam import Sam
-from sam_distill.types import UserError
 
 logging.getLogger("executorch").setLevel(logging.ERROR)
 

@@ -9,7 +9,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
-from sam_distill.types import UserError
+from sam_distill.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ from typing import Any, Literal
 
 from safetensors.torch import save
 
+from sam_distill.errors import UserError
 from sam_distill.models.checkpoints import DESCRIPTION, describe, format_spec, official_state, save_sam
 from sam_distill.models.sam import Sam
-from sam_distill.types import UserError
 
 # The encoders that the official `sam_model_registry` of MobileSAM and of SAM builds, by their names there.
 REGISTRIES: dict[str, dict[str, dict[str, Any]]] = {

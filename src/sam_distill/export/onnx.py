@@ -17,12 +17,13 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 from onnxscript import opset18
 from torch.export import Dim
 
+from sam_distill.errors import UserError
 from sam_distill.export.contract import Quantize, Settings, graph_as_json
 from sam_distill.export.graphs import Decoder, prepared
 from sam_distill.export.runner import Prompt, Runner, mask_inputs
 from sam_distill.export.sam_layout import AnySizeEncoder, UpscalingDecoder
 from sam_distill.models.sam import Sam
-from sam_distill.types import FRAME, Sample, UserError
+from sam_distill.types import FRAME, Sample
 
 for exporter in ("onnx_ir", "onnxscript", "torch.onnx", "onnxruntime"):
     logging.getLogger(exporter).setLevel(logging.ERROR)  # they log every constant that they fold

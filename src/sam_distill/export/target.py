@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from sam_distill.errors import UserError
 from sam_distill.export.contract import CONTRACT
-from sam_distill.types import UserError
 
 
 @contextmanager

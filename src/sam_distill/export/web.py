@@ -10,13 +10,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from sam_distill.errors import UserError
 from sam_distill.export.contract import Settings
 from sam_distill.export.graphs import Decoder, Encoder, prepared
 from sam_distill.export.onnx import DECODER, ENCODER, open_session, write_graph
 from sam_distill.export.runner import ContractRunner, Run, Runner
 from sam_distill.models.sam import Sam
 from sam_distill.models.weights import home
-from sam_distill.types import UserError
 
 PAGE = Path(__file__).parent / "page"
 RUNTIME = "onnxruntime-web@1.30.0"

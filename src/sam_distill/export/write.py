@@ -7,12 +7,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from sam_distill.errors import UserError
 from sam_distill.export import check
 from sam_distill.export.contract import CONTRACT, UPSCALING, Settings
 from sam_distill.export.formats import FORMATS, load_format
 from sam_distill.files import write_json
 from sam_distill.models.sam import Sam
-from sam_distill.types import Sample, UserError
+from sam_distill.types import Sample
 
 log = logging.getLogger(__name__)
 

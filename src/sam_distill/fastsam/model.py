@@ -20,12 +20,13 @@ from pydantic import Field, ValidatorFunctionWrapHandler, WrapValidator
 from torch import Tensor
 from torch.nn import functional as F
 
+from sam_distill.errors import UserError
 from sam_distill.evaluate.views import MaskOf, OtherModel, View
 from sam_distill.fastsam.mappings import RULES, MappingName, best_for_box
 from sam_distill.files import file_sha256
 from sam_distill.models import weights
 from sam_distill.models.checkpoints import Checkpoint
-from sam_distill.types import BACKGROUND, BOX_BOTTOM_RIGHT, BOX_TOP_LEFT, FOREGROUND, FRAME, Batch, Prompts, UserError
+from sam_distill.types import BACKGROUND, BOX_BOTTOM_RIGHT, BOX_TOP_LEFT, FOREGROUND, FRAME, Batch, Prompts
 
 _ENVIRONMENT = {  # variables that ultralytics reads when it is imported
     "YOLO_OFFLINE": "1",  # don't check for a network, don't report usage

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sam_distill.types import UserError
+from sam_distill.errors import UserError
 
 
 class OpenVinoEncoder(nn.Module):

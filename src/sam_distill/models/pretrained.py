@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
+from sam_distill.errors import UserError
 from sam_distill.models import weights
-from sam_distill.types import UserError
 
 log = logging.getLogger(__name__)
 logging.getLogger("timm").setLevel(logging.ERROR)  # it logs downloads even if they fail, and unused layers

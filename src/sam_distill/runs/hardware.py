@@ -10,8 +10,8 @@ import torch
 from pydantic import Field
 from torch.utils.data import DataLoader
 
+from sam_distill.errors import UserError
 from sam_distill.runs import processes
-from sam_distill.types import UserError
 
 LIGHTNING = "pytorch_lightning.trainer.trainer.Trainer"
 _OWN_OPTIONS = {  # argument of Lightning's Trainer -> our option to give instead

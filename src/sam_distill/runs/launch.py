@@ -17,10 +17,10 @@ from pathlib import Path
 
 import torch
 
+from sam_distill.errors import UserError
 from sam_distill.runs import processes, status
 from sam_distill.runs.hardware import Hardware
 from sam_distill.runs.overrides import quoted_override
-from sam_distill.types import UserError
 
 STOPPED = {128 + number for number in processes.STOP_SIGNALS}  # exit statuses after a stop signal
 PATIENCE = 10.0  # seconds for the others to end by themselves once one process has ended

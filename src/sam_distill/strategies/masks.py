@@ -7,13 +7,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from sam_distill.errors import UserError
 from sam_distill.losses import bce_dice, focal_dice, mean_per_prompt
 from sam_distill.metrics import mask_iou
 from sam_distill.models.sam import Sam
 from sam_distill.prompts.forms import add_points
 from sam_distill.prompts.sampling import PromptRng, corrections
 from sam_distill.strategies.base import Strategy
-from sam_distill.types import ABSENT, ALL, LOW_RES, Batch, Masks, Prompts, StepOutput, UserError, valid_area
+from sam_distill.types import ABSENT, ALL, LOW_RES, Batch, Masks, Prompts, StepOutput, valid_area
 
 _LOSSES = {"bce_dice": bce_dice, "focal_dice": focal_dice}
 

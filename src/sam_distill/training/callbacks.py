@@ -14,13 +14,14 @@ from pytorch_lightning.loggers import WandbLogger
 from torch import Tensor
 
 from sam_distill.data.base import DataSource
+from sam_distill.errors import UserError
 from sam_distill.files import write_json
 from sam_distill.loggers.history import History, write_curves
 from sam_distill.loggers.wandb import validation_media
 from sam_distill.models.checkpoints import save_sam
 from sam_distill.training.lightning_module import Distillation, ends_logged_step
 from sam_distill.training.optimizers import NOT_DECAYED
-from sam_distill.types import Batch, UserError
+from sam_distill.types import Batch
 
 log = logging.getLogger(__name__)
 

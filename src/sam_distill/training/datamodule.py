@@ -4,8 +4,9 @@ import pytorch_lightning as pl
 from torch.utils.data import DataLoader
 
 from sam_distill.data.base import DataSource, collate
+from sam_distill.errors import UserError
 from sam_distill.runs.hardware import Hardware
-from sam_distill.types import Sample, UserError
+from sam_distill.types import Sample
 
 
 class DistillationData(pl.LightningDataModule):

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sam_distill.data.base import DataSource
+from sam_distill.errors import UserError
 from sam_distill.evaluate.agreement import Agreement
 from sam_distill.evaluate.evaluator import BLIND
 from sam_distill.evaluate.protocol import write_prompts
@@ -44,7 +45,6 @@ from sam_distill.training.progress import TrainingBar
 from sam_distill.training.step_times import StepTimes
 from sam_distill.training.stopping import Checkpoint as CheckpointCallback
 from sam_distill.training.stopping import Stopping
-from sam_distill.types import UserError
 
 log = logging.getLogger(__name__)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
+from sam_distill.errors import UserError
 from sam_distill.evaluate.agreement import Agreement
 from sam_distill.evaluate.evaluator import Evaluator, blind
 from sam_distill.evaluate.protocol import Target
@@ -24,7 +25,7 @@ from sam_distill.strategies.base import Strategy
 from sam_distill.teachers import Teacher
 from sam_distill.training.optimizers import AdamW
 from sam_distill.training.sync_batchnorm import SyncBatchNorm
-from sam_distill.types import Batch, UserError
+from sam_distill.types import Batch
 
 
 def requirements(strategy: Strategy, prompts: PromptSampler) -> frozenset[str]:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from sam_distill.types import UserError
+from sam_distill.errors import UserError
 
 _NO_DECAY = ("bias", "attention_biases", "pos_embed", "rel_pos_h", "rel_pos_w")
 NOT_DECAYED = ", no decay"  # suffix of the name of their parameter group

@@ -11,8 +11,9 @@ from pycocotools import mask as coco
 from sam_distill.data.annotations import draw_annotations
 from sam_distill.data.base import collate
 from sam_distill.data.sa1b import Sa1b
+from sam_distill.errors import UserError
 from sam_distill.images import Size
-from sam_distill.types import Sample, UserError
+from sam_distill.types import Sample
 
 
 def annotation(height: int, width: int, box: tuple[int, int, int, int], as_list: bool = False) -> dict:

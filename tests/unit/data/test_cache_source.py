@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from sam_distill.data.cache import Cache
+from sam_distill.errors import UserError
 from sam_distill.teachers import CachedTeacher
-from sam_distill.types import UserError
 
 
 @pytest.mark.parametrize("content", ['{"name": "My app", "icons": []}', "[]", "7"])

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from sam_distill.data.embeddings import Dtype, pack, unpack
-from sam_distill.types import UserError, valid_area
+from sam_distill.errors import UserError
+from sam_distill.types import valid_area
 
 SIZE = (683, 1024)  # 3:2
 NOISE = torch.randn(256, 64, 64, generator=torch.Generator().manual_seed(0))

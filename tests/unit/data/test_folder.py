@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from sam_distill.data.folder import Folder
-from sam_distill.types import UserError
+from sam_distill.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 

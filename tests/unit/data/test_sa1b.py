@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from sam_distill.data.sa1b import Sa1b
+from sam_distill.errors import UserError
 from sam_distill.tars import tar as tars
-from sam_distill.types import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 

@@ -11,9 +11,10 @@ from pycocotools import mask as coco
 from sam_distill.cli.app import main
 from sam_distill.data.base import EvalStream, collate
 from sam_distill.data.folder import Folder
+from sam_distill.errors import UserError
 from sam_distill.evaluate.ground_truth import GroundTruth
 from sam_distill.evaluate.views import MaskOf, SamView, View
-from sam_distill.types import Batch, Prompts, UserError
+from sam_distill.types import Batch, Prompts
 
 HEIGHT, WIDTH = 120, 160
 

@@ -5,12 +5,13 @@ import torch
 from PIL import Image
 
 from sam_distill.data.folder import Folder
+from sam_distill.errors import UserError
 from sam_distill.evaluate.evaluation import evaluate_prompts
 from sam_distill.evaluate.point_pairs import PointPairs
 from sam_distill.models.sam import Sam
 from sam_distill.runs.hardware import Hardware
 from sam_distill.teachers import LiveTeacher
-from sam_distill.types import Batch, UserError
+from sam_distill.types import Batch
 
 
 @pytest.fixture(scope="module")

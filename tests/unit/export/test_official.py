@@ -9,12 +9,12 @@ import segment_anything
 import torch
 
 from sam_distill.data.photos import photo
+from sam_distill.errors import UserError
 from sam_distill.export.official import save_official, save_safetensors
 from sam_distill.models.checkpoints import describe, load_sam
 from sam_distill.models.encoders import SamViT, TimmEncoder, TinyViT
 from sam_distill.models.sam import Sam
 from sam_distill.predict.predictor import SamPredictor
-from sam_distill.types import UserError
 
 
 def test_mobile_sams_own_predictor_gives_the_same_masks(mobile_sam: ModuleType, teacher: Sam, tmp_path: Path) -> None:

@@ -10,13 +10,14 @@ import pytest
 import torch
 from onnxruntime import InferenceSession
 
+from sam_distill.errors import UserError
 from sam_distill.export import check, onnx
 from sam_distill.export.graphs import Encoder, prepared
 from sam_distill.export.sam_layout import AnySizeEncoder, UpscalingDecoder
 from sam_distill.images import frame_size
 from sam_distill.models.encoders import build_encoder
 from sam_distill.models.sam import Sam
-from sam_distill.types import Sample, UserError
+from sam_distill.types import Sample
 
 ENCODERS: dict[str, dict[str, Any]] = {
     "tinyvit": {"class": "TinyViT", "size": "5m"},

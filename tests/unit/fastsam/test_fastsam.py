@@ -17,21 +17,13 @@ from PIL import Image
 from torch import Tensor
 
 from sam_distill.cli import app
+from sam_distill.errors import UserError
 from sam_distill.fastsam import model as fastsam
 from sam_distill.fastsam.mappings import RULES, best_for_box, official
 from sam_distill.fastsam.model import FastSam, FastSamView, is_fastsam
 from sam_distill.files import file_sha256
 from sam_distill.models import weights
-from sam_distill.types import (
-    BACKGROUND,
-    BOX_BOTTOM_RIGHT,
-    BOX_TOP_LEFT,
-    FOREGROUND,
-    NOT_A_POINT,
-    Batch,
-    Prompts,
-    UserError,
-)
+from sam_distill.types import BACKGROUND, BOX_BOTTOM_RIGHT, BOX_TOP_LEFT, FOREGROUND, NOT_A_POINT, Batch, Prompts
 
 
 def squares(*squares: tuple[int, int, int]) -> Tensor:

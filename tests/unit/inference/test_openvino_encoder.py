@@ -3,10 +3,10 @@ import sys
 import pytest
 import torch
 
+from sam_distill.errors import UserError
 from sam_distill.inference.optimize import optimize_for_inference
 from sam_distill.models.encoders import ImageEncoder, TimmEncoder, TinyViT
 from sam_distill.models.sam import Sam
-from sam_distill.types import UserError
 
 
 @pytest.mark.parametrize("encoder", [TinyViT(pretrained=False), TimmEncoder("efficientnet_lite0", pretrained=False)])

@@ -7,11 +7,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from sam_distill.errors import UserError
 from sam_distill.export.official import save_safetensors
 from sam_distill.models import checkpoints
 from sam_distill.models.encoders import TimmEncoder, TinyViT
 from sam_distill.models.sam import Sam
-from sam_distill.types import UserError
 
 
 def test_official_names_come_back_as_they_were(teacher: Sam, mobile_sam_weights: str) -> None:

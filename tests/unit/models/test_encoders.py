@@ -7,10 +7,10 @@ import pytest
 import torch
 import yaml
 
+from sam_distill.errors import UserError
 from sam_distill.models import checkpoints, encoders
 from sam_distill.models.encoders import ImageEncoder, TimmEncoder, TinyViT
 from sam_distill.models.sam import Sam
-from sam_distill.types import UserError
 
 CONF = Path(__file__).parents[3] / "conf" / "encoder"
 S = 128

@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from sam_distill.errors import UserError
 from sam_distill.images import to_frame
 from sam_distill.models import pretrained
 from sam_distill.models.encoders import TimmEncoder, TinyViT
 from sam_distill.models.pretrained import packaged, with_imagenet_weights
 from sam_distill.models.sam import preprocess
-from sam_distill.types import UserError
 
 CATS, ESPRESSO = {281, 282, 285}, {967}  # ImageNet's numbers of tabby, tiger cat, Egyptian cat; espresso
 

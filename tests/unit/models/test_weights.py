@@ -14,10 +14,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from sam_distill.errors import UserError
 from sam_distill.files import file_sha256
 from sam_distill.models import weights
 from sam_distill.models.weights import WeightsFile, fetch, names
-from sam_distill.types import UserError
 
 CONTENT = bytes(range(256)) * 400
 SHA256 = hashlib.sha256(CONTENT).hexdigest()

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from sam_distill.errors import UserError
 from sam_distill.models.sam import Sam
 from sam_distill.predict.predictor import SamPredictor
-from sam_distill.types import UserError
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from sam_distill.errors import UserError
 from sam_distill.runs.hardware import Hardware
 from sam_distill.runs.launch import all_processes
-from sam_distill.types import UserError
 
 
 @pytest.mark.parametrize(

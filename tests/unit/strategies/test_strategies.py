@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from sam_distill.errors import UserError
 from sam_distill.models.encoders import TinyViT
 from sam_distill.models.sam import Sam
 from sam_distill.prompts.samplers import Points
@@ -16,7 +17,7 @@ from sam_distill.strategies.decoupled import Decoupled
 from sam_distill.strategies.finetune_decoder import FinetuneDecoder
 from sam_distill.strategies.finetune_joint import FinetuneJoint
 from sam_distill.strategies.semi_coupled import SemiCoupled
-from sam_distill.types import ALL, SINGLE, Batch, Masks, Prompts, UserError
+from sam_distill.types import ALL, SINGLE, Batch, Masks, Prompts
 
 ENCODER, DECODER, PROMPTS = "image_encoder.", "mask_decoder.", "prompt_encoder."
 UNUSED_PROMPTS = (f"{PROMPTS}mask_downscaling.", f"{PROMPTS}pe_layer.")

@@ -11,8 +11,8 @@ import pytest
 from fsspec.implementations.memory import MemoryFile
 
 from sam_distill.data.sa1b import Sa1b
+from sam_distill.errors import UserError
 from sam_distill.tars import tar as tars
-from sam_distill.types import UserError
 
 
 class Server:

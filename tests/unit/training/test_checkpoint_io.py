@@ -4,9 +4,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from sam_distill.errors import UserError
 from sam_distill.files import disk_is_full
 from sam_distill.training.checkpoint_io import AtomicCheckpointIO
-from sam_distill.types import UserError
 
 
 def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path: Path) -> None:

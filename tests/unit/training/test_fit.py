@@ -22,6 +22,7 @@ from torch import nn
 
 from sam_distill.data.base import collate
 from sam_distill.data.indexed import IndexedSource
+from sam_distill.errors import UserError
 from sam_distill.evaluate.agreement import Agreement
 from sam_distill.evaluate.evaluation import evaluate_prompts
 from sam_distill.evaluate.evaluator import Evaluator, blind
@@ -44,7 +45,7 @@ from sam_distill.teachers import LiveTeacher
 from sam_distill.training.fit import Options, Setup, _check_same_run, _option, fit, new_student
 from sam_distill.training.lightning_module import Distillation, silence_lightning
 from sam_distill.training.optimizers import AdamW, Muon
-from sam_distill.types import Batch, Sample, StepOutput, UserError
+from sam_distill.types import Batch, Sample, StepOutput
 
 HARDWARE = Hardware(accelerator="cpu", precision="fp32", workers=0)
 

@@ -13,6 +13,7 @@ from pytorch_lightning.accelerators import CPUAccelerator
 from pytorch_lightning.strategies import SingleDeviceStrategy
 from test_fit import Drawings, Stumbling, run, student
 
+from sam_distill.errors import UserError
 from sam_distill.evaluate.agreement import Agreement
 from sam_distill.models.encoders import TinyViT
 from sam_distill.models.sam import Sam
@@ -22,7 +23,7 @@ from sam_distill.teachers import LiveTeacher
 from sam_distill.training import fit as training
 from sam_distill.training.callbacks import Averaged
 from sam_distill.training.lightning_module import Distillation
-from sam_distill.types import Batch, StepOutput, UserError
+from sam_distill.types import Batch, StepOutput
 
 
 class Pretended(Hardware):
