@@ -1,4 +1,4 @@
-"""What README and docs/ say is so: commands compose, links lead somewhere, the rooms are those of the code."""
+"""What README and docs/ say is so: commands compose, links lead somewhere, the packages are those of the code."""
 
 import re
 import shlex
@@ -51,17 +51,17 @@ def test_every_page_is_in_the_site() -> None:
     assert sorted(pages) == sorted(page.name for page in (ROOT / "docs").glob("*.md"))
 
 
-def test_the_picture_of_the_rooms_is_that_of_the_contract() -> None:
+def test_the_picture_of_the_packages_is_that_of_the_contract() -> None:
     text = (ROOT / "docs/architecture.md").read_text()
     picture = re.search(r"```\n(.*?)```", text, re.DOTALL)
     assert picture
     drawn = [re.split(r" {2,}", line) for line in picture[1].splitlines()]
     contract = re.search(r"layers = \[\n(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL)
     assert contract
-    floors = [re.findall(r"\w+", line) for line in contract[1].splitlines()]
-    assert [row[:-1] for row in drawn] == floors, "each line: the rooms, then a word on them"
+    layers = [re.findall(r"\w+", line) for line in contract[1].splitlines()]
+    assert [row[:-1] for row in drawn] == layers, "each line: the packages, then a word on them"
     listed = re.findall(r"^\| \[`(\w+)`\]", text, re.MULTILINE)
-    assert listed == [room for floor in floors for room in floor]
+    assert listed == [package for layer in layers for package in layer]
 
 
 def commands() -> Iterator[tuple[str, str]]:

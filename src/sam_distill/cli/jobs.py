@@ -65,9 +65,13 @@ class Task:
         has_folder = keeps_run_folder(cfg)
         recorded = has_folder and not cfg.get("plan")
         which = f"job {settings.job.num} ({settings.job.override_dirname})" if swept else ""
-        if swept and recorded and _has_finished(cfg, run_dir):
-            print(f"{which} has finished before: {run_dir}")
-            return True
+        if swept and recorded:  # the sweep may have run before
+            outcome = earlier_outcome(run_dir, OmegaConf.to_yaml(cfg, resolve=True))
+            if outcome == "finished":
+                print(f"{which} has finished before: {run_dir}")
+                return True
+            if outcome is not None and "resume" in cfg and (run_dir / LAST_CHECKPOINT).is_file():
+                cfg.resume = str(run_dir)
         if swept and recorded and cfg.get("resume") is None and (line := why_occupied(run_dir, self.command)):
             print_errors(f"{which}: {line}")
             return False
@@ -133,14 +137,6 @@ def _execute(cfg: DictConfig, supplied: dict[str, Path], status: Status, log: Pa
         return True
     finally:
         gc.collect()  # trainer and module form a reference cycle; the next job of a sweep needs their memory
-
-
-def _has_finished(cfg: DictConfig, run_dir: Path) -> bool:
-    """Whether the job finished when its sweep ran before. If only a checkpoint is left, set cfg.resume to `run_dir`."""
-    before = earlier_outcome(run_dir, OmegaConf.to_yaml(cfg, resolve=True))
-    if before not in (None, "finished") and "resume" in cfg and (run_dir / LAST_CHECKPOINT).is_file():
-        cfg.resume = str(run_dir)
-    return before == "finished"
 
 
 def _log_to_file_only(log: Path) -> None:

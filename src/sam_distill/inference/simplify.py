@@ -9,16 +9,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from sam_distill.inference.layer_pairs import layer_pairs, replace_layer
+from sam_distill.inference.layer_pairs import equal_outputs, layer_pairs, replace_layer
 from sam_distill.models.sam import Sam
 
 
 def simplified(sam: Sam) -> Sam:
     """Return a frozen copy in eval mode, made of plain PyTorch layers, which every exporter supports."""
     sam = copy.deepcopy(sam).requires_grad_(False).eval()
+    if has_batch_norms(sam.image_encoder):
+        sam.image_encoder = _with_folded_batch_norms(sam.image_encoder)
     encoder = sam.image_encoder
-    if has_batch_norms(encoder):
-        _fold_batch_norms(encoder)
     for name, layer in list(encoder.named_modules()):
         if isinstance(layer, TinyVitBlock):
             replace_layer(encoder, name, WindowBlock(layer))
@@ -31,16 +31,18 @@ def has_batch_norms(encoder: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def _fold_batch_norms(encoder: nn.Module) -> None:
-    """Fold each BatchNorm that takes exactly the output of a convolution into that convolution."""
-    for conv_name, name in layer_pairs(encoder, (nn.Conv2d,), (nn.BatchNorm2d,)):
-        conv: Any = encoder.get_submodule(conv_name)
-        norm: Any = encoder.get_submodule(name)
+def _with_folded_batch_norms(encoder: nn.Module) -> nn.Module:
+    """Return a copy with each BatchNorm folded into the convolution whose output it takes, if outputs stay the same."""
+    folded = copy.deepcopy(encoder)
+    for conv_name, name in layer_pairs(folded, (nn.Conv2d,), (nn.BatchNorm2d,)):
+        conv: Any = folded.get_submodule(conv_name)
+        norm: Any = folded.get_submodule(name)
         conv.weight, conv.bias = fuse_conv_bn_weights(
             conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
         )
         activation = getattr(norm, "act", nn.Identity())  # timm's BatchNormAct2d includes one
-        replace_layer(encoder, name, activation)
+        replace_layer(folded, name, activation)
+    return folded if equal_outputs(folded, encoder) else encoder
 
 
 class WindowBlock(nn.Module):

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as coco
 
-from sam_distill.types import FOREGROUND
+from sam_distill.types import BACKGROUND, FOREGROUND
 
 TEACHER, STUDENT = (30, 144, 255), (255, 30, 150)  # blue and pink
 _PANEL = 384  # long side of a panel, pixels
@@ -67,7 +67,7 @@ def prompt_overlay(
 ) -> Image.Image:
     """Return `overlay` with the prompt and labels of a `Comparison`, in pixels of `image`."""
     points = zip(zip(prompt[::2], prompt[1::2], strict=True), labels, strict=True)
-    clicks = [(point, label) for point, label in points if label <= FOREGROUND]
+    clicks = [(point, label) for point, label in points if label in (BACKGROUND, FOREGROUND)]
     if not clicks:
         return overlay(image, mask, colour, box=prompt)
     return overlay(image, mask, colour, [point for point, _ in clicks], [label for _, label in clicks])

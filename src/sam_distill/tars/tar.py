@@ -216,27 +216,31 @@ class _HttpRanges(AbstractBufferedFile):
     """Remote file with random access: one HTTP range request for each block that is read."""
 
     def __init__(self, address: str) -> None:
-        self._session = requests.Session()
-        response = self._session.head(address, timeout=TIMEOUT, allow_redirects=True)
-        _raise_for_status(response)
+        self._session, self._address = requests.Session(), address
+        response = self._request("HEAD")
         if "Content-Length" not in response.headers:
             raise UserError(f"{address}: the server does not say how long it is; download it first")
         super().__init__(None, address, block_size=HEADERS, size=int(response.headers["Content-Length"]))
 
     def _fetch_range(self, start: int, end: int) -> bytes:
-        for seconds in (*RETRY_AFTER[:RETRIES_AT_START], None):
-            try:
-                headers = {"Range": f"bytes={start}-{end - 1}"}
-                response = self._session.get(self.path, timeout=TIMEOUT, headers=headers)
-                _raise_for_status(response)
-                break
-            except requests.RequestException:
-                if seconds is None:
-                    raise
-                time.sleep(seconds)
+        response = self._request("GET", {"Range": f"bytes={start}-{end - 1}"})
         if response.status_code != 206:
             raise UserError(f"{self.path}: the server can't send parts of a file; download it first, or use pipe:")
         return response.content
+
+    def _request(self, method: str, headers: dict[str, str] | None = None) -> requests.Response:
+        """Return the response, after retries if need be. urllib3's Retry does not retry a body that breaks off."""
+        retry_after = iter(RETRY_AFTER[:RETRIES_AT_START])
+        while True:
+            try:
+                options: dict[str, Any] = {"headers": headers, "timeout": TIMEOUT, "allow_redirects": True}
+                response = self._session.request(method, self._address, **options)
+                _raise_for_status(response)
+                return response
+            except requests.RequestException:
+                if (seconds := next(retry_after, None)) is None:
+                    raise
+                time.sleep(seconds)
 
 
 def _raise_for_status(response: requests.Response) -> None:

@@ -65,9 +65,12 @@ class Reused(TimmEncoder):
         return nn.functional.interpolate((out + self.act(out))[:, :1].expand(-1, 256, -1, -1), size=64)
 
 
-def test_a_layer_that_others_want_as_it_is_stays_so() -> None:
+@pytest.mark.parametrize("act", [nn.GELU(), nn.BatchNorm2d(64)])
+def test_a_layer_that_others_want_as_it_is_stays_so(act: nn.Module) -> None:
     encoder = Reused("resnet18", pretrained=False)
-    encoder.act = nn.GELU()
+    encoder.act = act
+    if isinstance(act, nn.BatchNorm2d):
+        nn.init.constant_(act.running_mean, 1.0)
     fast = optimize_for_inference(Sam(encoder, image_size=256)).image_encoder
     x = torch.randn(1, 3, 256, 256, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():

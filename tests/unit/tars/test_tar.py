@@ -16,11 +16,14 @@ from sam_distill.tars import tar as tars
 
 
 class Server:
-    """Serves a folder, ranges included. breaks: after so many bytes of each answer in turn the connection is cut."""
+    """Serves a folder, ranges included. breaks: after so many bytes of each answer in turn the connection is cut.
+
+    busy: requests that are answered with 503 before any other.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.breaks, self.ranges, self.asked = folder, list[int](), True, list[str]()
-        self.port = 0
+        self.port, self.busy = 0, 0
         self.start()
 
     def start(self) -> None:
@@ -42,6 +45,10 @@ class Server:
                 file = outer.folder / self.path.partition("?")[0].lstrip("/")
                 if not file.is_file():
                     self.send_error(404)
+                    return
+                if outer.busy:
+                    outer.busy -= 1
+                    self.send_error(503)
                     return
                 data, span = file.read_bytes(), self.headers.get("Range")
                 outer.asked.append(f"{self.command} {span or ''}".strip())
@@ -107,6 +114,14 @@ def test_what_a_tar_holds_is_asked_once(server: Server, shards: list[str]) -> No
     server.asked.clear()
     Sa1b(f"{server}/{BRACES}?signature=tuesday", val_images=1)
     assert server.asked == ["HEAD", "HEAD"]
+
+
+def test_headers_are_asked_for_again_where_a_server_is_busy(server: Server, shards: list[str], tmp_path: Path) -> None:
+    here = Sa1b(str(tmp_path / "shards"), val_images=1)
+    server.busy = 3
+    there = Sa1b(f"{server}/sa_000000.tar", val_images=1)
+    assert server.busy == 0
+    assert set(there.keys(there.train)) < set(here.keys([*here.train, *here.val]))
 
 
 def test_broken_connections_cost_a_warning(

@@ -33,9 +33,9 @@ export class Model {
    * Returns four masks as logits [256, 256], and the IoU that the model expects of each.
    */
   async ask(points) {
-    const room = this.contract.points;
-    const coordinates = new Float32Array(room * 2);
-    const labels = new Float32Array(room).fill(NOT_A_POINT);
+    const maxPoints = this.contract.points;
+    const coordinates = new Float32Array(maxPoints * 2);
+    const labels = new Float32Array(maxPoints).fill(NOT_A_POINT);
     points.forEach(({ x, y, label }, i) => {
       coordinates.set([x, y], 2 * i);
       labels[i] = label;
@@ -43,8 +43,8 @@ export class Model {
     const tensor = (data, shape) => new ort.Tensor("float32", data, shape);
     const answer = await this.decoder.run({
       image_embeddings: this.embeddings,
-      point_coords: tensor(coordinates, [1, room, 2]),
-      point_labels: tensor(labels, [1, room]),
+      point_coords: tensor(coordinates, [1, maxPoints, 2]),
+      point_labels: tensor(labels, [1, maxPoints]),
       mask_input: tensor(new Float32Array(LOW_RES * LOW_RES), [1, 1, LOW_RES, LOW_RES]),
       has_mask_input: tensor(new Float32Array(1), [1]),
     });
