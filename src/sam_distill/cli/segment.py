@@ -54,15 +54,7 @@ def segment(
     jobs = _jobs(image, Path(path))
     _refuse_overwriting(jobs)
     coordinates, signs = _points(point, points, labels)
-    prompted = bool(coordinates) or box is not None
-    if everything and prompted:
-        raise UserError("everything=true takes no prompts: leave out point, points and box")
-    if not everything and not prompted:
-        raise UserError(
-            "nothing to segment: give point=[x,y], points=[[x,y],...], box=[x0,y0,x1,y1] or everything=true"
-        )
-    if box is not None and not (box[0] < box[2] and box[1] < box[3]):
-        raise UserError(f"box={list(box)}: expected [x0,y0,x1,y1] with x0 < x1 and y0 < y1")
+    _check_prompts(coordinates, box, everything)
     sam = optimize_for_inference(load_sam(checkpoint), runtime).to(trainer.kind)
     make, predictor = generator(sam, output_mode="coco_rle"), SamPredictor(sam)
     progress = CountProgress(len(jobs), "segmenting") if len(jobs) > 1 else nullcontext()
@@ -91,6 +83,18 @@ def segment(
                 progress.add(1)
     if skipped:
         raise UserError(f"{skipped} of {len(jobs)} images were skipped, see above; {path} holds the others")
+
+
+def _check_prompts(points: Sequence[Point], box: Box | None, everything: bool) -> None:
+    prompted = bool(points) or box is not None
+    if everything and prompted:
+        raise UserError("everything=true takes no prompts: leave out point, points and box")
+    if not everything and not prompted:
+        raise UserError(
+            "nothing to segment: give point=[x,y], points=[[x,y],...], box=[x0,y0,x1,y1] or everything=true"
+        )
+    if box is not None and not (box[0] < box[2] and box[1] < box[3]):
+        raise UserError(f"box={list(box)}: expected [x0,y0,x1,y1] with x0 < x1 and y0 < y1")
 
 
 def _jobs(image: str, path: Path) -> list[tuple[Path, Path]]:

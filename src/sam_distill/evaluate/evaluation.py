@@ -1,7 +1,7 @@
 """Evaluate a finished model by a protocol with prompts."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from sam_distill.models.sam import Sam
 from sam_distill.runs.hardware import Hardware
 from sam_distill.runs.progress import CountProgress
 from sam_distill.teachers import Teacher
+from sam_distill.types import Batch
 
 BLIND_IMAGES = 100  # the blind baseline uses at most this many images and holds them in memory (9 MB each)
 
@@ -47,23 +48,19 @@ def evaluate_prompts(
         if isinstance(model, Sam):
             model.to(hardware.kind).to(memory_format=torch.channels_last)
     result, teacher_result = Evaluator(protocol).to(hardware.kind), Evaluator(protocol).to(hardware.kind)
-    answers: list[TeacherBatch] = []
+    teacher_batches: list[TeacherBatch] = []
     with CountProgress(total, "Evaluating") as progress:
         stream = EvalStream(source, split, truth=annotated)
         for batch in hardware.loader(stream, batch_size=batch_size, collate_fn=collate):
             batch = batch.to(hardware.kind)
             with hardware.autocast():  # as in validation during training; SamView decodes in float32 all the same
                 teacher_view = protocol.view(teacher.sam, teacher.embed(batch), batch)
-                if isinstance(student, Sam):
-                    student_view: View = protocol.view(student, student.encode(batch.images, batch.sizes), batch)
-                else:
-                    student_view = student.view(batch)
                 targets = protocol.make_targets(teacher_view)
                 if annotated:
                     teacher_result.update(teacher_view, teacher_view.embedding, targets)
-                result.update(student_view, teacher_view.embedding, targets)
+                result.update(_student_view(student, protocol, batch), teacher_view.embedding, targets)
             if images < BLIND_IMAGES:
-                answers.append((batch, teacher_view.embedding, targets))
+                teacher_batches.append((batch, teacher_view.embedding, targets))
             images += len(batch)
             progress.add(len(batch))
     about = facts(student, hardware, images, total, time.perf_counter() - started)
@@ -73,11 +70,8 @@ def evaluate_prompts(
             f"not one prompt counts: {images} images are too small for them, or the {protocol.reference}'s masks are"
             " all empty"
         )
-    blind_images = sum(len(batch) for batch, _, _ in answers)
-    embedding_sum = torch.stack([embedding.float().sum(0) for _, embedding, _ in answers]).sum(0)
     with hardware.autocast():
-        baseline = blind(Evaluator(protocol).to(hardware.kind), teacher.sam, answers, embedding_sum, blind_images)
-    metrics |= result.intervals() | baseline | ({"blind/images": blind_images} if baseline else {})
+        metrics |= result.intervals() | _blind_scores(Evaluator(protocol).to(hardware.kind), teacher, teacher_batches)
     if annotated:
         metrics |= {f"teacher/{n}": value for n, value in teacher_result.compute().items() if n.startswith("miou/")}
     metrics |= about
@@ -87,6 +81,20 @@ def evaluate_prompts(
     result.sheet().save(run_dir / "pictures" / "masks.png")
     _print_scores(metrics, protocol, run_dir)
     return metrics
+
+
+def _student_view(student: Sam | OtherModel, protocol: Protocol, batch: Batch) -> View:
+    if isinstance(student, Sam):
+        return protocol.view(student, student.encode(batch.images, batch.sizes), batch)
+    return student.view(batch)
+
+
+def _blind_scores(evaluator: Evaluator, teacher: Teacher, batches: Sequence[TeacherBatch]) -> dict[str, float]:
+    """Return the scores of the blind baseline on these batches, and the number of their images."""
+    images = sum(len(batch) for batch, _, _ in batches)
+    total = torch.stack([embedding.float().sum(0) for _, embedding, _ in batches]).sum(0)
+    scores = blind(evaluator, teacher.sam, batches, total, images)
+    return scores | {"blind/images": images} if scores else {}
 
 
 def facts(student: Sam | OtherModel, hardware: Hardware, images: int, total: int, seconds: float) -> dict[str, Any]:

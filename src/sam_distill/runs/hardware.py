@@ -64,6 +64,11 @@ class Hardware:
         return self.devices * self.nodes
 
     @property
+    def synchronises_batchnorm(self) -> bool:
+        """Whether BatchNorm takes its statistics over all processes."""
+        return self.sync_batchnorm and self.processes > 1
+
+    @property
     def device_name(self) -> str:
         """Return the model name of the GPU or processor."""
         if self.kind == "cuda":

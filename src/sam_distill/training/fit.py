@@ -3,8 +3,6 @@
 import copy
 import json
 import logging
-import re
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -14,12 +12,10 @@ from typing import Annotated, Any
 import pytorch_lightning as pl
 from pydantic import Field
 from rich.console import Console
-from rich.table import Table
 
 from sam_distill.data.base import DataSource
 from sam_distill.errors import UserError
 from sam_distill.evaluate.agreement import Agreement
-from sam_distill.evaluate.evaluator import BLIND
 from sam_distill.evaluate.protocol import write_prompts
 from sam_distill.files import LAST_CHECKPOINT
 from sam_distill.loggers.history import CsvOnly, History
@@ -30,7 +26,6 @@ from sam_distill.models.sam import Sam
 from sam_distill.prompts.samplers import PromptSampler
 from sam_distill.runs.hardware import Hardware
 from sam_distill.runs.launch import all_processes
-from sam_distill.runs.overrides import quoted_override
 from sam_distill.selection import legacy_fingerprint
 from sam_distill.strategies.base import Strategy
 from sam_distill.teachers import Teacher
@@ -45,6 +40,7 @@ from sam_distill.training.progress import TrainingBar
 from sam_distill.training.step_times import StepTimes
 from sam_distill.training.stopping import Checkpoint as CheckpointCallback
 from sam_distill.training.stopping import Stopping
+from sam_distill.training.summary import log_start, print_summary
 
 log = logging.getLogger(__name__)
 
@@ -105,57 +101,29 @@ def fit(setup: Setup, options: Options, run_dir: Path) -> dict[str, Any]:
 
     With `plan`, only measure a few steps: write nothing and return {}.
     """
-    strategy, student, teacher, source = setup.strategy, setup.student, setup.teacher, setup.source
-    hardware, resume = setup.hardware, None if options.resume is None else Path(options.resume)
-    checkpoint = None if resume is None else resume / LAST_CHECKPOINT
-    if checkpoint is not None and not checkpoint.is_file():
-        why = "the run may have stopped before its first checkpoint"
-        raise UserError(f"resume={resume}: there is no {checkpoint}; {why}")
-    processes = hardware.processes
-    sync_batchnorm = hardware.sync_batchnorm and processes > 1
-    if strategy.finetunes and options.init is None and resume is None:
-        raise UserError(f"strategy={strategy.name} starts from a distilled student: give init=RUN_DIR or a checkpoint")
-    if options.compile and sync_batchnorm:
-        raise UserError("compile=true does not go with synchronised BatchNorm: give trainer.sync_batchnorm=false")
-    if "annotations" in requirements(strategy, setup.prompts):
-        source.load_annotations(setup.prompts.count, options.seed)
-    strategy.prepare(student)
-    if options.init is not None and resume is None and not options.plan:  # else it may not exist yet, or no longer
-        load_weights(student, options.init)
-    if options.compile:
-        student.image_encoder.compile()  # in place: parameters keep their names
-
-    images_per_step = options.batch_size * options.accumulate * processes
+    source, hardware = setup.source, setup.hardware
+    checkpoint = _checkpoint_to_resume(options.resume)
+    _prepare_student(setup, options)
+    images_per_step = options.batch_size * options.accumulate * hardware.processes
     steps = in_steps(options.budget, images_per_step, source.num_train_images)
-    interval = -(-steps // VALIDATIONS)
-    if options.validate_every:
-        interval = min(steps, in_steps(options.validate_every, images_per_step, source.num_train_images))
     module = Distillation(
-        student, strategy, teacher, setup.prompts, setup.optim, setup.protocol, sync_batchnorm, options.seed
-    )
+        setup.student, setup.strategy, setup.teacher, setup.prompts, setup.optim, setup.protocol,
+        hardware.synchronises_batchnorm, options.seed,
+    )  # fmt: skip
     loaders = DistillationData(source, options.batch_size, options.seed, hardware)
     if options.plan:
-        _check_held_out(source, processes)
+        _check_held_out(source, hardware.processes)
         plan_training(module, loaders, hardware, steps, options.accumulate)
         return {}
-    facts: dict[str, Any] = {
-        "images_per_step": images_per_step,
-        "workers": hardware.num_workers,  # the order of images in tars depends on them
-        "parameters": student.parameter_counts["parameters"],
-        "precision": hardware.resolved_precision,
-        "device": hardware.device_name,
-        "teacher_sha256": teacher.sha256,
-        "data_keys": source.fingerprint,
-        **setup.protocol.description,
-    }
-    if resume is not None:
-        _check_same_run(resume, facts, source)
+    facts = _facts(setup, images_per_step)
+    if options.resume is not None:
+        _check_same_run(Path(options.resume), facts, source)
     history = History(run_dir / "history.csv", resume=checkpoint is not None)
     folder = RunFolder(run_dir, history, source, facts)
-    _log_start(module, source, hardware, steps, images_per_step)
+    log_start(module, source, hardware, steps, images_per_step)
     with all_processes(hardware, run_dir):  # reports a launcher's mistake first
-        _check_held_out(source, processes)
-        trainer = _trainer(setup, options, run_dir, steps, interval, folder)
+        _check_held_out(source, hardware.processes)
+        trainer = _trainer(setup, options, run_dir, steps, folder)
         first = trainer.is_global_zero
         trainer.loggers = [history, *(setup.logger.build(run_dir, facts) if first else [])]
         try:
@@ -169,8 +137,48 @@ def fit(setup: Setup, options: Options, run_dir: Path) -> dict[str, Any]:
             close(trainer.loggers)
         if first:
             write_prompts(run_dir / "prompts.csv", module.evaluator.comparisons)
-            _print_summary(folder, module, run_dir)
+            print_summary(folder, module, run_dir)
         return module.metrics
+
+
+def _checkpoint_to_resume(run_dir: str | None) -> Path | None:
+    if run_dir is None:
+        return None
+    checkpoint = Path(run_dir) / LAST_CHECKPOINT
+    if not checkpoint.is_file():
+        why = "the run may have stopped before its first checkpoint"
+        raise UserError(f"resume={run_dir}: there is no {checkpoint}; {why}")
+    return checkpoint
+
+
+def _prepare_student(setup: Setup, options: Options) -> None:
+    """Check options that depend on each other; load annotations, initial weights; compile the encoder, if wanted."""
+    strategy, student = setup.strategy, setup.student
+    if strategy.finetunes and options.init is None and options.resume is None:
+        raise UserError(f"strategy={strategy.name} starts from a distilled student: give init=RUN_DIR or a checkpoint")
+    if options.compile and setup.hardware.synchronises_batchnorm:
+        raise UserError("compile=true does not go with synchronised BatchNorm: give trainer.sync_batchnorm=false")
+    if "annotations" in requirements(strategy, setup.prompts):
+        setup.source.load_annotations(setup.prompts.count, options.seed)
+    strategy.prepare(student)
+    if options.init is not None and options.resume is None and not options.plan:  # else it need not exist
+        load_weights(student, options.init)
+    if options.compile:
+        student.image_encoder.compile()  # in place: parameters keep their names
+
+
+def _facts(setup: Setup, images_per_step: int) -> dict[str, Any]:
+    """Return what metrics.json says of a run beside its scores."""
+    return {
+        "images_per_step": images_per_step,
+        "workers": setup.hardware.num_workers,  # the order of images in tars depends on them
+        "parameters": setup.student.parameter_counts["parameters"],
+        "precision": setup.hardware.resolved_precision,
+        "device": setup.hardware.device_name,
+        "teacher_sha256": setup.teacher.sha256,
+        "data_keys": setup.source.fingerprint,
+        **setup.protocol.description,
+    }
 
 
 def _check_held_out(source: DataSource, processes: int) -> None:
@@ -181,9 +189,13 @@ def _check_held_out(source: DataSource, processes: int) -> None:
         )
 
 
-def _trainer(setup: Setup, options: Options, run_dir: Path, steps: int, interval: int, folder: RunFolder) -> pl.Trainer:
+def _trainer(setup: Setup, options: Options, run_dir: Path, steps: int, folder: RunFolder) -> pl.Trainer:
     """Return the Trainer. Arguments that the user gives by `trainer=` take precedence; callbacks are added to ours."""
     silence_lightning()
+    interval = -(-steps // VALIDATIONS)
+    if options.validate_every:
+        images_per_step = folder.facts["images_per_step"]
+        interval = min(steps, in_steps(options.validate_every, images_per_step, setup.source.num_train_images))
     given = setup.hardware.trainer_arguments()
     callbacks: list[pl.Callback] = [Throughput(), folder]  # the run folder before `Averaged`: it saves the average
     if options.progressive_resizing:
@@ -217,58 +229,6 @@ def _trainer(setup: Setup, options: Options, run_dir: Path, steps: int, interval
         "default_root_dir": run_dir,
     }
     return pl.Trainer(**arguments | given | {"callbacks": [*callbacks, *given.get("callbacks", [])]})
-
-
-def _log_start(module: Distillation, source: DataSource, hardware: Hardware, steps: int, images_per_step: int) -> None:
-    student, teacher, images = module.student, module.teacher, source.num_train_images
-    log.info(
-        "%s, %s, %.1fM parameters at %d px: %d steps of %d images (%.1f epochs of %d), %s on %s", module.strategy.name,
-        type(student.image_encoder).__name__, student.parameter_counts["parameters"] / 1e6, student.image_size, steps,
-        images_per_step, steps * images_per_step / images, images, hardware.resolved_precision, hardware.kind,
-    )  # fmt: skip
-    if module.requires & teacher.provides and teacher.capacity >= images:
-        message = (
-            "The first %d images wait for the teacher, whose answers are then remembered: it gets faster after them"
-        )
-        if hardware.processes > 1:
-            message += (
-                ", little by little: each process remembers only what it has asked itself, and images are dealt anew"
-            )
-        log.info(message, images)
-    if source.shortage:
-        log.warning(source.shortage)
-
-
-def _print_summary(folder: RunFolder, module: Distillation, run_dir: Path) -> None:
-    """Print the scores before and after training, and commands to try the student."""
-    skipped = folder.source.skipped
-    table = Table("", "before", "blind", "after", title="Agreement with the teacher on images the student never saw")
-    for kind in module.evaluator.protocol.kinds:
-        name = f"miou/{kind}"
-        scores = folder.before.get(f"before/{name}"), folder.before.get(f"blind/{name}"), module.metrics.get(name)
-        table.add_row(f"mIoU, one {kind}", *("" if score is None else f"{score:.3f}" for score in scores))
-    console = Console()
-    console.print(table)
-    console.print(f"blind: {BLIND}")
-    console.print(f"{folder.seconds:.0f} seconds" + (f"; {skipped} damaged images or tars skipped" if skipped else ""))
-    for tar, images in folder.source.skipped_by_tar.items():
-        console.print(f"  {images} of {tar}", highlight=False, soft_wrap=True)
-    student = _option("checkpoint", run_dir)
-    try_it = "sam-distill segment image=PHOTO.jpg 'point=[x,y]' path=seen.png"
-    for name, what in {
-        "picture": run_dir / "pictures" / f"masks_{module.validated_at:07d}.png",
-        "student": run_dir / "student.pt",
-        "try it": f"{try_it} {student}",
-        "a better one": f"{try_it} checkpoint=pocket_sam, the student that comes with sam-distill",
-        "in a browser": f"sam-distill demo compare=mobile_sam {student}",
-    }.items():
-        console.print(f"{name:14}{what}", highlight=False, soft_wrap=True, markup=False)
-
-
-def _option(key: str, path: Path) -> str:
-    """Return KEY=PATH, quoted for a shell and for Hydra if the path needs it."""
-    plain = re.fullmatch(r"[\w./-]+", str(path))
-    return f"{key}={path}" if plain else shlex.quote(quoted_override(key, str(path)))
 
 
 def _check_same_run(run_dir: Path, facts: Mapping[str, Any], source: DataSource) -> None:

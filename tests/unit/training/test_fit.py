@@ -42,9 +42,10 @@ from sam_distill.strategies.finetune_decoder import FinetuneDecoder
 from sam_distill.strategies.finetune_joint import FinetuneJoint
 from sam_distill.strategies.semi_coupled import SemiCoupled
 from sam_distill.teachers import LiveTeacher
-from sam_distill.training.fit import Options, Setup, _check_same_run, _option, fit, new_student
+from sam_distill.training.fit import Options, Setup, _check_same_run, fit, new_student
 from sam_distill.training.lightning_module import Distillation, silence_lightning
 from sam_distill.training.optimizers import AdamW, Muon
+from sam_distill.training.summary import _option
 from sam_distill.types import Batch, Sample, StepOutput
 
 HARDWARE = Hardware(accelerator="cpu", precision="fp32", workers=0)
