@@ -38,15 +38,10 @@ def evaluate_prompts(
 ) -> dict[str, Any]:
     """Compare `student` and `teacher` on the images of `source`; write metrics.json, prompts.csv and pictures/."""
     started = time.perf_counter()
-    total = source.count(source.eval_items(split))
-    if not total:
-        raise UserError(f"split={split}: there is no such image; are any held out, by data.val_images?")
+    total = prepare(source, split, [student, teacher.sam], hardware)
     annotated, images = protocol.reference != "teacher", 0
     if annotated:
         source.load_json()
-    for model in (student, teacher.sam):
-        if isinstance(model, Sam):
-            model.to(hardware.kind).to(memory_format=torch.channels_last)
     result, teacher_result = Evaluator(protocol).to(hardware.kind), Evaluator(protocol).to(hardware.kind)
     teacher_batches: list[TeacherBatch] = []
     with CountProgress(total, "Evaluating") as progress:
@@ -81,6 +76,18 @@ def evaluate_prompts(
     result.sheet().save(run_dir / "pictures" / "masks.png")
     _print_scores(metrics, protocol, run_dir)
     return metrics
+
+
+@torch.inference_mode(False)  # weights that are moved in inference mode can't be trained any more
+def prepare(source: DataSource, split: Split, models: Sequence[Sam | OtherModel], hardware: Hardware) -> int:
+    """Move the models to the device and return the number of images to evaluate on. UserError if there is none."""
+    total = source.count(source.eval_items(split))
+    if not total:
+        raise UserError(f"split={split}: there is no such image; are any held out, by data.val_images?")
+    for model in models:
+        if isinstance(model, Sam):
+            model.to(hardware.kind).to(memory_format=torch.channels_last)
+    return total
 
 
 def _student_view(student: Sam | OtherModel, protocol: Protocol, batch: Batch) -> View:

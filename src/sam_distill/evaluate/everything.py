@@ -25,7 +25,7 @@ from rich.table import Table
 from torch import Tensor
 
 from sam_distill.data.base import DataSource, EvalStream, Split, collate
-from sam_distill.evaluate.evaluation import facts
+from sam_distill.evaluate.evaluation import facts, prepare
 from sam_distill.evaluate.protocol import Comparison, write_prompts
 from sam_distill.evaluate.views import OtherModel
 from sam_distill.files import write_json, write_text
@@ -177,10 +177,7 @@ def evaluate_everything(
     hardware: Hardware, batch_size: int, run_dir: Path,
 ) -> dict[str, Any]:  # fmt: skip
     """Compare `student` and `teacher`; write metrics.json, prompts.csv with a row per teacher mask, and pictures/."""
-    started, total = time.perf_counter(), source.count(source.eval_items(split))
-    for model in (student, teacher.sam):
-        if isinstance(model, Sam):
-            model.to(hardware.kind).to(memory_format=torch.channels_last)
+    started, total = time.perf_counter(), prepare(source, split, [student, teacher.sam], hardware)
     teacher_id, detections = f"{teacher.sha256} {hardware.resolved_precision}", Detections()
     rows: list[Image.Image] = []
     with CountProgress(total, "Segmenting everything") as progress, hardware.autocast():

@@ -194,9 +194,10 @@ def _parts(tokens: Tensor) -> Iterator[slice]:
         yield slice(None)
         return
     batch, prompts = tokens.shape[:2]
-    step = prompts if torch.is_grad_enabled() else CHUNK_CPU if tokens.device.type == "cpu" else CHUNK_GPU // batch
-    for start in range(0, prompts, max(1, step)):
-        yield slice(start, start + max(1, step))
+    chunk = CHUNK_CPU if tokens.device.type == "cpu" else max(1, CHUNK_GPU // batch)
+    step = max(1, prompts) if torch.is_grad_enabled() else chunk
+    for start in range(0, prompts, step):
+        yield slice(start, start + step)
 
 
 class MaskDecoder(nn.Module):

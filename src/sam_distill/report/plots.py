@@ -109,7 +109,7 @@ def _scatter(axis: Any, table: Table, rows: Sequence[Row], places: Mapping[str, 
                           label=end if number == 0 else None, **style)  # fmt: skip
             if len(rows) <= 24 and (end == "ours" or not row.runs):
                 spot = (place, value.mean * score.scale)
-                axis.load_annotations(_name(table, row, x), spot, xytext=(6, 4), textcoords="offset points", size=8)
+                axis.annotate(_name(table, row, x), spot, xytext=(6, 4), textcoords="offset points", size=8)
     axis.margins(x=0.12)
     drawn = [place for end in places.values() for place in end if place]
     if min(drawn, default=0) > 0 and max(drawn) / min(drawn) >= 8:

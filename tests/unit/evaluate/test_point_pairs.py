@@ -1,3 +1,4 @@
+import copy
 from pathlib import Path
 
 import pytest
@@ -57,10 +58,12 @@ def test_the_second_point_beside_the_thing(teacher: Sam, batch: Batch, embedding
 
 def test_where_no_prompt_counts_nothing_is_written(teacher: Sam, tmp_path: Path) -> None:
     Image.new("RGB", (40, 30)).save(tmp_path / "small.png")
+    student = copy.deepcopy(teacher)
     with pytest.raises(UserError, match="not one prompt counts: 1 images are too small"):
         evaluate_prompts(
-            student=teacher, teacher=LiveTeacher("mobile_sam"), source=Folder(str(tmp_path), val_images=0), split="all",
+            student=student, teacher=LiveTeacher("mobile_sam"), source=Folder(str(tmp_path), val_images=0), split="all",
             protocol=PointPairs(), hardware=Hardware("cpu", precision="fp32", workers=0), batch_size=1,
             run_dir=tmp_path / "run",
         )  # fmt: skip
     assert not (tmp_path / "run").exists()
+    assert not any(weight.is_inference() for weight in student.parameters()), "it can still be trained"
