@@ -1,130 +1,133 @@
-// The page: photograph in, clicks and boxes, masks drawn over it.
+// User interface: open a photograph, prompt the model (in worker.js) with clicks and boxes, draw the masks it returns.
+// Coordinates are (x, y) in pixels of the frame: the photograph resized so that its long side is 1024.
 
-import { frameSize, mask } from "./pixels.js";
+import { frameSize, upscaleMask } from "./pixels.js";
 
-const PER_SIDE = 8; // of the grid of clicks that segments everything
+const POINTS_PER_SIDE = 8; // "Segment everything" prompts with a grid of 8 x 8 clicks
 const COLOURS = [[30, 144, 255], [255, 99, 71], [60, 179, 113], [255, 165, 0], [186, 85, 211], [64, 224, 208], [240, 70, 150]];
-const BOX = 6; // pixels that the pointer must move for a box
+const MIN_DRAG = 6; // frame pixels; a shorter movement of the pointer is a click, not a box
 
 const $ = (id) => document.getElementById(id);
 const buttons = ["everything", "clear", "save"].map($);
-let about; // what the worker told of the model
+let modelInfo; // result of the worker's task "load": {bytes, threads, imageSize, maxPoints}; undefined until then
 let size; // [height, width] of the photograph in the frame, and of both canvases
-let points = [];
-let asked = 0; // grows with each question: answers to earlier ones are not shown
-let drag; // where the pointer went down
-
-const waiting = new Map();
-let requests = 0;
+let points = []; // prompt: [{x, y, label}]; label 1 foreground, 0 background, 2 a box's top left, 3 its bottom right
+let latestPrompt = 0; // incremented by each new prompt and by clear(); results of earlier prompts are discarded
+let dragStart; // {x, y} where the pointer went down; undefined while it is up
+const pendingRequests = new Map(); // request id -> {resolve, reject, onProgress}
+let lastRequestId = 0;
 let worker;
 
-function ask(task, content = {}, told = () => {}) {
+/** Send a task to the worker and return a promise of its result; worker.js describes the messages. */
+function request(task, content = {}, onProgress = () => {}) {
   return new Promise((resolve, reject) => {
-    waiting.set(++requests, { resolve, reject, told });
-    worker.postMessage({ id: requests, task, ...content });
+    pendingRequests.set(++lastRequestId, { resolve, reject, onProgress });
+    worker.postMessage({ id: lastRequestId, task, ...content });
   });
 }
 
-function receive({ data }) {
-  const { resolve, reject, told } = waiting.get(data.id);
-  if (data.progress) return told(data.progress);
-  waiting.delete(data.id);
-  return data.error ? reject(new Error(data.error)) : resolve(data.answer);
+function receiveMessage({ data }) {
+  const { resolve, reject, onProgress } = pendingRequests.get(data.id);
+  if (data.progress) return onProgress(data.progress);
+  pendingRequests.delete(data.id);
+  return data.error ? reject(new Error(data.error)) : resolve(data.result);
 }
 
-function say(text, progress = 0) {
+function setStatus(text, progress = 0) {
   $("status").textContent = text;
-  if (progress === null) $("progress").removeAttribute("value"); // no telling how far it is
-  else $("progress").value = progress;
+  if (progress === null) $("progress").removeAttribute("value"); // unknown progress: the bar shows activity only
+  else $("progress").value = progress; // 0 to 1
 }
 
 async function start() {
   if ("serviceWorker" in navigator) {
-    await serviceWorker();
-    if (!crossOriginIsolated && !sessionStorage.reloaded) { // the next load comes with more than one thread
+    await startServiceWorker();
+    if (!crossOriginIsolated && !sessionStorage.reloaded) { // once reloaded through it, the page may use threads
       sessionStorage.reloaded = "yes";
       location.reload();
       return;
     }
   }
   worker = new Worker("worker.js", { type: "module" });
-  worker.onmessage = receive;
-  say("Loading the model …", null);
-  about = await ask("load", {}, ({ bytes }) => say(`Loading the model … ${(bytes / 1e6).toFixed(1)} MB`, null));
-  say(`${described()}. Drop a photograph.`);
+  worker.onmessage = receiveMessage;
+  setStatus("Loading the model …", null);
+  modelInfo = await request("load", {}, ({ bytes }) => setStatus(`Loading the model … ${(bytes / 1e6).toFixed(1)} MB`, null));
+  setStatus(`${modelSummary()}. Drop a photograph.`);
 }
 
-/** Until it is at work, so that it keeps all that is fetched from now on. */
-async function serviceWorker() {
+/** Register the service worker and wait until it is active, so that it caches every file fetched from then on. */
+async function startServiceWorker() {
   await navigator.serviceWorker.register("service-worker.js");
   const { active } = await navigator.serviceWorker.ready;
   while (active.state === "activating") await new Promise((resolve) => active.addEventListener("statechange", resolve, { once: true }));
 }
 
-function described() {
-  return `Model ${(about.bytes / 1e6).toFixed(1)} MB at ${about.side} px, ${about.threads} thread${about.threads > 1 ? "s" : ""}`;
+function modelSummary() {
+  const { bytes, imageSize, threads } = modelInfo;
+  return `Model ${(bytes / 1e6).toFixed(1)} MB at ${imageSize} px, ${threads} thread${threads > 1 ? "s" : ""}`;
 }
 
-async function open(file) {
-  say("Looking at the photograph …", null);
+async function openPhoto(file) {
+  setStatus("Looking at the photograph …", null);
   const bitmap = await createImageBitmap(file, { imageOrientation: "from-image" });
-  const whole = new OffscreenCanvas(bitmap.width, bitmap.height).getContext("2d");
-  whole.fillStyle = "white"; // behind transparent parts
-  whole.fillRect(0, 0, bitmap.width, bitmap.height);
-  whole.drawImage(bitmap, 0, 0);
+  const fullSize = new OffscreenCanvas(bitmap.width, bitmap.height).getContext("2d");
+  fullSize.fillStyle = "white"; // behind transparent parts
+  fullSize.fillRect(0, 0, bitmap.width, bitmap.height);
+  fullSize.drawImage(bitmap, 0, 0);
   size = frameSize(bitmap.height, bitmap.width);
   for (const canvas of [$("photo"), $("masks")]) [canvas.height, canvas.width] = size;
   $("photo").getContext("2d").drawImage(bitmap, 0, 0, size[1], size[0]);
   $("hint").style.display = "none";
   clear();
   for (const button of buttons) button.disabled = true;
-  const photograph = whole.getImageData(0, 0, bitmap.width, bitmap.height);
-  const { milliseconds } = await ask("see", { photograph });
+  const photo = fullSize.getImageData(0, 0, bitmap.width, bitmap.height);
+  const { milliseconds } = await request("encode", { photo });
   for (const button of buttons) button.disabled = false;
-  say(`${described()}. Looked at in ${Math.round(milliseconds)} ms. Click on a thing.`);
+  setStatus(`${modelSummary()}. Looked at in ${Math.round(milliseconds)} ms. Click on a thing.`);
 }
 
 function clear() {
   points = [];
-  asked++;
+  latestPrompt++;
   $("masks").getContext("2d").clearRect(0, 0, size[1], size[0]);
 }
 
-async function show() {
-  const question = ++asked;
-  say("…", null);
-  const { logits, iou, milliseconds } = await ask("ask", { points });
-  if (question !== asked) return;
-  draw([logits]);
-  say(`Mask in ${Math.round(milliseconds)} ms, expected IoU ${iou.toFixed(2)}.`);
+async function showMask() {
+  const thisPrompt = ++latestPrompt;
+  setStatus("…", null);
+  const { logits, iou, milliseconds } = await request("predict", { points });
+  if (thisPrompt !== latestPrompt) return;
+  drawMasks([logits]);
+  setStatus(`Mask in ${Math.round(milliseconds)} ms, expected IoU ${iou.toFixed(2)}.`);
 }
 
-async function everything() {
-  const question = ++asked;
-  const [height, width] = size;
-  say("Segmenting everything …", null);
-  const progress = ({ done }) => question === asked && say(`Segmenting everything … ${Math.round(100 * done)}%`, done);
-  const { masks, milliseconds } = await ask("everything", { height, width, perSide: PER_SIDE }, progress);
-  if (question !== asked) return;
+async function showEverything() {
+  const thisPrompt = ++latestPrompt;
+  setStatus("Segmenting everything …", null);
+  const onProgress = ({ fraction }) =>
+    thisPrompt === latestPrompt && setStatus(`Segmenting everything … ${Math.round(100 * fraction)}%`, fraction);
+  const content = { height: size[0], width: size[1], pointsPerSide: POINTS_PER_SIDE };
+  const { masks, milliseconds } = await request("segmentEverything", content, onProgress);
+  if (thisPrompt !== latestPrompt) return;
   points = [];
-  draw(masks.map(({ logits }) => logits));
-  say(`${masks.length} masks in ${(milliseconds / 1000).toFixed(1)} s.`);
+  drawMasks(masks.map(({ logits }) => logits));
+  setStatus(`${masks.length} masks in ${(milliseconds / 1000).toFixed(1)} s.`);
 }
 
-/** Large masks first, so that small ones lie on them; then the points. */
-function draw(masks) {
+/** Draw masks, given as logits [256, 256], large ones first so that small ones lie over them; then the prompt. */
+function drawMasks(allLogits) {
   const [height, width] = size;
   const pixels = new ImageData(width, height);
-  const areas = masks.map((logits) => mask(logits, height, width)).map((m) => [m.reduce((a, b) => a + b, 0), m]);
-  areas.sort((a, b) => b[0] - a[0]);
-  areas.forEach(([, m], number) => {
+  const masks = allLogits.map((logits) => upscaleMask(logits, height, width));
+  const masksByArea = masks.map((mask) => [mask.reduce((a, b) => a + b, 0), mask]).sort((a, b) => b[0] - a[0]);
+  masksByArea.forEach(([, mask], number) => {
     const colour = [...COLOURS[number % COLOURS.length], 140];
-    for (let i = 0; i < m.length; i++) if (m[i]) pixels.data.set(colour, 4 * i);
+    for (let i = 0; i < mask.length; i++) if (mask[i]) pixels.data.set(colour, 4 * i);
   });
   const context = $("masks").getContext("2d");
   context.putImageData(pixels, 0, 0);
   for (const { x, y, label } of points) {
-    if (label > 1) continue;
+    if (label > 1) continue; // a corner of the box
     context.beginPath();
     context.arc(x, y, 6, 0, 2 * Math.PI);
     context.fillStyle = label ? "#0a0" : "#d00";
@@ -134,56 +137,56 @@ function draw(masks) {
     context.stroke();
   }
   const corners = points.filter(({ label }) => label > 1);
-  if (corners.length) outline(...corners);
+  if (corners.length) drawBox(...corners);
 }
 
-function outline(a, b) {
+function drawBox(a, b) {
   const context = $("masks").getContext("2d");
   context.strokeStyle = "#0a0";
   context.lineWidth = 2;
   context.strokeRect(a.x, a.y, b.x - a.x, b.y - a.y);
 }
 
-/** Where an event is, in pixels of the frame. */
-function place(event) {
+/** Return where a pointer event is, {x, y} in pixels of the frame; the canvas may be displayed at a smaller size. */
+function framePosition(event) {
   const area = $("masks").getBoundingClientRect();
   const [height, width] = size;
   return { x: ((event.clientX - area.left) * width) / area.width, y: ((event.clientY - area.top) * height) / area.height };
 }
 
-function far(a, b) {
-  return Math.max(Math.abs(a.x - b.x), Math.abs(a.y - b.y)) >= BOX;
+function isDrag(from, to) {
+  return Math.max(Math.abs(from.x - to.x), Math.abs(from.y - to.y)) >= MIN_DRAG;
 }
 
-const guarded = (action) => (...given) => action(...given).catch((error) => say(`That failed: ${error.message}`));
-const opened = guarded(open);
-const shown = guarded(show);
+const reportErrors = (action) => (...args) => action(...args).catch((error) => setStatus(`That failed: ${error.message}`));
+const openPhotoOrReport = reportErrors(openPhoto);
+const showMaskOrReport = reportErrors(showMask);
 
 $("masks").addEventListener("pointerdown", (event) => {
-  if (about && !$("clear").disabled) drag = place(event);
+  if (modelInfo && !$("clear").disabled) dragStart = framePosition(event);
 });
 $("masks").addEventListener("pointermove", (event) => {
-  const here = place(event);
-  if (!drag || !far(drag, here)) return;
-  draw([]);
-  outline(drag, here);
+  const position = framePosition(event);
+  if (!dragStart || !isDrag(dragStart, position)) return;
+  drawMasks([]);
+  drawBox(dragStart, position);
 });
 $("masks").addEventListener("pointerup", (event) => {
-  if (!drag) return;
-  const here = place(event);
-  if (far(drag, here)) {
-    const [left, right] = [drag.x, here.x].sort((a, b) => a - b);
-    const [top, bottom] = [drag.y, here.y].sort((a, b) => a - b);
+  if (!dragStart) return;
+  const position = framePosition(event);
+  if (isDrag(dragStart, position)) {
+    const [left, right] = [dragStart.x, position.x].sort((a, b) => a - b);
+    const [top, bottom] = [dragStart.y, position.y].sort((a, b) => a - b);
     points = [{ x: left, y: top, label: 2 }, { x: right, y: bottom, label: 3 }];
   } else {
-    if (points.length === about.points) points = [];
-    points.unshift({ ...here, label: event.shiftKey || event.button === 2 ? 0 : 1 });
+    if (points.length === modelInfo.maxPoints) points = []; // no room for another: start again
+    points.unshift({ ...position, label: event.shiftKey || event.button === 2 ? 0 : 1 }); // before a box, as in SAM
   }
-  drag = undefined;
-  shown();
+  dragStart = undefined;
+  showMaskOrReport();
 });
 $("masks").addEventListener("contextmenu", (event) => event.preventDefault());
-$("file").addEventListener("change", (event) => event.target.files[0] && opened(event.target.files[0]));
+$("file").addEventListener("change", (event) => event.target.files[0] && openPhotoOrReport(event.target.files[0]));
 $("stage").addEventListener("dragover", (event) => {
   event.preventDefault();
   $("stage").classList.add("over");
@@ -192,12 +195,12 @@ $("stage").addEventListener("dragleave", () => $("stage").classList.remove("over
 $("stage").addEventListener("drop", (event) => {
   event.preventDefault();
   $("stage").classList.remove("over");
-  if (event.dataTransfer.files[0]) opened(event.dataTransfer.files[0]);
+  if (event.dataTransfer.files[0]) openPhotoOrReport(event.dataTransfer.files[0]);
 });
-$("everything").addEventListener("click", guarded(everything));
+$("everything").addEventListener("click", reportErrors(showEverything));
 $("clear").addEventListener("click", () => {
   clear();
-  say(described());
+  setStatus(modelSummary());
 });
 $("save").addEventListener("click", () => {
   $("masks").toBlob((blob) => {
@@ -205,4 +208,4 @@ $("save").addEventListener("click", () => {
     link.click();
   });
 });
-guarded(start)();
+reportErrors(start)();

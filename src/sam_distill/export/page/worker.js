@@ -1,34 +1,37 @@
-// The model works here, so that the page stays alive. Each request {id, task, ...} is answered {id, ...} or {id, error}.
+// Web worker that runs the model, so that the page stays responsive. A request is {id, task, ...content}; the reply is
+// {id, result} or {id, error: string}; before it come {id, progress} messages, the arguments of the onProgress calls.
 
-import { everything } from "./everything.js";
+import { segmentEverything } from "./everything.js";
 import { Model } from "./model.js";
 
 let model;
-let last = Promise.resolve(); // one request at a time
+let queue = Promise.resolve(); // resolves when all earlier requests are done: one request runs at a time
 
 const tasks = {
-  async load(_, told) {
+  async load(_, onProgress) {
     let bytes = 0;
-    model = await Model.load((more) => told({ bytes: (bytes += more) }));
-    return { bytes: model.bytes, threads: model.threads, side: model.contract.image_size, points: model.contract.points };
+    model = await Model.load((chunkBytes) => onProgress({ bytes: (bytes += chunkBytes) }));
+    const { image_size: imageSize, points: maxPoints } = model.contract;
+    return { bytes: model.bytes, threads: model.threads, imageSize, maxPoints };
   },
-  async see({ photograph }) {
-    await model.see(photograph);
+  async encode({ photo }) {
+    await model.encode(photo);
   },
-  async ask({ points }) {
-    return await model.best(points);
+  async predict({ points }) {
+    return await model.predict(points);
   },
-  async everything({ height, width, perSide }, told) {
-    return { masks: await everything(model, height, width, perSide, (done) => told({ done })) };
+  async segmentEverything({ height, width, pointsPerSide }, onProgress) {
+    const onFraction = (fraction) => onProgress({ fraction });
+    return { masks: await segmentEverything(model, height, width, pointsPerSide, onFraction) };
   },
 };
 
 self.onmessage = ({ data }) => {
-  last = last.then(async () => {
+  queue = queue.then(async () => {
     const started = performance.now();
     try {
-      const answer = await tasks[data.task](data, (progress) => self.postMessage({ id: data.id, progress }));
-      self.postMessage({ id: data.id, answer: { ...answer, milliseconds: performance.now() - started } });
+      const result = await tasks[data.task](data, (progress) => self.postMessage({ id: data.id, progress }));
+      self.postMessage({ id: data.id, result: { ...result, milliseconds: performance.now() - started } });
     } catch (error) {
       self.postMessage({ id: data.id, error: String(error) });
     }
