@@ -86,5 +86,10 @@ class Chromium:
         """kind: Pressed, Moved or Released; x, y in pixels of the window."""
         self.call("Input.dispatchMouseEvent", type=f"mouse{kind}", x=x, y=y, button="left", buttons=1, clickCount=1)
 
+    def tap(self, x: float, y: float) -> None:
+        """With a finger; x, y in pixels of the window."""
+        self.call("Input.dispatchTouchEvent", type="touchStart", touchPoints=[{"x": x, "y": y}])
+        self.call("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
+
     def screenshot(self, path: Path) -> None:
         path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))

@@ -96,7 +96,7 @@ def in_frame(low_res: np.ndarray, height: int, width: int) -> np.ndarray:
     return upscale_masks(torch.from_numpy(low_res), (height, width), (height, width))[0].numpy() > 0
 
 
-def test_click_and_box_by_mouse(site: Path, tmp_path: Path) -> None:
+def test_click_and_box_by_mouse_and_tap(site: Path, tmp_path: Path) -> None:
     picture = Image.open(site / "photo.png")
     width, height = (int(side * 1024 / max(picture.size) + 0.5) for side in picture.size)
     predictor = SamPredictor(load_sam(site / "student.pt"))
@@ -131,6 +131,13 @@ def test_click_and_box_by_mouse(site: Path, tmp_path: Path) -> None:
         page.wait(f'{STATUS}.startsWith("Mask in")', 120)
         _, _, low_res = predictor.predict(box=np.array([120, 80, 800, 600]) * scale, multimask_output=False)
         assert iou(drawn(page), in_frame(low_res, height, width)) > 0.99
+
+        page.evaluate('document.getElementById("exclude").click()')
+        page.tap(*to_window(300, 300))
+        page.wait(f'!{STATUS}.startsWith("…")', 120)
+        box = {"box": np.array([120, 80, 800, 600]) * scale, "multimask_output": False}
+        _, _, low_res = predictor.predict(np.array([[300, 300]]) * scale, np.array([0]), **box)
+        assert iou(drawn(page), in_frame(low_res, height, width), marks=[(300, 300)]) > 0.99
 
         page.evaluate('document.getElementById("everything").click()')
         assert page.evaluate(STATUS).startswith("Segmenting everything"), "from the first moment"

@@ -52,6 +52,7 @@ async function start() {
   worker.onmessage = receiveMessage;
   setStatus("Loading the model …", null);
   modelInfo = await request("load", {}, ({ bytes }) => setStatus(`Loading the model … ${(bytes / 1e6).toFixed(1)} MB`, null));
+  $("file").disabled = false;
   setStatus(`${modelSummary()}. Drop a photograph.`);
 }
 
@@ -151,7 +152,10 @@ function drawBox(a, b) {
 function framePosition(event) {
   const area = $("masks").getBoundingClientRect();
   const [height, width] = size;
-  return { x: ((event.clientX - area.left) * width) / area.width, y: ((event.clientY - area.top) * height) / area.height };
+  const inside = (value, end) => Math.min(end, Math.max(0, value));
+  const x = ((event.clientX - area.left) * width) / area.width;
+  const y = ((event.clientY - area.top) * height) / area.height;
+  return { x: inside(x, width), y: inside(y, height) };
 }
 
 function isDrag(from, to) {
@@ -162,12 +166,20 @@ const reportErrors = (action) => (...args) => action(...args).catch((error) => s
 const openPhotoOrReport = reportErrors(openPhoto);
 const showMaskOrReport = reportErrors(showMask);
 
+function isExcluding(event) {
+  return event.shiftKey || event.button === 2 || $("exclude").checked; // a touch screen has only the checkbox
+}
+
 $("masks").addEventListener("pointerdown", (event) => {
-  if (modelInfo && !$("clear").disabled) dragStart = framePosition(event);
+  if ($("clear").disabled) return; // no photograph yet
+  dragStart = framePosition(event);
+  $("masks").setPointerCapture(event.pointerId); // a box may end outside
 });
+$("masks").addEventListener("pointercancel", () => (dragStart = undefined));
 $("masks").addEventListener("pointermove", (event) => {
+  if (!dragStart) return;
   const position = framePosition(event);
-  if (!dragStart || !isDrag(dragStart, position)) return;
+  if (!isDrag(dragStart, position)) return;
   drawMasks([]);
   drawBox(dragStart, position);
 });
@@ -180,7 +192,7 @@ $("masks").addEventListener("pointerup", (event) => {
     points = [{ x: left, y: top, label: 2 }, { x: right, y: bottom, label: 3 }];
   } else {
     if (points.length === modelInfo.maxPoints) points = []; // no room for another: start again
-    points.unshift({ ...position, label: event.shiftKey || event.button === 2 ? 0 : 1 }); // before a box, as in SAM
+    points.unshift({ ...position, label: isExcluding(event) ? 0 : 1 }); // before a box, as in SAM
   }
   dragStart = undefined;
   showMaskOrReport();
@@ -195,7 +207,7 @@ $("stage").addEventListener("dragleave", () => $("stage").classList.remove("over
 $("stage").addEventListener("drop", (event) => {
   event.preventDefault();
   $("stage").classList.remove("over");
-  if (event.dataTransfer.files[0]) openPhotoOrReport(event.dataTransfer.files[0]);
+  if (modelInfo && event.dataTransfer.files[0]) openPhotoOrReport(event.dataTransfer.files[0]);
 });
 $("everything").addEventListener("click", reportErrors(showEverything));
 $("clear").addEventListener("click", () => {
