@@ -1,4 +1,4 @@
-"""Reference code for parity tests: MobileSAM's own, and the real weights."""
+"""Fixtures for parity tests: the real MobileSAM weights, in our code and in MobileSAM's own package."""
 
 import importlib
 import sys
@@ -14,13 +14,13 @@ from sam_distill.models import weights
 from sam_distill.models.checkpoints import load_sam
 from sam_distill.models.sam import Sam
 
-torch.manual_seed(0)  # for networks that are made while tests are collected
-torch.set_num_threads(1)  # pytest-xdist runs two processes, and OpenMP's threads would fight for the cores
+torch.manual_seed(0)  # for networks that are built while tests are collected
+torch.set_num_threads(1)  # pytest-xdist runs two processes, whose OpenMP threads would compete for the cores
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
-    """A test and its fixtures draw the same numbers, whatever ran before."""
+    """Seed all random numbers, so that a test and its fixtures draw the same ones whatever ran before."""
     torch.manual_seed(0)
     np.random.seed(0)
 
@@ -32,13 +32,13 @@ def mobile_sam_weights() -> str:
 
 @pytest.fixture(scope="session")
 def teacher(mobile_sam_weights: str) -> Sam:
-    """The real MobileSAM in our code. Shared: don't change it."""
+    """Return the real MobileSAM in our code. All tests share it: do not modify it."""
     return load_sam(mobile_sam_weights).requires_grad_(False)
 
 
 @pytest.fixture(scope="session")
 def mobile_sam() -> Iterator[ModuleType]:
-    """MobileSAM's own package. Importing it overwrites timm's entry for TinyViT, so put that back."""
+    """Yield MobileSAM's own package. Importing it overwrites timm's entry for TinyViT, so restore timm's registry."""
     before = dict(_registry._model_entrypoints)
     module = importlib.import_module("mobile_sam")
     _registry._model_entrypoints.clear()

@@ -1,7 +1,7 @@
-"""A GPU where there is none: tensors that say they lie on cuda:0, while what they hold lies on the CPU.
+"""Pretended GPU for machines that have none: tensors claim to be on cuda:0, but their data are on the CPU.
 
-Within `pretended_gpu` an operation that mixes devices raises, as it would on a GPU, and whatever makes the CPU wait for
-the GPU's queue is noted. Backward passes, kernels, memory and NCCL remain for a true GPU (`make gpu-check`).
+Inside `pretended_gpu` an operation that mixes devices raises an error, as on a GPU, and any operation that would make
+the CPU wait for the GPU's queue is recorded. Backward passes, kernels, memory and NCCL need a GPU (`make gpu-check`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ WRITES = {
     aten._index_put_impl_.default,
     aten._unsafe_index_put.default,
 }
-READS = {  # of a value, or of a number of elements
+READS = {  # operations that need a value, or a result's number of elements, on the CPU
     aten._local_scalar_dense.default, aten.equal.default, aten.nonzero.default, aten.masked_select.default,
     aten._unique2.default, aten.unique_dim.default, aten.unique_consecutive.default, aten.bincount.default,
     aten.repeat_interleave.Tensor,
@@ -38,18 +38,18 @@ _entered: list[PretendedGpu] = []
 
 
 class OnGpu(torch.Tensor):
-    """held: the data, on the CPU."""
+    """Tensor that claims to be on cuda:0. cpu_data: its data, on the CPU."""
 
-    held: Tensor
+    cpu_data: Tensor
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def __new__(cls, held: Tensor) -> OnGpu:
-        layout: dict[str, Any] = {"strides": held.stride(), "storage_offset": held.storage_offset()}
-        return torch.Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype, device=CUDA, **layout)  # type: ignore[attr-defined]
+    def __new__(cls, cpu_data: Tensor) -> OnGpu:
+        layout: dict[str, Any] = {"strides": cpu_data.stride(), "storage_offset": cpu_data.storage_offset()}
+        return torch.Tensor._make_wrapper_subclass(cls, cpu_data.shape, dtype=cpu_data.dtype, device=CUDA, **layout)  # type: ignore[attr-defined]
 
-    def __init__(self, held: Tensor) -> None:
-        self.held = held
+    def __init__(self, cpu_data: Tensor) -> None:
+        self.cpu_data = cpu_data
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -57,7 +57,7 @@ class OnGpu(torch.Tensor):
 
     def tolist(self) -> Any:
         _entered[-1].wait("tolist")
-        return self.held.tolist()
+        return self.cpu_data.tolist()
 
     def numpy(self, *_: Any, **__: Any) -> Any:
         raise TypeError("a tensor on cuda:0 is no numpy array: .cpu() comes first")
@@ -69,7 +69,7 @@ class OnGpu(torch.Tensor):
 
 
 class PretendedGpu(TorchDispatchMode):
-    """waits: for each operation that made the CPU wait, its name and the line of ours, or else of others, behind it."""
+    """Mode that runs all operations on the CPU. waits: each one that would make the CPU wait, with its line of code."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,61 +79,62 @@ class PretendedGpu(TorchDispatchMode):
         return self.perform(func, args, kwargs or {})
 
     def wait(self, operation: str) -> None:
+        """Record an operation with the innermost line of sam_distill that led to it, or else of other code."""
         frames = [frame for frame in traceback.extract_stack() if frame.filename != __file__]
         place = next((frame for frame in reversed(frames) if "/sam_distill/" in frame.filename), frames[-1])
         self.waits.append(f"{operation}  {place.filename.rpartition('/')[2]}:{place.lineno}  {place.line}")
 
     def perform(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        there = [tensor for tensor in tensors if isinstance(tensor, OnGpu)]
-        if there and func not in COPIES:
+        on_gpu = [tensor for tensor in tensors if isinstance(tensor, OnGpu)]
+        if on_gpu and func not in COPIES:
             _refuse_mix(func, args, tensors)
-        goes_there = bool(there)
+        to_gpu = bool(on_gpu)
         if kwargs.get("device") is not None:
-            goes_there = torch.device(kwargs["device"]).type == "cuda"
+            to_gpu = torch.device(kwargs["device"]).type == "cuda"
             kwargs = kwargs | {"device": CPU}
         if func is aten.copy_.default:
-            goes_there = isinstance(args[0], OnGpu)
-        self._note(func, args, kwargs, bool(there), goes_there)
-        known = {id(tensor.held): tensor for tensor in there}  # what changes in place is given back as it was given
+            to_gpu = isinstance(args[0], OnGpu)
+        self._note(func, args, kwargs, bool(on_gpu), to_gpu)
+        known = {id(tensor.cpu_data): tensor for tensor in on_gpu}  # in-place operations return the same tensor object
         kwargs = kwargs | ({"pin_memory": False} if kwargs.get("pin_memory") else {})
-        out = func(*tree_map_only(OnGpu, _held, args), **tree_map_only(OnGpu, _held, kwargs))
-        if goes_there:
+        out = func(*tree_map_only(OnGpu, _cpu_data, args), **tree_map_only(OnGpu, _cpu_data, kwargs))
+        if to_gpu:
             return tree_map_only(Tensor, lambda tensor: known.get(id(tensor), OnGpu(tensor)), out)
-        if func is aten._to_copy.default and there and kwargs.get("non_blocking"):
+        if func is aten._to_copy.default and on_gpu and kwargs.get("non_blocking"):
             out.pinned = True
         return tree_map_only(Tensor, lambda tensor: known.get(id(tensor), tensor), out)
 
-    def _note(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], any_there: bool, goes_there: bool) -> None:
+    def _note(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], any_on_gpu: bool, to_gpu: bool) -> None:
         if func in COPIES:
             source = args[0] if func is aten._to_copy.default else args[1]
             queued = kwargs.get("non_blocking") or (func is aten.copy_.default and any(args[2:]))
-            queued = queued and (not goes_there or hasattr(source, "pinned"))
-            waits = goes_there != isinstance(source, OnGpu) and not queued
+            queued = queued and (not to_gpu or hasattr(source, "pinned"))
+            waits = to_gpu != isinstance(source, OnGpu) and not queued
         elif func in LOOK_UPS | WRITES:
-            waits = any_there and any(_is_waited_for(index, args) for index in args[1])
+            waits = any_on_gpu and any(_index_waits(index, args) for index in args[1])
         else:
-            waits = any_there and func in READS
+            waits = any_on_gpu and func in READS
         if waits:
             self.wait(str(func))
 
 
 def _refuse_mix(func: Any, args: Sequence[Any], tensors: Sequence[Tensor]) -> None:
-    if func in LOOK_UPS | WRITES and isinstance(args[0], OnGpu):  # torch itself fetches indices, but no values
+    if func in LOOK_UPS | WRITES and isinstance(args[0], OnGpu):  # torch copies indices itself, but no values
         tensors = [args[0], *(value for value in args[2:3] if isinstance(value, Tensor))]
     for tensor in tensors:
-        if not isinstance(tensor, OnGpu) and tensor.dim():  # a single number is passed along
+        if not isinstance(tensor, OnGpu) and tensor.dim():  # a tensor without dimensions may be on the CPU
             raise RuntimeError(f"{func}: some on cuda:0 and, on the CPU, {list(tensor.shape)} {tensor.dtype}")
 
 
-def _is_waited_for(index: Tensor | None, args: Sequence[Any]) -> bool:
-    """An index that has to be fetched, or a mask: how many elements has it? One value behind a mask just fills it."""
+def _index_waits(index: Tensor | None, args: Sequence[Any]) -> bool:
+    """Whether the CPU waits: to copy an index to the GPU, or to count a mask's elements unless one value fills them."""
     fills = len(args) > 2 and args[2].numel() == 1
     return index is not None and (not isinstance(index, OnGpu) or (index.dtype == torch.bool and not fills))
 
 
-def _held(tensor: OnGpu) -> Tensor:
-    return tensor.held
+def _cpu_data(tensor: OnGpu) -> Tensor:
+    return tensor.cpu_data
 
 
 def _pinned(tensor: Tensor, *_: Any) -> Tensor:
@@ -144,17 +145,18 @@ def _pinned(tensor: Tensor, *_: Any) -> Tensor:
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
                is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False) -> Tensor:  # fmt: skip
-    """The fused kernels ask the driver what it can do."""
+    """Compute attention without the fused kernels, which ask the GPU's driver what it supports."""
     return aten._scaled_dot_product_attention_math(q, k, v, attn_mask, dropout_p, is_causal, scale=scale)[0]
 
 
 def _no_grad(mode: bool = True) -> AbstractContextManager[Any]:
-    """Tensors made in inference mode have no version, which wrapped ones need."""
+    """Replace inference mode: tensors made in it have no version counter, which wrapped tensors need."""
     return torch.no_grad() if mode else nullcontext()
 
 
 @contextmanager
 def pretended_gpu() -> Iterator[PretendedGpu]:
+    """Make torch believe in a GPU "cuda:0" inside the context; yield the mode that records the waits."""
     swaps, lifts = torch.__future__.get_swap_module_params_on_conversion(), torch._C._only_lift_cpu_tensors()
     cudnn, gpu = torch.backends.cudnn.enabled, PretendedGpu()
     torch._C._ensureCUDADeviceGuardSet()

@@ -1,4 +1,4 @@
-"""Chromium without a window, driven by its own protocol over a pipe: real pages, real mouse events."""
+"""Headless Chromium, controlled over a pipe by its DevTools protocol: real pages, real mouse events."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 
 class Chromium:
-    """One page. Use it in a `with` block."""
+    """Chromium with one open page; use it in a `with` block."""
 
     def __init__(self, url: str, profile: Path, width: int = 1100, height: int = 1000) -> None:
         commands, self._send = os.pipe()
@@ -21,7 +21,7 @@ class Chromium:
             "--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", f"--user-data-dir={profile}",
             f"--window-size={width},{height}", "--no-first-run", "about:blank",
         ]  # fmt: skip
-        redirected = f'exec chromium "$@" 3<&{commands} 4>&{answers}'  # the protocol wants these two numbers
+        redirected = f'exec chromium "$@" 3<&{commands} 4>&{answers}'  # the protocol uses file descriptors 3 and 4
         with (profile.parent / "chromium.log").open("w") as log:
             self._process = subprocess.Popen(
                 ["bash", "-c", redirected, "bash", *flags], pass_fds=(commands, answers), stdout=log, stderr=log
@@ -66,24 +66,24 @@ class Chromium:
         return answer["result"].get("value")
 
     def wait(self, script: str, seconds: float) -> None:
-        """Until `script` is true; while a page loads, it may fail."""
-        end, said = time.monotonic() + seconds, None
-        while said is not True:
+        """Wait until `script` is true; it may fail while the page loads."""
+        deadline, result = time.monotonic() + seconds, None
+        while result is not True:
             try:
-                said = self.evaluate(script)
+                result = self.evaluate(script)
             except RuntimeError as error:
-                said = error
-            assert said is True or time.monotonic() < end, f"{script} is not true, but {said}"
+                result = error
+            assert result is True or time.monotonic() < deadline, f"{script} is not true, but {result}"
             time.sleep(0.2)
 
     def choose(self, selector: str, file: Path) -> None:
-        """A file in an <input type=file>."""
+        """Choose a file in the <input type=file> that matches `selector`."""
         document = self.call("DOM.getDocument")["root"]["nodeId"]
         node = self.call("DOM.querySelector", nodeId=document, selector=selector)["nodeId"]
         self.call("DOM.setFileInputFiles", nodeId=node, files=[str(file.absolute())])
 
     def mouse(self, kind: str, x: float, y: float) -> None:
-        """kind: Pressed, Moved or Released; x, y in pixels of the window."""
+        """Send a mouse event. kind: Pressed, Moved or Released; x, y: in pixels of the window."""
         self.call("Input.dispatchMouseEvent", type=f"mouse{kind}", x=x, y=y, button="left", buttons=1, clickCount=1)
 
     def tap(self, x: float, y: float) -> None:

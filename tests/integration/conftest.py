@@ -9,7 +9,7 @@ from sam_distill.cli import app
 
 @pytest.fixture
 def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Callable[..., int]]]:
-    """Makes a command `toy` of its YAML, in tmp_path, where it then runs; what it does to logging is undone."""
+    """command(yaml) returns a function that runs the command `toy` in tmp_path; changes to logging are undone."""
     conf = tmp_path / "conf"
 
     def make(yaml: str) -> Callable[..., int]:

@@ -1,4 +1,4 @@
-"""`sam-distill bench` for real, with hardly any time for each contender."""
+"""Real runs of `sam-distill bench`, with hardly any time for each compared implementation."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from sam_distill.benchmark import timing as speed
 from sam_distill.cli.app import main
 
-PEERS = ("peers: cv2", "bare PyTorch loop", "MobileSAM's code, vit_t, fp32")
+COMPARED = ("peers: cv2", "bare PyTorch loop", "MobileSAM's code, vit_t, fp32")
 
 
 def test_all_suites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
@@ -25,14 +25,14 @@ def test_all_suites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pyte
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["peak_gflops/fp32"] > 1
     assert sum("large matrices' products would take" in finding["note"] for finding in findings) == 3
-    for peer in PEERS:
-        assert any(timing["name"].startswith(peer) and not timing["ours"] for timing in timings)
+    for compared in COMPARED:
+        assert any(timing["name"].startswith(compared) and not timing["ours"] for timing in timings)
     assert all(timing["median"] > 0 for timing in timings)
-    said = (tmp_path / "bench.md").read_text()
-    assert all(timing["name"] in said for timing in timings)
+    report = (tmp_path / "bench.md").read_text()
+    assert all(timing["name"] in report for timing in timings)
     assert "bench.md" in capfd.readouterr().out
 
 
-def test_what_is_asked_in_short(capfd: pytest.CaptureFixture[str]) -> None:
+def test_shorthand_for_a_suite_is_checked(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "coffee"]) == 2
     assert "error: suite=coffee" in capfd.readouterr().err

@@ -1,4 +1,4 @@
-"""The distillation cache as users make and use it, with the real teacher."""
+"""The distillation cache as users create and use it, with the real teacher."""
 
 import csv
 import hashlib
@@ -37,7 +37,7 @@ QUICK = ["image_size=64", "batch_size=2", "trainer=cpu", "trainer.workers=0", "e
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ten drawings, and one file that is only called a JPEG."""
+    """Return a folder of ten drawings, and one file that is named .jpg but is no JPEG."""
     folder = tmp_path_factory.mktemp("images")
     for number in range(10):
         image = Image.new("RGB", (96, 64), (25 * number, 120, 200))
@@ -88,7 +88,7 @@ def test_cache_and_check(cached: Path, images: Path, capfd: pytest.CaptureFixtur
 
 
 def test_kill_at_any_moment(images: Path, cached: Path, tmp_path: Path) -> None:
-    """Killed twice, the cache ends with the same bytes as one that was left in peace."""
+    """A cache that was killed twice ends with the same bytes as one that was never interrupted."""
     path = tmp_path / "cache"
     arguments = command(images, path, "dtype=fp32", "trainer.precision=fp32", "trainer.workers=1")
     for tars in (1, 2):
@@ -119,7 +119,7 @@ def test_two_processes_share_the_work(images: Path, cached: Path, tmp_path: Path
     assert hashes(tmp_path) == hashes(cached)
 
 
-def test_one_at_a_time(
+def test_only_one_process_writes_a_cache(
     images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(status, "PATIENCE", 0)
@@ -135,10 +135,13 @@ def test_caches_are_not_mixed(images: Path, cached: Path, capfd: pytest.CaptureF
     assert hashes(cached) == before
 
 
-def test_a_cached_teacher_says_what_a_live_one_says(cached: Path, tmp_path: Path) -> None:
-    """On the cache's own images; fp32 keeps every digit."""
+def test_cached_teacher_gives_the_same_training_as_the_live_one(cached: Path, tmp_path: Path) -> None:
+    """On the cache's own images; a cache in fp32 keeps every digit."""
     data, losses = Cache(str(cached)), []
-    for teacher in (CachedTeacher(str(cached)), LiveTeacher("mobile_sam", memory_gb=0)):  # which rounds to fp16
+    for teacher in (
+        CachedTeacher(str(cached)),
+        LiveTeacher("mobile_sam", memory_gb=0),
+    ):  # with memory, it would round to fp16
         run_dir = tmp_path / type(teacher).__name__
         run_dir.mkdir()
         torch.manual_seed(0)
@@ -154,9 +157,7 @@ def test_a_cached_teacher_says_what_a_live_one_says(cached: Path, tmp_path: Path
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_the_answers_of_another_teacher_are_refused(
-    cached: Path, capfd: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_cache_of_another_teacher_is_refused(cached: Path, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     arguments = ["train", "data=cache", f"data.path={cached}", "teacher=sam_vit_b", *QUICK, f"hydra.run.dir={tmp_path}"]
     assert app.main(arguments) == 1
     assert "holds the answers of mobile_sam, not of sam_vit_b: say teacher=mobile_sam" in capfd.readouterr().err
@@ -164,21 +165,21 @@ def test_the_answers_of_another_teacher_are_refused(
 
 @pytest.mark.parametrize("strategy", ["decoupled", "semi_coupled"])
 def test_train_and_evaluate_from_a_cache(strategy: str, cached: Path, tmp_path: Path) -> None:
-    """The images that the source held out are held out again."""
+    """The images that were held out when the cache was written are held out again."""
     run_dir = tmp_path / "run"
     options = [f"strategy={strategy}", "prompts.count=1", f"hydra.run.dir={run_dir}"]
     assert app.main(["train", "data=cache", f"data.path={cached}", *QUICK, *options]) == 0
     held_out = json.loads((cached / "manifest.json").read_text())["held_out"]
     rows = (run_dir / "prompts.csv").read_text().splitlines()[1:]
     assert {row.split(",")[0] for row in rows} <= set(held_out)
-    evaluator = ["evaluate", f"checkpoint={run_dir}", "data=cache", f"data.path={cached}", "split=val", "trainer=cpu"]
-    assert app.main([*evaluator, "protocol.points=1", f"hydra.run.dir={tmp_path / 'judged'}"]) == 0
-    here, there = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("run", "judged"))
-    assert there["miou/point"] == pytest.approx(here["miou/point"], abs=1e-5)
+    evaluate = ["evaluate", f"checkpoint={run_dir}", "data=cache", f"data.path={cached}", "split=val", "trainer=cpu"]
+    assert app.main([*evaluate, "protocol.points=1", f"hydra.run.dir={tmp_path / 'judged'}"]) == 0
+    trained, evaluated = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("run", "judged"))
+    assert evaluated["miou/point"] == pytest.approx(trained["miou/point"], abs=1e-5)
 
 
 def test_odd_names_and_annotations(images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """A name that is no UTF-8 is one like any other; of damaged JSON the image is skipped, the others are cached."""
+    """Names that are not UTF-8 work like all others; images with damaged JSON are skipped, the others are cached."""
     with tarfile.open(tmp_path / "sa.tar", "w") as tar:
         for number, about in enumerate((b'{"annotations": []}', b"{broken", b"[1]", b"", b"{}")):
             image = (images / f"{number}.png").read_bytes()

@@ -1,4 +1,4 @@
-"""Running commands: clean failures, true records, separate run folders. Toy commands in process; torch stays small."""
+"""Errors, records and run folders of commands: toy commands, which run in this process and hardly use torch."""
 
 import json
 import logging
@@ -18,12 +18,12 @@ from sam_distill.errors import UserError
 from sam_distill.runs import status as run_status
 
 ROOT = Path(__file__).parents[2]
-drawn: list[float] = []  # what jobs saw, in order
-arguments: list[list[str]] = []
+random_numbers: list[float] = []  # the random number that each job drew, in order
+arguments: list[list[str]] = []  # sys.argv in each job
 
 
 class Fuse:
-    """Fails while being built, as a missing weights file would."""
+    """Component that can fail while it is built, as one would with a missing weights file."""
 
     def __init__(self, blow: bool = False) -> None:
         if blow:
@@ -33,7 +33,7 @@ class Fuse:
 def job(*, fuse: Fuse, seed: int, how: str, run_dir: Path) -> None:
     if how == "table":
         Console().print("a table")
-    drawn.append(random.random())
+    random_numbers.append(random.random())
     arguments.append(list(sys.argv))
     assert json.loads((run_dir / "status.json").read_text())["status"] == "running"
     logging.getLogger("toy").info("hello")
@@ -56,7 +56,7 @@ how: well
 
 @pytest.fixture
 def toy(command: Callable[[str], Callable[..., int]]) -> Callable[..., int]:
-    drawn.clear()
+    random_numbers.clear()
     arguments.clear()
     return command(CONF.replace("HERE", __name__))
 
@@ -82,7 +82,7 @@ def test_a_job_that_ends_well(toy: Callable[..., int], capsys: pytest.CaptureFix
     assert Path("run/toy.log").read_text().endswith("INFO toy: hello\n")
     files = [path.name for path in Path("run").iterdir() if not path.name.startswith(".")]
     assert sorted(files) == ["config.yaml", "status.json", "toy.log"]
-    assert arguments == [before]  # Lightning replays it to start further processes
+    assert arguments == [before]  # Lightning starts further processes with this sys.argv
     assert sys.argv == before
 
 
@@ -91,7 +91,7 @@ def test_running_again_in_the_same_folder_appends_to_the_log(toy: Callable[..., 
     assert Path("run/toy.log").read_text().count("hello") == 2
 
 
-def test_a_home_is_a_home_in_any_value(
+def test_tilde_is_expanded_in_any_value(
     toy: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "me"))
@@ -104,7 +104,7 @@ def test_a_home_is_a_home_in_any_value(
 def test_another_run_is_writing_there(
     toy: Callable[..., int], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before anything is touched, and once more where two begin at the same moment."""
+    """The second run is refused before it writes anything; a later check is for runs that start at the same moment."""
     monkeypatch.setattr(run_status, "PATIENCE", 0.1)
     assert toy("hydra.run.dir=run") == 0
     before = status()
@@ -123,7 +123,7 @@ def test_another_run_is_writing_there(
 def test_files_of_ones_own_are_not_written_over(
     toy: Callable[..., int], capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
-    """hydra.run.dir=. in the folder of another project."""
+    """For example hydra.run.dir=. in the folder of another project."""
     Path(name).write_text('{"mine": 1}')
     assert toy("hydra.run.dir=.") == 2
     assert f"holds a {name}, but no record of a run" in capsys.readouterr().err
@@ -138,11 +138,11 @@ def test_a_sweep_does_not_write_over_students(toy: Callable[..., int], capsys: p
     assert "holds a student already: choose another folder" in said
 
 
-def test_seed_0_is_a_seed(toy: Callable[..., int]) -> None:
+def test_seed_0_is_set_like_any_other(toy: Callable[..., int]) -> None:
     toy("seed=0")
     toy("seed=0")
     toy("seed=1")
-    assert drawn[0] == drawn[1] != drawn[2]
+    assert random_numbers[0] == random_numbers[1] != random_numbers[2]
 
 
 def test_runs_of_the_same_second_have_their_own_folders(toy: Callable[..., int]) -> None:
@@ -183,7 +183,7 @@ def test_where_no_folder_can_be_made(toy: Callable[..., int], capsys: pytest.Cap
 
 
 def test_where_no_log_can_be_written(toy: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
-    """The traceback is not lost, nor is the reason hidden behind the log's own."""
+    """The traceback is printed instead, and the last line is the job's error, not that of the log."""
     Path("run/toy.log").mkdir(parents=True)
     quiet = ["+hydra.job_logging.handlers.file.delay=true", "hydra.job_logging.root.handlers=[console]"]
     assert toy("hydra.run.dir=run", "how=bug", *quiet) == 1
@@ -193,10 +193,10 @@ def test_where_no_log_can_be_written(toy: Callable[..., int], capsys: pytest.Cap
 
 
 @pytest.mark.parametrize("how", ["well", "table"])
-def test_the_reader_of_the_output_leaves(
+def test_closed_stdout_does_not_fail_the_job(
     toy: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], how: str
 ) -> None:
-    """`| head` has seen enough: the job is done all the same, and as well where stdout was closed at once."""
+    """The job finishes also if the reader of its output ends early (`| head`), or if stdout was closed before."""
     reader, writer = os.pipe()
     os.close(reader)
     for place, stdout in {"left": os.fdopen(writer, "w"), "closed": None}.items():
@@ -221,7 +221,7 @@ def test_mistakes_are_told_before_anything_is_made(toy: Callable[..., int], caps
         "error: seed=x (command line): should be a valid integer\n",
     )
     assert not Path("outputs").exists()
-    assert drawn == []
+    assert random_numbers == []
 
 
 def test_unknown_flag(toy: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
@@ -229,18 +229,18 @@ def test_unknown_flag(toy: Callable[..., int], capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().err == "error: --sed: no such flag; see sam-distill toy --help\n"
 
 
-def test_a_sweep_does_what_is_missing(toy: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+def test_repeated_sweep_runs_only_unfinished_jobs(toy: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
     sweep = ["-m", "hydra.sweep.dir=sweep", "seed=0,1,2"]
     assert toy(*sweep) == 0
     record = json.loads(Path("sweep/1/status.json").read_text())
     Path("sweep/1/status.json").write_text(json.dumps(record | {"status": "failed", "why": "power cut"}))
     capsys.readouterr()
     assert toy(*sweep) == 0
-    assert len(drawn) == 4, "only job 1 ran again"
-    assert drawn[3] == drawn[1]
+    assert len(random_numbers) == 4, "only job 1 ran again"
+    assert random_numbers[3] == random_numbers[1]
     assert capsys.readouterr().out.count("has finished before") == 2
     assert toy(*sweep, "how=fine") == 0
-    assert len(drawn) == 7, "another configuration is another job"
+    assert len(random_numbers) == 7, "another configuration is another job"
 
 
 @pytest.mark.parametrize("flag", ["-m", "hydra.mode=MULTIRUN"])
@@ -267,7 +267,7 @@ def test_a_multirun_on_several_devices_is_refused(
 
 
 @pytest.mark.parametrize("command", app.ON_ONE_DEVICE)
-def test_what_runs_on_one_device_refuses_more(
+def test_commands_for_one_device_refuse_more(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = {"evaluate": ["checkpoint=mobile_sam"], "segment": ["image=a.jpg", "path=b.png"]}.get(command, [])
@@ -294,7 +294,7 @@ def trainer(devices: int = 1) -> int:
 
 
 def on_devices(*, trainer: int, fuse: Fuse, seed: int, how: str) -> None:
-    assert not list(Path().glob("outputs/**/status.json"))  # no run_dir, no records
+    assert not list(Path().glob("outputs/**/status.json"))  # a job without the parameter run_dir has no records
 
 
 def test_only_the_first_process_keeps_the_records(toy: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,6 +329,6 @@ def test_train_py_is_the_train_command() -> None:
     assert done.stderr == "error: --no-such-flag: no such flag; see sam-distill train --help\n"
 
 
-def test_help_does_not_wait_for_torch() -> None:
+def test_help_does_not_import_torch() -> None:
     code = "import sys; from sam_distill.cli.app import main; main(['segment', '-h']); sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, timeout=60)

@@ -34,7 +34,7 @@ def draw(path: Path, number: int) -> None:
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    """Six drawings and one file that is only called a JPEG, which falls to the training split."""
+    """Return a folder of six drawings, and one file named .jpg that is no JPEG, which is in the training split."""
     folder = tmp_path / "images"
     folder.mkdir()
     for number in range(6):
@@ -45,7 +45,7 @@ def images(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def tar(tmp_path: Path, images: Path) -> Path:
-    """The drawings as a tar that breaks off in the fifth."""
+    """Return a tar of the drawings that is truncated in the fifth one."""
     path = tmp_path / "sa_000000.tar"
     with tarfile.open(path, "w") as file:
         for number in range(6):
@@ -70,10 +70,10 @@ def test_train_evaluate_segment(
     assert json.loads((run_dir / "status.json").read_text())["status"] == "finished"
     assert json.loads((run_dir / "metrics.json").read_text())["steps"] == 4
 
-    judged = tmp_path / "judged"
-    command = ["evaluate", f"checkpoint={run_dir}", *data, "trainer=cpu", f"hydra.run.dir={judged}"]
+    evaluation = tmp_path / "judged"
+    command = ["evaluate", f"checkpoint={run_dir}", *data, "trainer=cpu", f"hydra.run.dir={evaluation}"]
     assert app.main(command) == 0
-    metrics = json.loads((judged / "metrics.json").read_text())
+    metrics = json.loads((evaluation / "metrics.json").read_text())
     assert (metrics["images"], metrics["images_skipped"]) == (6, 1)
     assert 0 <= metrics["blind/miou/point"] <= 1
     said = capfd.readouterr()
@@ -141,7 +141,7 @@ def test_mistakes_told_before_there_is_a_run(
     assert not list(tmp_path.iterdir())
 
 
-def test_segment_says_in_one_line_what_it_cannot_do(
+def test_segment_errors_are_one_line(
     images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -168,7 +168,7 @@ def test_segment_says_in_one_line_what_it_cannot_do(
 def test_segment_everything_in_a_folder(
     images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A picture and SA-1B's JSON for each image; a damaged one is told, the others are done."""
+    """Each image gets a picture and a JSON like SA-1B's; a damaged image is reported, the others are processed."""
     monkeypatch.chdir(tmp_path)
     for number in (2, 3, 4, 5):
         (images / f"{number}.png").unlink()
@@ -215,7 +215,7 @@ def test_truncated_tar_and_wandb_offline(
     tar: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))  # where a .netrc with a key might be
+    monkeypatch.setenv("HOME", str(tmp_path))  # the real home might hold a .netrc with a key
     monkeypatch.setenv("SAM_DISTILL_HOME", str(weights.fetch("mobile_sam").parents[1]))
     run_dir = tmp_path / "run"
     command = ["train", "data=sa1b", f"data.path={tar}", *QUICK, "budget=2 steps", f"hydra.run.dir={run_dir}"]
@@ -252,7 +252,7 @@ def test_a_full_disk_is_one_line(images: Path, tmp_path: Path, capfd: pytest.Cap
 
 
 def test_kill_and_resume(images: Path, tmp_path: Path) -> None:
-    """kill -9 in mid-training; `resume=RUN_DIR` alone finishes the job."""
+    """A training killed by SIGKILL goes on with `resume=RUN_DIR`, without its other options."""
     (images / "damaged.jpg").unlink()
     run_dir = tmp_path / "run"
     options = ["data=folder", f"data.path={images}", *QUICK, "logger=csv", "budget=400 steps", "validate_every=3 steps"]
@@ -276,8 +276,8 @@ def test_kill_and_resume(images: Path, tmp_path: Path) -> None:
     assert steps[-6:] == [4, 5, 6, 7, 8, 9], "the run went on after its checkpoint at step 3"
 
 
-def test_two_processes_judge_as_one(images: Path, tmp_path: Path) -> None:
-    """Data-parallel on the CPU: one run folder, and the agreement over the validation images of both ranks."""
+def test_two_processes_evaluate_like_one(images: Path, tmp_path: Path) -> None:
+    """Data-parallel on the CPU: there is one run folder, and its scores cover the validation images of both ranks."""
     (images / "damaged.jpg").unlink()
     for number in range(6, 16):
         draw(images / f"{number}.png", number)

@@ -1,4 +1,4 @@
-"""Data-parallel runs as users start, stop and lose them: two processes on the CPU, with the real teacher."""
+"""Data-parallel runs that are started, stopped and killed: two processes on the CPU, with the real teacher."""
 
 import csv
 import json
@@ -20,7 +20,7 @@ QUICK = ["image_size=64", "batch_size=2", "trainer=cpu", "trainer.workers=0", "e
          "protocol.points=1", "data.val_images=2", "logger=csv", "trainer.precision=fp32"]  # fmt: skip
 TWO = "trainer.devices=2"
 
-FALLING = """
+FAILING_STRATEGY = """
 import os, signal
 from sam_distill.strategies.decoupled import Decoupled
 
@@ -38,7 +38,7 @@ class Falling(Decoupled):
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    """Ten drawings of one size."""
+    """Return a folder of ten drawings of one size."""
     folder = tmp_path / "images"
     folder.mkdir()
     for number in range(10):
@@ -49,7 +49,7 @@ def images(tmp_path: Path) -> Path:
 
 
 class Run:
-    """`python train.py ...` in a process group of its own, as a terminal would start it."""
+    """Run of `python train.py ...` in its own process group, as a terminal would start it."""
 
     def __init__(self, folder: Path, *options: str, launcher: Sequence[str] = (), **environment: str) -> None:
         self.folder = folder
@@ -60,7 +60,7 @@ class Run:
         )  # fmt: skip
 
     def wait(self, seconds: float = 300) -> tuple[int, str, list[str]]:
-        """Exit status, standard output, and the lines on standard error that are ours."""
+        """Return the exit status, standard output, and the lines on standard error that begin with `error: `."""
         out, err = self.process.communicate(timeout=seconds)
         return self.process.returncode, out, [line for line in err.splitlines() if line.startswith("error: ")]
 
@@ -93,7 +93,7 @@ class Run:
             self.process.communicate()
 
     def left_over(self) -> bool:
-        """Whether any of its processes is still there a moment later."""
+        """Whether any process of its group is still running after ten seconds."""
         for _ in range(100):
             try:
                 os.killpg(self.process.pid, 0)
@@ -120,7 +120,7 @@ def start(images: Path, tmp_path: Path) -> Iterator[Any]:
 
 @pytest.mark.parametrize("strategy", ["decoupled", "coupled"])
 def test_two_processes_train_as_one_with_twice_the_batch(strategy: str, start: Any) -> None:
-    """An encoder full of BatchNorm, each step's loss, and all that was learned. 3 steps end between two validations."""
+    """Compare each step's loss and all weights, with many BatchNorms. The 3 steps end between two validations."""
     same = ["budget=3 steps", "validate_every=2 steps", "optim.warmup=0", f"strategy={strategy}", "prompts.count=1"]
     alone = start("alone", *same, "batch_size=4")
     together = start("together", *same, TWO, "trainer.sync_batchnorm=true")
@@ -131,7 +131,7 @@ def test_two_processes_train_as_one_with_twice_the_batch(strategy: str, start: A
     one, two = (torch.load(run.folder / "student.pt", weights_only=True) for run in (alone, together))
     assert one.keys() == two.keys()
     for key, value in one.items():
-        if value.is_floating_point():  # AdamW's first steps have the size of lr whatever the gradient's
+        if value.is_floating_point():  # AdamW's first steps have the size of lr, whatever the gradient's size
             torch.testing.assert_close(two[key], value, rtol=1e-2, atol=2e-3, msg=lambda m: f"{key}: {m}")  # noqa: B023
     assert together.steps_saved() == 3, "the last checkpoint is that of the end"
 
@@ -163,7 +163,7 @@ def test_a_clean_stop(number: signal.Signals, to_all: bool, devices: int, start:
 
 @pytest.mark.parametrize(("falls", "how"), [(0, "raises"), (1, "raises"), (1, "killed"), (0, "killed")])
 def test_a_failing_process_takes_the_others_along(falls: int, how: str, start: Any, tmp_path: Path) -> None:
-    (tmp_path / "falling.py").write_text(FALLING)
+    (tmp_path / "falling.py").write_text(FAILING_STRATEGY)
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     options = [TWO, "budget=400 steps", "strategy._target_=falling.Falling"]
     run = start("run", *options, FALLS=str(falls), HOW=how, PYTHONPATH=path)
@@ -181,7 +181,7 @@ def test_a_failing_process_takes_the_others_along(falls: int, how: str, start: A
 
 
 def test_torchrun(start: Any) -> None:
-    """One folder without being told which, every line once; and a number of devices that torchrun didn't start."""
+    """Processes agree on a run folder and print each line once; another number than torchrun's is refused."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     run = start("unnamed", TWO, "budget=2 steps", launcher=torchrun)
     code, out, _ = run.wait()
@@ -198,7 +198,7 @@ def test_torchrun(start: Any) -> None:
 
 
 def test_slurm(start: Any) -> None:
-    """srun starts the processes; they meet by what SLURM says, in a folder named after the job."""
+    """srun starts the processes; they connect by SLURM's variables and use one folder named after the job."""
     port = str(20000 + os.getpid() % 10000)
     slurm = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1", "SLURM_NODEID": "0",
              "SLURM_NODELIST": "127.0.0.1", "SLURM_JOB_ID": "42", "SLURM_STEP_ID": "0", "SLURM_JOB_NAME": "distil",

@@ -1,4 +1,4 @@
-"""`sam-distill export` as users type it, and the snippets that run what it leaves."""
+"""`sam-distill export` as users type it, and the snippets of the docs that run the exported files."""
 
 import dataclasses
 import json
@@ -34,7 +34,7 @@ def student(teacher: Sam) -> Sam:
 
 @pytest.fixture
 def place(student: Sam, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A working folder with a small student in student.pt and a photograph."""
+    """Change to a folder with a small student in student.pt and a photograph in photo.jpg."""
     monkeypatch.chdir(tmp_path)
     save_sam(student, "student.pt")
     photo("coffee.png").crop((0, 0, 512, 384)).resize((1024, 768)).save("photo.jpg", quality=95)
@@ -88,12 +88,14 @@ def test_onnx_and_the_snippets_of_the_docs(place: Path, student: Sam, capfd: pyt
     assert (result["in_box"] == mask).mean() > 0.999
 
 
-def test_files_for_other_code(place: Path, teacher: Sam, capfd: pytest.CaptureFixture[str]) -> None:
+def test_safetensors_and_mobile_sam_formats(place: Path, teacher: Sam, capfd: pytest.CaptureFixture[str]) -> None:
     teacher_at_256 = Sam(teacher.image_encoder, teacher.prompt_encoder, teacher.mask_decoder, image_size=256)
     save_sam(teacher_at_256, "tinyvit.pt")
     assert run("format=safetensors", "path=out/student.safetensors") == 0
     assert run("checkpoint=tinyvit.pt", "format=mobile_sam", "path=out/tinyvit.pt") == 0
-    assert app.main(["export", "format=safetensors", "path=out/pocket.safetensors"]) == 0  # what comes with the project
+    assert (
+        app.main(["export", "format=safetensors", "path=out/pocket.safetensors"]) == 0
+    )  # the student that comes with the project
     said = capfd.readouterr()
     assert 'for sam_model_registry["vit_t"](checkpoint="out/tinyvit.pt")' in said.out
     assert "sees images at 256 pixels" in said.out + said.err
@@ -102,8 +104,8 @@ def test_files_for_other_code(place: Path, teacher: Sam, capfd: pytest.CaptureFi
     ]  # fmt: skip
 
 
-def test_what_differs_is_not_written(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """An untrained student's masks don't survive 16 bits to the last pixel."""
+def test_export_below_least_iou_is_not_written(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """In fp16 some pixels of an untrained student's masks differ."""
     assert run("format=onnx", "quantize=fp16", "least_iou=1", "path=student_onnx") == 1
     (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     assert line.startswith("error: ONNX Runtime and PyTorch agree to a mask IoU of 0.9")

@@ -1,4 +1,4 @@
-"""scripts/gpu_check.py, tried on the CPU with toy sizes."""
+"""scripts/gpu_check.py, run on the CPU with toy sizes."""
 
 import json
 import os
@@ -41,8 +41,8 @@ def test_every_part_runs_and_is_not_repeated(tmp_path: Path) -> None:
     assert "not run" not in text.partition("|")[2]
 
 
-def test_its_own_results_are_no_change_of_the_code(tmp_path: Path) -> None:
-    """They lie in the checkout, whose version says `-dirty` once they are written."""
+def test_own_results_do_not_count_as_changed_code(tmp_path: Path) -> None:
+    """They lie in the git checkout, so once they are written its version ends with `-dirty`."""
     module = runpy.run_path(str(SCRIPT))
     done = {"machine": {"device": "H200", "version": "0.1.0+ab12"}, "parts": {"tests": {"state": "passed"}}}
     (tmp_path / "results.json").write_text(json.dumps(done))

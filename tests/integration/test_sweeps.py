@@ -1,4 +1,4 @@
-"""Jobs of a multirun in other processes than the one that was started. Toy jobs."""
+"""Multiruns whose jobs run in processes of their own: toy jobs with joblib and submitit."""
 
 import json
 import os
@@ -26,7 +26,7 @@ how: well
 def job(*, how: str, run_dir: Path) -> None:
     seen = {"process": os.getpid(), "threads": torch.get_num_threads(), "gpu": os.environ.get("CUDA_VISIBLE_DEVICES")}
     (run_dir / "seen.json").write_text(json.dumps(seen))
-    if how in ("mistake", "meet"):  # both are there at once
+    if how in ("mistake", "meet"):  # wait until both jobs are running
         deadline = time.monotonic() + 60
         while len(list(run_dir.parent.glob("*/seen.json"))) < 2:
             assert time.monotonic() < deadline
@@ -51,8 +51,8 @@ def status(number: int) -> tuple[str, str | None]:
     return record["status"], record["why"]
 
 
-def test_a_pool(toy: Callable[..., int], capfd: pytest.CaptureFixture[str]) -> None:
-    """A failure does not stop the others, and is in the exit status; again, only what failed is done."""
+def test_joblib_pool_runs_jobs_in_parallel(toy: Callable[..., int], capfd: pytest.CaptureFixture[str]) -> None:
+    """A failed job does not stop the others, but sets the exit status; a second run repeats only the failed job."""
     assert toy(*POOL, "how=mistake,meet,well") == 1
     output = capfd.readouterr()
     assert output.err == "error: job 0 (how=mistake): mend me\nerror: 1 of 3 jobs failed: 0\n"
@@ -68,14 +68,14 @@ def test_a_pool(toy: Callable[..., int], capfd: pytest.CaptureFixture[str]) -> N
     assert output.err.count("mend me") == 1
 
 
-def test_folders_of_a_pool_have_one_name(toy: Callable[..., int]) -> None:
+def test_jobs_of_a_pool_share_one_sweep_folder(toy: Callable[..., int]) -> None:
     assert toy(*POOL[:-1], "how=well,fine") == 0
     (sweep,) = Path("outputs/multirun").iterdir()
     assert {path.name for path in sweep.iterdir()} == {"multirun.yaml", "0", "1"}
 
 
 def test_a_pool_is_interrupted(toy: Callable[..., int], capfd: pytest.CaptureFixture[str]) -> None:
-    """Each job in hand is recorded as such, and none begun."""
+    """Each running job is recorded as interrupted, and no other job is started."""
 
     def stop() -> None:
         while len(list(Path("sweep").glob("*/seen.json"))) < 2:
@@ -89,7 +89,7 @@ def test_a_pool_is_interrupted(toy: Callable[..., int], capfd: pytest.CaptureFix
 
 
 def test_submitit(toy: Callable[..., int]) -> None:
-    """Its local executor runs a job as it does under SLURM: all it has is what was pickled."""
+    """Its local executor runs a job as under SLURM: the job has only what was pickled."""
     assert toy("-m", "hydra/launcher=submitit_local", "hydra.sweep.dir=sweep", "how=mistake,meet") == 1
     assert [status(number) for number in (0, 1)] == [("failed", "mend me"), ("finished", None)]
 

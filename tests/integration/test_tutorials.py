@@ -1,4 +1,4 @@
-"""docs/start.md and docs/add.md, run as they stand, at tiny sizes."""
+"""The commands and code of docs/start.md, docs/add.md and docs/use.md, run at tiny sizes."""
 
 import json
 import re
@@ -20,7 +20,7 @@ TINIER = {"train": TINY, "evaluate": ["trainer=cpu", "data.val_images=2", "proto
 
 @pytest.fixture
 def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder with six pictures in `photos`."""
+    """Change to a new folder with six pictures in its subfolder `photos`; return the new folder."""
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "photos"
     folder.mkdir()
@@ -32,13 +32,13 @@ def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run(line: str) -> None:
-    """A command of the page, made tiny."""
+    """Run a command line of the page at tiny sizes."""
     program, *words = shlex.split(line)
     command = "train" if program == "python" else words[0]
     assert app.main([command, *words[1:], *TINIER.get(command, [])]) == 0, line
 
 
-def test_start(photos: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_commands_and_code_of_start_md(photos: Path, capfd: pytest.CaptureFixture[str]) -> None:
     blocks = [(language, code) for language, _, code in FENCE.findall((DOCS / "start.md").read_text())]
     for language, code in blocks:
         if language == "python":
@@ -61,7 +61,7 @@ def test_start(photos: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert 0 <= json.loads(Path("outputs/judged/metrics.json").read_text())["miou/point"] <= 1
 
 
-def test_add(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_and_commands_of_add_md(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commands = []
     for language, title, code in FENCE.findall((DOCS / "add.md").read_text()):
         if title:

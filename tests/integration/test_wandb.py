@@ -1,4 +1,4 @@
-"""What W&B is told, read back from the files that an offline run leaves."""
+"""Logged contents of W&B runs, read back from the files of offline runs."""
 
 import json
 import struct
@@ -22,7 +22,7 @@ TINY = ["data=photos", "data.images=4", "data.val_images=2", "image_size=64", "b
 
 
 def records(file: Path) -> Iterator[Record]:
-    """A .wandb file: 7 bytes of header, then LevelDB's log format, in blocks of 32 KiB."""
+    """Yield the records of a .wandb file: 7 bytes of header, then LevelDB's log format, in blocks of 32 KiB."""
     data, place, whole = file.read_bytes(), 7, b""
     while place < len(data):
         if (left := 32768 - place % 32768) < 7:
@@ -41,7 +41,7 @@ def values(items: Any) -> dict[str, Any]:
 
 
 class LoggedRun:
-    """One run as W&B will have it."""
+    """Contents of the .wandb file of a run."""
 
     def __init__(self, run_dir: Path) -> None:
         (file,) = run_dir.glob("wandb/offline-run-*/*.wandb")
@@ -59,7 +59,7 @@ class LoggedRun:
         return {row["trainer/global_step"]: row[name] for row in self.history if name in row}
 
     def table(self, name: str) -> tuple[list[str], list[list[Any]], dict[str, Path]]:
-        """Columns and rows of the last one, and where the files it names wait to be uploaded."""
+        """Return columns and rows of the last table of that name, and the local paths of the files it refers to."""
         entry = f"{name}.table.json"
         files = [{e.path: Path(e.local_path) for e in artifact.manifest.contents} for artifact in self.artifacts]
         last = [named for named in files if entry in named][-1]
@@ -69,11 +69,11 @@ class LoggedRun:
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Two runs, offline: not even WANDB_MODE=online makes W&B ask for a key where there is none."""
+    """Return the folder of two offline runs: without a key W&B never asks for one, not even with WANDB_MODE=online."""
     tmp_path = tmp_path_factory.mktemp("wandb")
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("SAM_DISTILL_HOME", str(weights.fetch("mobile_sam").parents[1]))
-        monkeypatch.setenv("HOME", str(tmp_path))  # where a .netrc with a key might be
+        monkeypatch.setenv("HOME", str(tmp_path))  # the real home might hold a .netrc with a key
         monkeypatch.setenv("WANDB_MODE", "online")
         for name in ("WANDB_API_KEY", "WANDB_DATA_DIR"):
             monkeypatch.delenv(name, raising=False)
@@ -85,7 +85,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def test_steps_go_on_in_a_resumed_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """W&B would count each part from 0, and drop what it has had before when they are synced."""
+    """W&B by itself would count each part from 0, and while syncing drop the steps that it already has."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     for steps in ((1, 2, 3), (3, 4)):
         (logger,) = WandB().build(tmp_path, {})
@@ -99,7 +99,7 @@ def test_steps_go_on_in_a_resumed_run(tmp_path: Path, monkeypatch: pytest.Monkey
     assert seen == [[1, 2, 3], [3, 4]]
 
 
-def test_a_sweep_as_wandb_has_it(sweep: Path) -> None:
+def test_config_curves_and_summary_of_a_sweep(sweep: Path) -> None:
     folders = [sweep / "tinyvit_0_seed0", sweep / "tinyvit_1_seed0"]
     runs = [LoggedRun(folder) for folder in folders]
     for run_dir, logged, padding in zip(folders, runs, (0, 1), strict=True):

@@ -1,4 +1,4 @@
-"""scripts/wandb_report.py, as far as it goes without W&B."""
+"""scripts/wandb_report.py, as far as it can be tested without W&B's server."""
 
 import importlib.util
 import json
@@ -26,7 +26,7 @@ def script() -> ModuleType:
 
 
 @pytest.mark.parametrize("name", ["table2_strategies", "table4_compute", "resolution"])
-def test_what_would_be_sent(script: ModuleType, name: str) -> None:
+def test_content_of_the_report(script: ModuleType, name: str) -> None:
     model = script.report(known()[name], "project", "team")._to_model()
     blocks = json.loads(model.spec.model_dump_json(by_alias=True, exclude_none=True))["blocks"]
     settings, each = [block["metadata"] for block in blocks if block["type"] == "panel-grid"]
@@ -52,7 +52,7 @@ def run(*argv: str, **environment: str) -> tuple[int, str]:
     return done.returncode, done.stderr
 
 
-def test_what_is_missing_is_one_line(tmp_path: Path) -> None:
+def test_missing_key_or_package_is_one_error_line(tmp_path: Path) -> None:
     status, said = run(str(SCRIPT), "table4_compute", HOME=str(tmp_path))
     assert (status, said) == (1, "error: W&B wants a key: wandb login, or WANDB_API_KEY=...\n")
     without = f"import sys, runpy; sys.modules['wandb_workspaces'] = None; runpy.run_path({str(SCRIPT)!r})"

@@ -1,4 +1,4 @@
-"""The exported page in a real browser: a photograph, a click and a box, by mouse, against Python's masks."""
+"""The exported page in a real browser: masks of a click and a box by mouse, compared with Python's masks."""
 
 import re
 import shutil
@@ -35,7 +35,7 @@ class Quiet(SimpleHTTPRequestHandler):
 
 
 class Isolated(Quiet):
-    """Sends the headers for threads itself, so the page has no need to load twice."""
+    """Handler that sends the headers for threads itself, so that the page need not load twice."""
 
     def end_headers(self) -> None:
         self.send_header("Cross-Origin-Opener-Policy", "same-origin")
@@ -63,7 +63,7 @@ def site(teacher: Sam, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def drawn(page: Chromium) -> np.ndarray:
-    """[h, w] bool: what has the mask's blue over the photograph."""
+    """Return the pixels that the page draws in the mask's blue: [h, w] bool."""
     runs = page.evaluate(
         """(() => {
           const canvas = document.getElementById("masks");
@@ -85,14 +85,14 @@ def drawn(page: Chromium) -> np.ndarray:
 
 
 def iou(a: np.ndarray, b: np.ndarray, marks: Sequence[tuple[int, int]] = ()) -> float:
-    """marks: (x, y) of clicks, whose marks lie over the mask."""
+    """Return the IoU of two masks. marks: (x, y) of clicks; their marks cover the mask, so they are left out."""
     y, x = np.mgrid[: a.shape[0], : a.shape[1]]
     free = np.all([np.hypot(x - mark[0], y - mark[1]) > 9 for mark in marks], axis=0) if marks else True
     return (a & b & free).sum() / ((a | b) & free).sum()
 
 
 def in_frame(low_res: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Logits [1, 256, 256] -> the mask as the page shows it."""
+    """Return the mask as the page shows it: logits [1, 256, 256] -> [height, width] bool."""
     return upscale_masks(torch.from_numpy(low_res), (height, width), (height, width))[0].numpy() > 0
 
 
@@ -148,7 +148,7 @@ def test_click_and_box_by_mouse_and_tap(site: Path, tmp_path: Path) -> None:
 def test_offline_after_the_first_visit(site: Path, tmp_path: Path, handler: type[Quiet]) -> None:
     with served(site, handler) as address, Chromium(address, tmp_path / "profile") as page:
         page.wait(f'{STATUS}.includes("Drop a photograph")', 300)
-    with Chromium(address, tmp_path / "profile") as page:  # the server has gone
+    with Chromium(address, tmp_path / "profile") as page:  # the server has been stopped
         page.wait(f'{STATUS}.includes("Drop a photograph")', 300)
         assert page.evaluate("crossOriginIsolated")
         page.choose("#file", site / "photo.png")

@@ -1,4 +1,4 @@
-"""Images and tars made on the fly."""
+"""Fixtures: images and tars made on the fly, and the batches of a loader."""
 
 import tarfile
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from sam_distill.data.base import DataSource, collate
 
 @pytest.fixture
 def jpeg() -> Callable[[int], bytes]:
-    """jpeg(seed) is a small image; its width tells the seed."""
+    """Return jpeg(seed), which makes a small JPEG; its width in pixels is 64 + seed."""
 
     def make(seed: int) -> bytes:
         coarse = np.random.default_rng(seed).integers(0, 256, (3, 4, 3), np.uint8)
@@ -29,6 +29,8 @@ def jpeg() -> Callable[[int], bytes]:
 
 @pytest.fixture
 def make_tar(tmp_path: Path) -> Callable[..., Path]:
+    """Return make_tar(name, {member: content}), which writes a tar and returns its path."""
+
     def make(name: str, members: dict[str, bytes]) -> Path:
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True, parents=True)
@@ -44,7 +46,7 @@ def make_tar(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def make_shards(make_tar: Callable[..., Path], jpeg: Callable[[int], bytes]) -> Callable[[Sequence[int]], list[str]]:
-    """make_shards([5, 4]) writes two tars in SA-1B's layout with sa_0 to sa_4 and sa_5 to sa_8."""
+    """Return make_shards: make_shards([5, 4]) writes two tars in SA-1B's layout with sa_0 to sa_4 and sa_5 to sa_8."""
 
     def make(sizes: Sequence[int]) -> list[str]:
         numbers, paths = iter(range(sum(sizes))), []
@@ -60,17 +62,17 @@ def make_shards(make_tar: Callable[..., Path], jpeg: Callable[[int], bytes]) -> 
 
 @pytest.fixture
 def batches() -> Callable[..., list[list[str]]]:
-    """The keys of the first batches that a rank's loader yields."""
+    """Return a function that returns the keys of the first `number` batches of one rank's loader."""
 
-    def run(source: DataSource, number: int, workers: int = 0, start: int = 0, **where: int) -> list[list[str]]:
-        where = {"seed": 0, "rank": 0, "world_size": 1, "batch_size": 2} | where
-        stream = source.train_stream(start=start, **where)
-        loader = DataLoader(stream, where["batch_size"], num_workers=workers, collate_fn=collate)
+    def run(source: DataSource, number: int, workers: int = 0, start: int = 0, **options: int) -> list[list[str]]:
+        options = {"seed": 0, "rank": 0, "world_size": 1, "batch_size": 2} | options
+        stream = source.train_stream(start=start, **options)
+        loader = DataLoader(stream, options["batch_size"], num_workers=workers, collate_fn=collate)
         iterator = iter(loader)
         try:
             return [batch.keys for batch in islice(iterator, number)]
         finally:
-            if workers:  # else they would linger until garbage is collected, and that takes 5 seconds
+            if workers:  # otherwise they end only when garbage is collected, which takes 5 seconds
                 iterator._shutdown_workers()  # type: ignore[attr-defined]
 
     return run

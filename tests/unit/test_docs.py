@@ -1,4 +1,4 @@
-"""What README and docs/ say is so: commands compose, links lead somewhere, the packages are those of the code."""
+"""Checks of README and docs/: commands compose, links lead somewhere, the listed packages are those of the code."""
 
 import re
 import shlex
@@ -23,7 +23,7 @@ COMMAND = re.compile(r"(?:\btrain\.py|\bsam-distill (?P<command>[a-z]+))(?P<word
 
 
 def slug(heading: str) -> str:
-    """What GitHub and MkDocs make of a heading."""
+    """Return the anchor that GitHub and MkDocs give a heading."""
     return re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-")
 
 
@@ -43,7 +43,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 def test_every_page_is_in_the_site() -> None:
     class Loader(yaml.SafeLoader):
-        """MkDocs' own tags are of no interest."""
+        """YAML loader that ignores MkDocs' own tags."""
 
     Loader.add_multi_constructor("!", lambda loader, suffix, node: None)
     nav: Any = yaml.load((ROOT / "mkdocs.yml").read_text(), Loader)["nav"]
@@ -51,11 +51,11 @@ def test_every_page_is_in_the_site() -> None:
     assert sorted(pages) == sorted(page.name for page in (ROOT / "docs").glob("*.md"))
 
 
-def test_the_picture_of_the_packages_is_that_of_the_contract() -> None:
+def test_package_diagram_matches_the_import_contract() -> None:
     text = (ROOT / "docs/architecture.md").read_text()
-    picture = re.search(r"```\n(.*?)```", text, re.DOTALL)
-    assert picture
-    drawn = [re.split(r" {2,}", line) for line in picture[1].splitlines()]
+    diagram = re.search(r"```\n(.*?)```", text, re.DOTALL)
+    assert diagram
+    drawn = [re.split(r" {2,}", line) for line in diagram[1].splitlines()]
     contract = re.search(r"layers = \[\n(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL)
     assert contract
     layers = [re.findall(r"\w+", line) for line in contract[1].splitlines()]
@@ -65,7 +65,7 @@ def test_the_picture_of_the_packages_is_that_of_the_contract() -> None:
 
 
 def commands() -> Iterator[tuple[str, str]]:
-    """(command, its words) of all code in the guides, blocks and spans, as it would be typed."""
+    """Yield (command, its words) of each command in code blocks and code spans of the guides, as a user types it."""
     seen = set()
     for page in GUIDES:
         text = page.read_text()
@@ -76,18 +76,18 @@ def commands() -> Iterator[tuple[str, str]]:
         for line in [*lines, *spans]:
             found = COMMAND.search(line.partition(" #")[0].strip())
             if found and found["words"] and "..." not in line and "--" not in found["words"]:
-                said = (found["command"] or "train", found["words"].strip())
-                if said not in seen:
-                    seen.add(said)
-                    yield said
+                pair = (found["command"] or "train", found["words"].strip())
+                if pair not in seen:
+                    seen.add(pair)
+                    yield pair
 
 
-SHORT = {"bench": "suite", "report": "runs"}  # what a bare word means
+BARE_WORDS = {"bench": "suite", "report": "runs"}  # the option that a word without = sets
 
 
 def mistakes(command: str, words: str) -> list[str]:
     overrides = [word for word in shlex.split(words) if not word.startswith(("$", "-"))]
-    overrides = [word if "=" in word else f"{SHORT[command]}={word}" for word in overrides]
+    overrides = [word if "=" in word else f"{BARE_WORDS[command]}={word}" for word in overrides]
     if command == "report":
         overrides = [word.replace("experiment=", "only=") for word in overrides]
     placeholder = r"^(checkpoint|init)=(RUN_DIR|outputs/\S+|student\.pt)$"
@@ -101,8 +101,8 @@ def test_a_command_composes(command: str, words: str) -> None:
     assert mistakes(command, words) == []
 
 
-def test_there_are_commands() -> None:
-    """The search above finds them, in blocks and in tables, and composing them can fail."""
+def test_commands_in_the_docs_are_found() -> None:
+    """`commands` finds those in code blocks and in tables, and `mistakes` finds a mistake."""
     found = list(commands())
     assert len(found) > 50
     assert ("train", "resume=RUN_DIR") in found

@@ -1,4 +1,4 @@
-"""images.py against segment-anything's own code, and every kind of file that people have."""
+"""Tests of images.py: the same results as segment-anything's own code, and every kind of image file that users have."""
 
 from io import BytesIO
 from pathlib import Path
@@ -51,7 +51,7 @@ def test_scale_points_equals_segment_anything(size: tuple[int, int]) -> None:
 def test_upscale_masks_equals_segment_anything() -> None:
     low_res, size, original = torch.randn(2, 3, 256, 256), (683, 1024), (321, 481)
 
-    class FrameOnly:  # all that postprocess_masks asks of a Sam
+    class FrameOnly:  # all that postprocess_masks needs of a Sam
         class image_encoder:  # noqa: N801
             img_size = 1024
 
@@ -74,7 +74,7 @@ def test_scaled_jpeg_covers_the_frame_and_keeps_its_size() -> None:
 @pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("orientation", [3, 6, 8])
 def test_exif_rotation(orientation: int, full: bool) -> None:
-    turn = {3: 180, 6: 90, 8: 270}[orientation]  # what the camera did to the upright picture
+    turn = {3: 180, 6: 90, 8: 270}[orientation]  # degrees, counter-clockwise, from upright to stored
     upright = photo(3000, 2200)
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
@@ -106,14 +106,14 @@ def test_every_mode_becomes_rgb(mode: str) -> None:
     ("format", "dtype", "top"),
     [("PNG", np.uint16, 65535), ("TIFF", np.uint16, 65535), ("TIFF", np.float32, 1.0), ("TIFF", np.float32, 255.0)],
 )
-def test_deep_gray_is_scaled_not_clipped(format: str, dtype: type, top: float) -> None:
+def test_16_bit_and_float_gray_is_scaled_not_clipped(format: str, dtype: type, top: float) -> None:
     deep = (RAMP.astype(np.float64) / 255 * top).astype(dtype)
     image, _ = decode(encoded(Image.fromarray(deep), format))
     assert np.abs(np.array(image).astype(int) - RAMP[..., None]).max() <= 1
 
 
-def test_floats_may_overshoot() -> None:
-    """As those of a bicubic resize do: an image of 0..1 is not taken for a black one of 0..255."""
+def test_float_image_may_exceed_its_range_a_little() -> None:
+    """A bicubic resize overshoots: an image of 0..1 with values up to 1.05 is not read as a black image of 0..255."""
     image, _ = decode(encoded(Image.fromarray((RAMP / 255 * 1.05).astype(np.float32)), "TIFF"))
     assert np.abs(np.array(image).astype(int) - (RAMP[..., None] * 1.05).clip(max=255)).max() <= 1
 
@@ -126,7 +126,7 @@ def test_transparent_parts_become_white() -> None:
     assert np.array(decode(encoded(palette, transparency=0))[0]).min() == 255
 
 
-def test_damaged_files_are_one_line(tmp_path: Path) -> None:
+def test_damaged_files_raise_a_one_line_error(tmp_path: Path) -> None:
     data = encoded(photo(300, 300), "JPEG")
     flipped = bytearray(encoded(photo(300, 300)))
     flipped[60] ^= 255
@@ -146,14 +146,14 @@ def test_decompression_bomb(monkeypatch: pytest.MonkeyPatch) -> None:
         decode(data)
 
 
-def test_a_camera_s_24_megapixels_are_fine() -> None:
+def test_24_megapixel_photo_is_decoded() -> None:
     image, size = decode(encoded(photo(4000, 6000), "JPEG"))
     assert size == (4000, 6000)
     assert (image.height, image.width) == (1000, 1500)
 
 
 @pytest.mark.parametrize("orientation", [0, 9, 300])
-def test_an_orientation_that_means_nothing(orientation: int) -> None:
+def test_invalid_exif_orientation_is_ignored(orientation: int) -> None:
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
     image, original_size = decode(encoded(photo(40, 60), "JPEG", exif=exif))

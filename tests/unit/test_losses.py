@@ -30,7 +30,7 @@ def test_mse_is_the_mean_over_everything_without_an_area() -> None:
 
 
 def test_padding_does_not_count() -> None:
-    """The loss of a padded image is that of its valid part cut out, and each image weighs the same."""
+    """The loss is the mean over images of the loss on the valid part alone, so every image counts the same."""
     a, b = embeddings()
     sizes = torch.tensor([[640, 1024], [1024, 256]])
     expected = [torch.nn.functional.mse_loss(a[0, :, :40], b[0, :, :40])]
@@ -65,7 +65,7 @@ def test_smooth_l1_and_norm_against_torch() -> None:
 
 
 def masks() -> tuple[torch.Tensor, torch.Tensor]:
-    """[2, 3, 4, 16, 16] logits and [2, 3, 1, 16, 16] bool."""
+    """Return logits [2, 3, 4, 16, 16] and targets [2, 3, 1, 16, 16] bool."""
     generator = torch.Generator().manual_seed(0)
     return 3 * torch.randn(2, 3, 4, 16, 16, generator=generator), torch.rand(2, 3, 1, 16, 16, generator=generator) > 0.6
 
@@ -73,15 +73,15 @@ def masks() -> tuple[torch.Tensor, torch.Tensor]:
 AREA = valid_area(torch.tensor([[640, 1024], [1024, 256]]), 16)  # 10 x 16 and 16 x 4 cells
 
 
-def test_focal_is_torchvisions() -> None:
+def test_focal_loss_equals_torchvisions() -> None:
     logits, target = masks()
-    theirs = sigmoid_focal_loss(logits, target.float().expand_as(logits), alpha=0.25, gamma=2)
-    torch.testing.assert_close(mask_focal(logits, target), theirs.mean((-1, -2)))
-    torch.testing.assert_close(mask_focal(logits, target, AREA)[0], theirs[0, :, :, :10].mean((-1, -2)))
-    torch.testing.assert_close(mask_focal(logits, target, AREA)[1], theirs[1, ..., :4].mean((-1, -2)))
+    expected = sigmoid_focal_loss(logits, target.float().expand_as(logits), alpha=0.25, gamma=2)
+    torch.testing.assert_close(mask_focal(logits, target), expected.mean((-1, -2)))
+    torch.testing.assert_close(mask_focal(logits, target, AREA)[0], expected[0, :, :, :10].mean((-1, -2)))
+    torch.testing.assert_close(mask_focal(logits, target, AREA)[1], expected[1, ..., :4].mean((-1, -2)))
 
 
-def test_dice_by_hand() -> None:
+def test_dice_loss_equals_numpy() -> None:
     logits, target = masks()
     p, t = 1 / (1 + np.exp(-logits[0, 1, 2, :10].double().numpy())), target[0, 1, 0, :10].numpy()
     expected = 1 - (2 * (p * t).sum() + 1) / (p.sum() + t.sum() + 1)
@@ -89,7 +89,7 @@ def test_dice_by_hand() -> None:
     assert mask_dice(logits, target).shape == (2, 3, 4)
 
 
-def test_mask_losses_are_the_sums_that_their_sources_train_with() -> None:
+def test_combined_mask_losses_weigh_their_terms_as_published() -> None:
     logits, target = masks()
     error = torch.nn.functional.binary_cross_entropy_with_logits(
         logits[0, ..., :10, :], target[0, ..., :10, :].float().expand(3, 4, 10, 16), reduction="none"
@@ -99,8 +99,8 @@ def test_mask_losses_are_the_sums_that_their_sources_train_with() -> None:
     torch.testing.assert_close(focal_dice(logits, target, AREA), 20 * mask_focal(logits, target, AREA) + dice)
 
 
-def test_an_unsure_student_is_drawn_to_background_by_focal_alone() -> None:
-    """Where a cell is as often foreground as not, cross-entropy is least at 0.5 and SAM's focal loss below it."""
+def test_focal_loss_but_not_bce_pulls_an_unsure_student_to_background() -> None:
+    """If a cell is foreground half of the time, cross-entropy is lowest at 0.5, and SAM's focal loss below 0.5."""
     probabilities = torch.linspace(0.05, 0.95, 19)
     logits = probabilities.logit().view(1, 19, 1, 1, 1).expand(-1, -1, -1, 16, 16)
     target = (torch.arange(256) % 2 == 0).view(1, 1, 1, 16, 16)

@@ -1,4 +1,4 @@
-"""Choosing images by hash, and their names and keys."""
+"""Tests of selection.py: choosing images by hash, file names of images, and keys."""
 
 import pytest
 
@@ -24,7 +24,7 @@ def test_a_choice_depends_on_keys_not_on_their_order() -> None:
     }
 
 
-def test_too_many_are_wanted(caplog: pytest.LogCaptureFixture) -> None:
+def test_too_many_images_warn_and_both_options_fail(caplog: pytest.LogCaptureFixture) -> None:
     assert choose(KEYS, 5000, None) == list(range(1000))
     assert "only 1000 to train on" in caplog.text
     with pytest.raises(UserError, match="exclude each other"):
@@ -44,7 +44,7 @@ def test_names_of_images() -> None:
     assert not any(map(is_image, [".jpg", "._a.jpg", ".hidden.png", "jpg", "a.json", "a.jpg.txt"]))
 
 
-def test_a_key_is_no_other_images_name() -> None:
+def test_key_differs_from_the_names_of_other_images() -> None:
     names = ["a.jpg", "a.png", "a.jpg.png", "b.jpg"]
     assert unique_keys(names) == ["a.jpg", "a.png", "a.jpg.png", "b"]
 

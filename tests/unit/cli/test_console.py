@@ -7,7 +7,7 @@ import pytest
 from sam_distill.cli.console import ToStdout
 
 
-def test_log_lines_go_where_stdout_goes_now(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_log_lines_go_to_the_current_stdout(monkeypatch: pytest.MonkeyPatch) -> None:
     """Progress bars replace sys.stdout while they are on screen."""
     handler, later = ToStdout(sys.stdout), io.StringIO()
     monkeypatch.setattr(sys, "stdout", later)
@@ -15,7 +15,7 @@ def test_log_lines_go_where_stdout_goes_now(monkeypatch: pytest.MonkeyPatch) -> 
     assert later.getvalue() == "hello\n"
 
 
-def test_names_that_are_no_text_are_shown_somehow(
+def test_characters_that_stdout_cannot_encode_are_escaped(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")

@@ -6,20 +6,20 @@ from sam_distill.cli.evaluate import _data, _seen_in_training
 
 
 @pytest.mark.parametrize("content", ["", "- a", "data: photos", "{", "data: {path: null}"])
-def test_a_configuration_that_names_no_data(tmp_path: Path, content: str) -> None:
-    """A checkpoint may lie beside the config.yaml of anything."""
+def test_config_yaml_without_data_is_ignored(tmp_path: Path, content: str) -> None:
+    """The config.yaml beside a checkpoint may belong to any program."""
     (tmp_path / "config.yaml").write_text(content)
     assert _data(tmp_path) == ([], None)
 
 
-def test_the_data_of_a_run(tmp_path: Path) -> None:
+def test_data_options_are_read_from_the_run_folder(tmp_path: Path) -> None:
     assert _data(tmp_path) == ([], None)
     (tmp_path / "config.yaml").write_text("data: {path: [/a, /b], val_images: 4}")
     assert _data(tmp_path) == (["/a", "/b"], 4)
 
 
-def test_a_warning_where_images_may_have_been_trained_on(tmp_path: Path) -> None:
-    """Of another number of images held out, some are images of training."""
+def test_warning_if_images_may_have_been_trained_on(tmp_path: Path) -> None:
+    """If another number of images is held out now, some of them are training images of the run."""
     run, now = tmp_path / "run", tmp_path / "now"
     for folder, data in ((run, "{path: /a, val_images: 4}"), (now, "{path: /a, val_images: 16}")):
         folder.mkdir()

@@ -13,15 +13,15 @@ from sam_distill.runs import status
 def test_options_of_the_resumed_run_come_back(tmp_path: Path) -> None:
     command = ["train", "encoder=vit_b", "optim.lr=1e-3", "seed=7", "hydra.run.dir=elsewhere", "resume=older"]
     (tmp_path / "status.json").write_text(json.dumps({"command": command}))
-    there = f'hydra.run.dir="{tmp_path}"'
+    folder_option = f'hydra.run.dir="{tmp_path}"'
     for resume in (f"resume={tmp_path}", f'resume="{tmp_path}"', f"resume='{tmp_path}'"):
-        assert with_resumed_options([resume]) == ["encoder=vit_b", "optim.lr=1e-3", "seed=7", resume, there]
+        assert with_resumed_options([resume]) == ["encoder=vit_b", "optim.lr=1e-3", "seed=7", resume, folder_option]
     assert with_resumed_options([resume, "seed=1", "hydra.run.dir=new"]) == [
         "encoder=vit_b", "optim.lr=1e-3", resume, "seed=1", "hydra.run.dir=new",
     ]  # fmt: skip
 
 
-def test_other_command_lines_stay_as_they_are(tmp_path: Path) -> None:
+def test_command_line_is_unchanged_without_a_run_to_resume(tmp_path: Path) -> None:
     for argv in ([], ["encoder=vit_b"], ["resume=null"], [f"resume={tmp_path}"]):
         assert with_resumed_options(argv) == argv
 
@@ -36,7 +36,7 @@ def test_folders_without_a_record_of_a_run(tmp_path: Path, content: str) -> None
     assert complaints(tmp_path, str(tmp_path)) == []
 
 
-def test_what_a_run_began_with_may_be_gone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_init_file_may_be_missing_on_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_json(tmp_path / "status.json", {"command": ["train", f"init={tmp_path / 'gone'}"]})
     assert app.main(["train", f"resume={tmp_path}", "batch_size=0"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -52,7 +52,7 @@ def complaints(run_dir: Path, resume: str | None, command: str = "train", **opti
     return run_folder_mistakes(OmegaConf.create(cfg), command)
 
 
-def test_where_no_run_can_begin_or_go_on(tmp_path: Path) -> None:
+def test_folders_where_no_run_may_start_or_resume(tmp_path: Path) -> None:
     assert complaints(tmp_path, "/nope") == ["resume=/nope: there is no such folder; expected the folder of a run"]
     assert complaints(tmp_path, __file__) == [f"resume={__file__}: is a file; expected the folder of a run"]
     assert complaints(tmp_path, str(tmp_path)) == [
@@ -75,7 +75,7 @@ def test_where_no_run_can_begin_or_go_on(tmp_path: Path) -> None:
     assert complaints(tmp_path, str(tmp_path)) == []
 
 
-def test_where_a_run_is_going_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_in_which_a_run_is_writing_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(status, "PATIENCE", 0.1)
     write_json(tmp_path / "status.json", {"command": ["train"]})
     with status.writing(tmp_path):
@@ -89,7 +89,7 @@ def test_where_a_run_is_going_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert complaints(tmp_path, None) == []
 
 
-def test_what_cannot_change_on_the_way(tmp_path: Path) -> None:
+def test_options_that_must_not_change_on_resume(tmp_path: Path) -> None:
     write_json(tmp_path / "status.json", {"command": ["train"]})
     before = {"seed": 0, "strategy": {"_target_": "a.Decoupled"}, "optim": {"_target_": "b.AdamW", "lr": 1e-3},
               "data": {"path": "a", "images": None}, "budget": "1 epoch", "init": None, "sizes": {128: 0.3},
@@ -101,12 +101,12 @@ def test_what_cannot_change_on_the_way(tmp_path: Path) -> None:
         assert all(line.endswith(f"init={tmp_path} starts a new run from its weights") for line in lines)
         return [line.partition(": ")[0] for line in lines]
 
-    free = {"_target_": "b.AdamW", "lr": 3e-4}
-    assert changed(budget="2 epochs", optim=free, data={"path": "b", "images": None}, trainer={"devices": 1}) == []
+    other_lr = {"_target_": "b.AdamW", "lr": 3e-4}
+    assert changed(budget="2 epochs", optim=other_lr, data={"path": "b", "images": None}, trainer={"devices": 1}) == []
     assert changed(teacher={"checkpoint": __file__}) == [], "the file may have moved; its hash is compared later"
     assert changed(teacher={"checkpoint": "sam_vit_h"}) == ["teacher.checkpoint=sam_vit_h"]
-    assert changed(optim=free | {"_target_": "since.moved.AdamW"}) == []
-    assert changed(optim=free | {"_target_": "b.Muon"}) == ["optim=Muon"]
+    assert changed(optim=other_lr | {"_target_": "since.moved.AdamW"}) == []
+    assert changed(optim=other_lr | {"_target_": "b.Muon"}) == ["optim=Muon"]
     assert changed(strategy={"_target_": "a.Coupled"}, seed="${nowhere:}") == ["strategy=Coupled"]
     assert changed(data={"path": "a", "images": 5}, seed=1, later=3) == ["seed=1", "data.images=5"]
     (line,) = complaints(tmp_path, str(tmp_path), **before | {"seed": 1})
@@ -116,7 +116,7 @@ def test_what_cannot_change_on_the_way(tmp_path: Path) -> None:
     assert "began with Decoupled; strategy=decoupled goes on with it" in line, "a default may have changed since"
 
 
-def test_which_files_a_run_keeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_is_record_tells_the_files_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     kept = ["student.pt", "checkpoints/last.ckpt", "metrics.json", str(tmp_path / "student.pt")]
     assert not any(is_record(Path(name)) for name in kept), "of no run"

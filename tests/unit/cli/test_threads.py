@@ -1,4 +1,4 @@
-"""How long OpenMP's threads spin before they sleep, as its own library tells, in a process of a command."""
+"""How often OpenMP threads spin before they sleep, in a process of a command, as GNU's OpenMP library reports it."""
 
 import os
 import re

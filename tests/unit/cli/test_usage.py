@@ -8,13 +8,13 @@ from sam_distill.cli import app
 def test_a_flags_value_is_not_taken_for_a_suite(capsys: pytest.CaptureFixture[str]) -> None:
     for command in ("bench", "report"):
         assert app.main([command, "--cfg", "job"]) == 0
-        assert "suite: job" not in (said := capsys.readouterr().out)
-        assert "runs: job" not in said
+        assert "suite: job" not in (output := capsys.readouterr().out)
+        assert "runs: job" not in output
 
 
 @pytest.fixture
 def usage(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
-    """usage(columns, *words): the lines of `sam-distill WORDS --help` on a terminal of that width."""
+    """Return usage(columns, *words): the lines of `sam-distill WORDS --help` on a terminal `columns` wide."""
 
     def run(columns: int, *words: str) -> list[str]:
         monkeypatch.setenv("COLUMNS", str(columns))
@@ -43,6 +43,6 @@ def test_help_lists_the_commands_own_recipes(usage: Callable[..., list[str]]) ->
 
 
 def test_help_shows_values_whole_on_a_narrow_terminal(usage: Callable[..., list[str]]) -> None:
-    said = "\n".join(usage(80, "segment"))
-    assert "  generator.stability_score_thresh=0.95  " in said
-    assert "look at 4 crops of the image as well," in " ".join(said.split())
+    output = "\n".join(usage(80, "segment"))
+    assert "  generator.stability_score_thresh=0.95  " in output
+    assert "look at 4 crops of the image as well," in " ".join(output.split())

@@ -1,4 +1,4 @@
-"""Every mistake in a configuration is one line that says where it is and how to mend it. Toy targets, toy conf/."""
+"""Mistakes in a configuration: each is one line that says where it is and how to correct it. Uses a toy conf/."""
 
 import shlex
 from collections.abc import Callable
@@ -95,11 +95,11 @@ def mistakes(conf: Path, *overrides: str, multirun: bool = False) -> list[str]:
     [
         (),
         ("encoder=open", "+encoder.anything=[1,2]"),
-        ("optim.lr=1",),  # an int is a float
-        ("+optim.betas=[0.8,0.9]",),  # a list is a tuple
+        ("optim.lr=1",),  # an int is valid for a float
+        ("+optim.betas=[0.8,0.9]",),  # a list is valid for a tuple
         ("+callbacks=null",),
         (f"+callbacks=[{{_target_: {__name__}.Tiny, width: 3}}]",),
-        (f"+schedule={{_target_: {__name__}.Adam, _partial_: true}}",),  # lr comes later
+        (f"+schedule={{_target_: {__name__}.Adam, _partial_: true}}",),  # lr is given later, by the caller
         ("seed=${batch_size}",),
     ],
 )
@@ -163,14 +163,14 @@ def test_mistake(conf: Path, override: str, line: str) -> None:
 
 
 @pytest.mark.parametrize("words", [("seed", "=", "3"), ("seed=", "3"), ("seed", "=3")])
-def test_what_spaces_have_set_apart_is_one_mistake(conf: Path, words: tuple[str, ...]) -> None:
+def test_override_with_spaces_is_one_mistake(conf: Path, words: tuple[str, ...]) -> None:
     assert mistakes(conf, *words, "bach_size=1") == [
         f"{' '.join(words)}: leave out the spaces: seed=3",
         "bach_size=1: no such key; did you mean batch_size?",
     ]
 
 
-def test_a_list_torn_apart_by_the_shell_is_one_mistake(conf: Path) -> None:
+def test_list_split_by_the_shell_is_one_mistake(conf: Path) -> None:
     assert mistakes(conf, "+optim.betas=[0.8,", "0.9]", "bach_size=1") == [
         "+optim.betas=[0.8, 0.9]: torn apart at its spaces; leave them out, or quote it: '+optim.betas=[0.8, 0.9]'",
         "bach_size=1: no such key; did you mean batch_size?",
@@ -179,7 +179,7 @@ def test_a_list_torn_apart_by_the_shell_is_one_mistake(conf: Path) -> None:
 
 
 @pytest.mark.parametrize("given", ["(0.8, 0.9)", "[(1,2),(3,4)]"])
-def test_a_list_as_python_has_it_is_told_its_brackets(conf: Path, given: str) -> None:
+def test_parentheses_get_the_advice_to_use_square_brackets(conf: Path, given: str) -> None:
     (line,) = mistakes(conf, f"+optim.betas={given}")
     expected = given.replace("(", "[").replace(")", "]")
     assert line == f"+optim.betas={given}: lists have square brackets: '+optim.betas={expected}'"
@@ -194,7 +194,7 @@ def test_the_advice_to_quote_works_in_a_shell(conf: Path, value: str) -> None:
     assert jobs[0].image == value
 
 
-def test_mandatory_value_without_one(conf: Path) -> None:
+def test_missing_mandatory_value(conf: Path) -> None:
     jobs, found = compose_jobs(conf, "toy", [])
     assert found == []
     assert check(jobs[0]) == [
@@ -209,7 +209,7 @@ def test_all_mistakes_at_once(conf: Path) -> None:
     ]  # fmt: skip
 
 
-def test_values_of_a_choice_made_later_on_the_command_line(conf: Path) -> None:
+def test_value_may_precede_the_choice_it_belongs_to(conf: Path) -> None:
     assert mistakes(conf, "encoder.whatever=2", "encoder=open", "lr=1") == ["lr=1: no such key; did you mean optim.lr?"]
 
 
@@ -227,7 +227,7 @@ def test_an_experiment_can_be_a_sweep(conf: Path) -> None:
     assert [job.encoder.width for job in jobs] == [8, 64]
 
 
-def test_broken_file_is_one_line(conf: Path) -> None:
+def test_broken_yaml_file_is_one_mistake(conf: Path) -> None:
     (conf / "toy.yaml").write_text("a: [1\n")
     jobs, found = compose_jobs(conf, "toy", [])
     assert jobs == []
@@ -235,7 +235,7 @@ def test_broken_file_is_one_line(conf: Path) -> None:
     assert found[0].startswith("conf/toy.yaml: ")
 
 
-def test_nearest_prefers_a_full_last_part() -> None:
+def test_nearest_prefers_an_equal_last_part() -> None:
     assert nearest("lr", ["optim.lr", "l", "r"]) == "optim.lr"
     assert nearest("qqq", ["optim.lr"]) == ""
     assert nearest("compile", ["strategy.cosine"]) == ""

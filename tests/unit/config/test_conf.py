@@ -11,7 +11,7 @@ from sam_distill.config.compose import compose_jobs
 from sam_distill.report.experiments import known
 
 CONF = default_conf_dir()
-MANDATORY = {  # what a choice can't know by itself
+MANDATORY = {  # values that only a user can give, by choice or command
     "data=folder": ["data.path=photos"],
     "data=cache": ["data.path=cache"],
     "experiment=mobilesam_1pct": ["data.path=cache"],
@@ -35,7 +35,7 @@ def mistakes(command: str, *overrides: str) -> list[str]:
 
 
 @pytest.mark.parametrize("choice", CHOICES)
-def test_choice(choice: str) -> None:
+def test_every_choice_composes(choice: str) -> None:
     group, _, name = choice.partition("=")
     command = "evaluate" if group == "protocol" else "train"
     if group == "experiment":
@@ -43,8 +43,8 @@ def test_choice(choice: str) -> None:
     assert mistakes(command, choice, *MANDATORY.get(choice, []), *MANDATORY.get(command, [])) == []
 
 
-def test_what_lies_beside_a_value_of_hydra_is_checked() -> None:
-    """The logger's group is known only when a job runs."""
+def test_options_beside_a_hydra_interpolation_are_checked() -> None:
+    """The logger's `group` is known only when a job runs; its other options are checked nevertheless."""
     assert mistakes("train", "logger.tags=first", "seed=-1") == [
         "seed=-1 (command line): should be greater than or equal to 0",
         "logger.tags=first (command line): should be a valid array",
@@ -57,11 +57,11 @@ def test_every_experiment_is_in_the_report_and_every_table_has_a_recipe() -> Non
 
 
 @pytest.mark.parametrize("command", commands(CONF))
-def test_command(command: str) -> None:
+def test_every_command_composes(command: str) -> None:
     assert mistakes(command, *MANDATORY.get(command, [])) == []
 
 
-def test_the_quick_recipe_is_for_the_embedded_default_alone() -> None:
+def test_quick_recipe_applies_only_to_the_built_in_data() -> None:
     (quick,), _ = compose_jobs(CONF, "train", [])
     (paper,), _ = compose_jobs(CONF, "train", ["data=folder", "data.path=x"])
     assert quick.image_size < 1024
@@ -70,7 +70,7 @@ def test_the_quick_recipe_is_for_the_embedded_default_alone() -> None:
     assert changed.image_size == 512
 
 
-def test_a_second_stage_takes_smaller_steps() -> None:
+def test_finetuning_has_a_lower_learning_rate() -> None:
     rates = {}
     for strategy in ("coupled", "finetune_decoder", "finetune_joint"):
         (job,), _ = compose_jobs(CONF, "train", [f"strategy={strategy}", "data=folder", "data.path=x"])
@@ -100,7 +100,7 @@ def test_an_experiment_has_two_scales(scale: str, steps: list[int], side: int) -
 
 
 @pytest.mark.parametrize(("command", "experiment"), [("train", "table1_parameters"), ("evaluate", "table4_compute")])
-def test_a_recipe_for_another_command_is_told_in_one_line(
+def test_experiment_of_another_command_is_a_one_line_error(
     command: str, experiment: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([command, f"experiment={experiment}"]) == 2
@@ -108,8 +108,8 @@ def test_a_recipe_for_another_command_is_told_in_one_line(
     assert lines.startswith(f"error: experiment={experiment} is for another command: sam-distill ")
 
 
-def test_all_mistakes_are_told_at_once() -> None:
-    """Design, section 3: one line each, before anything heavy."""
+def test_all_mistakes_are_reported_at_once() -> None:
+    """Design, section 3: one line per mistake, before anything slow begins."""
     lines = mistakes(
         "train", "encoder=tinyvt", "optim.lrr=1", "batch_size=many", "image_size=1000", "+strategy.typo=1", "budget=8"
     )
@@ -120,7 +120,7 @@ def test_all_mistakes_are_told_at_once() -> None:
     assert any("did you mean" in line and "tinyvit" in line for line in lines)
 
 
-def test_what_may_be_meant_by_a_choice_that_there_is_not() -> None:
+def test_hints_for_choices_that_do_not_exist() -> None:
     lines = mistakes("train", "teacher=outputs/first", "data=photographs", "optim.scale={foo:0.1}")
     assert [line.partition(":")[0] for line in lines] == [
         "data=photographs", "teacher=outputs/first", "optim.scale={foo",
@@ -130,7 +130,7 @@ def test_what_may_be_meant_by_a_choice_that_there_is_not() -> None:
     assert "no such key: foo; there are image_encoder, mask_decoder" in lines[2]
 
 
-def test_thresholds_are_shares() -> None:
+def test_thresholds_must_be_between_0_and_1() -> None:
     lines = mistakes(
         "segment", "image=a.jpg", "path=b.png", "generator.stability_score_thresh=95", "generator.box_nms_thresh=-3"
     )
@@ -140,7 +140,7 @@ def test_thresholds_are_shares() -> None:
     ]
 
 
-def test_a_key_of_another_choice() -> None:
+def test_key_of_another_choice_names_that_choice() -> None:
     (lines,) = mistakes("train", "strategy.rounds=2")
     assert "no such key with the strategy chosen; there is one with strategy=coupled, " in lines
     assert "decoupled" not in lines
@@ -152,5 +152,5 @@ def test_options_that_a_strategy_inherits_are_checked_too() -> None:
     assert any("did you mean strategy.tokens?" in line for line in lines)
 
 
-def test_conf_travels_with_the_wheel() -> None:
+def test_wheel_contains_conf() -> None:
     assert 'conf = "sam_distill/conf"' in (Path(__file__).parents[3] / "pyproject.toml").read_text()

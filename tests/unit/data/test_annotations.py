@@ -39,7 +39,7 @@ def draw(*annotations: dict, key: str = "a", epoch: int = 0, count: int = 5, siz
 
 
 @pytest.mark.parametrize("as_list", [False, True], ids=["compressed", "list"])
-def test_a_mask_lies_where_it_lies_in_the_image(as_list: bool) -> None:
+def test_mask_keeps_its_place_in_the_image(as_list: bool) -> None:
     """An image of 300 x 400 pixels fills 768 x 1024 of the frame, 192 x 256 cells."""
     found = draw(annotation(300, 400, (100, 150, 400, 300), as_list), count=2, size=(300, 400))
     expected = torch.zeros(256, 256, dtype=torch.bool)
@@ -57,7 +57,7 @@ def test_draws_repeat_nothing_and_change_with_the_epoch() -> None:
     assert not torch.equal(first, draw(*many, key="b"))
 
 
-def test_a_mask_has_the_shape_of_its_image() -> None:
+def test_mask_must_have_the_aspect_ratio_of_its_image() -> None:
     """The image may have been scaled since it was annotated, but not turned or cropped."""
     mask = annotation(301, 400, (100, 150, 400, 300))
     assert draw(mask, size=(150, 200)).any()
@@ -68,7 +68,7 @@ def test_a_mask_has_the_shape_of_its_image() -> None:
 @pytest.mark.parametrize(
     "damaged", [b"{", b"{}", b'{"annotations": [{"segmentation": {"size": [4, 4], "counts": 7}}]}']
 )
-def test_damage_is_told_in_one_line(damaged: bytes) -> None:
+def test_damaged_json_is_a_one_line_error(damaged: bytes) -> None:
     with pytest.raises(UserError, match=r"^sa_1.json: the annotations can't be read"):
         draw_annotations(Sample("sa_1", torch.empty(0), (4, 4), json=damaged), "sa_1.json", 1, 0)
 

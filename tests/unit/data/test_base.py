@@ -1,4 +1,4 @@
-"""Damage, and laying samples into a batch."""
+"""Tests of data/base.py: skipped samples, and collating samples into a batch."""
 
 import torch
 
@@ -8,8 +8,8 @@ from sam_distill.types import Sample
 KEYS = [f"key{number}" for number in range(1000)]
 
 
-def test_damage_found_during_validation_can_be_added_to() -> None:
-    """Lightning validates in inference mode; the tensors made there can't be changed outside."""
+def test_skipped_samples_created_in_inference_mode_can_be_updated() -> None:
+    """Lightning validates in inference mode; tensors created in it can't be modified outside."""
     with torch.inference_mode():
         skipped_samples = SkippedSamples(2)
     skipped_samples.report("broken", 0)

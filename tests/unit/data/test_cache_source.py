@@ -1,4 +1,4 @@
-"""Folders that only look like a distillation cache."""
+"""Errors for folders that only look like a distillation cache."""
 
 from pathlib import Path
 
@@ -10,13 +10,13 @@ from sam_distill.teachers import CachedTeacher
 
 
 @pytest.mark.parametrize("content", ['{"name": "My app", "icons": []}', "[]", "7"])
-def test_a_manifest_of_something_else(tmp_path: Path, content: str) -> None:
+def test_manifest_of_another_program_is_an_error(tmp_path: Path, content: str) -> None:
     (tmp_path / "manifest.json").write_text(content)
     with pytest.raises(UserError, match=r"holds no cache: its manifest\.json is that of something else"):
         Cache(str(tmp_path))
 
 
-def test_a_damaged_teacher(tmp_path: Path) -> None:
+def test_damaged_teacher_file_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "teacher.pt").write_bytes(b"no tensors")
     with pytest.raises(
         UserError, match=r"teacher\.pt can't be read \(.*: the sam-distill cache that wrote it, run again"

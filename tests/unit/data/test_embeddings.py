@@ -12,8 +12,8 @@ EMBEDDING = NOISE * torch.linspace(0.01, 3, 256)[:, None, None]
 
 @pytest.mark.parametrize(("dtype", "megabytes"), [("int8", 0.72), ("fp16", 1.44), ("fp32", 4.2)])
 @pytest.mark.parametrize("size", [SIZE, SIZE[::-1]], ids=["landscape", "portrait"])
-def test_size_and_error(dtype: Dtype, megabytes: float, size: tuple[int, int]) -> None:
-    """Design, section 9: at most 0.72 MB for a 3:2 image. Each int8 channel has a scale of its own."""
+def test_packed_size_and_rounding_error(dtype: Dtype, megabytes: float, size: tuple[int, int]) -> None:
+    """Design, section 9: at most 0.72 MB for a 3:2 image, as int8, which has a scale per channel."""
     content = pack(EMBEDDING, size, dtype)
     assert len(content) <= megabytes * 1e6
     error = (unpack(content, "a") - EMBEDDING).abs() * valid_area(torch.tensor([size]), 64)[0]
@@ -22,8 +22,8 @@ def test_size_and_error(dtype: Dtype, megabytes: float, size: tuple[int, int]) -
     assert (error.amax((1, 2)) <= allowed).all()
 
 
-def test_padding_is_kept_in_blocks_or_whole() -> None:
-    blocks = torch.arange(7 * 8.0).view(7, 8).repeat_interleave(3, 0).repeat_interleave(8, 1)  # of 3 x 8 cells
+def test_padding_is_averaged_over_blocks_except_in_fp32() -> None:
+    blocks = torch.arange(7 * 8.0).view(7, 8).repeat_interleave(3, 0).repeat_interleave(8, 1)  # blocks of 3 x 8 cells
     embedding = EMBEDDING.clone()
     embedding[:, 43:] = blocks
     torch.testing.assert_close(unpack(pack(embedding, SIZE, "fp16"), "a")[:, 43:], embedding[:, 43:])
@@ -42,6 +42,6 @@ def test_a_channel_of_zeros() -> None:
 
 
 @pytest.mark.parametrize("damaged", [b"", b"no embedding", pack(EMBEDDING, SIZE, "int8")[:-5]])
-def test_damage_is_told_in_one_line(damaged: bytes) -> None:
+def test_damaged_embedding_is_a_one_line_error(damaged: bytes) -> None:
     with pytest.raises(UserError, match=r"^sa_1.embedding: not an embedding"):
         unpack(damaged, "sa_1.embedding")

@@ -1,4 +1,4 @@
-"""The folder source, and through it everything that `IndexedSource` promises."""
+"""Tests of the folder source and, through it, of everything that `IndexedSource` promises."""
 
 from collections import Counter
 from itertools import chain
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
 @pytest.fixture
 def photos(tmp_path: Path, jpeg) -> Path:
-    """14 images at several depths; with val_images=2, 12 to train on."""
+    """Return a folder with 14 images at several depths; with val_images=2, 12 are left to train on."""
     for number in range(14):
         path = tmp_path / "photos" / ("", "a", "a/b")[number % 3] / f"{number}.{('jpg', 'JPEG')[number % 2]}"
         path.parent.mkdir(exist_ok=True, parents=True)
@@ -55,7 +55,7 @@ def test_links_are_followed_but_no_image_is_found_twice(photos: Path) -> None:
     assert not any("alias" in key or "loop" in key or "/." in f"/{key}" for key in keys)
 
 
-def test_validation_is_fixed_and_apart(photos: Path, jpeg) -> None:
+def test_validation_set_is_fixed_and_disjoint_from_training(photos: Path, jpeg) -> None:
     source = Folder(str(photos), val_images=2)
     held_out = {sample.key for sample in source.val_samples()}
     assert len(held_out) == 2
@@ -100,7 +100,7 @@ def test_damaged_images_are_skipped_and_counted_once(photos: Path, batches, capl
     assert source.skipped == 1
 
 
-def test_damage_changes_neither_the_order_nor_where_a_run_goes_on(photos: Path, batches) -> None:
+def test_damage_changes_neither_the_order_nor_where_a_run_resumes(photos: Path, batches) -> None:
     source = Folder(str(photos), val_images=2)
     for file in source.train[2:8:2]:
         file.path.write_bytes(b"")
@@ -118,7 +118,7 @@ def test_workers_count_damage_for_the_main_process(photos: Path, batches) -> Non
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_nothing_but_damage_is_the_end(photos: Path, batches, workers: int) -> None:
+def test_error_if_all_training_images_are_damaged(photos: Path, batches, workers: int) -> None:
     source = Folder(str(photos), val_images=2)
     for file in [*source.train, source.val[0]]:
         file.path.write_bytes(b"")
@@ -147,8 +147,8 @@ def test_mistakes_in_the_path(tmp_path: Path) -> None:
         Folder(str(tmp_path / "empty"))
 
 
-def test_what_runs_have_drawn_is_not_found(photos: Path) -> None:
-    """With data.path=. the second run would train on the first one's pictures."""
+def test_pictures_drawn_by_runs_are_not_found(photos: Path) -> None:
+    """Otherwise, with data.path=., a second run would train on the pictures of the first one."""
     before = [file.key for file in Folder(str(photos)).files]
     run = photos / "outputs/train/first"
     for folder in ("pictures", "wandb/files"):

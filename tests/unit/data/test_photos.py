@@ -1,4 +1,4 @@
-"""The embedded default: reproducible images, and validation photographs that no training image is made of."""
+"""Tests of the built-in data: reproducible images, and no validation photograph in any training image."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from sam_distill.types import FRAME
 
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> set[str]:
-    """The names of the photographs used from here on."""
+    """Return a set to which the name of every photograph opened from now on is added."""
     names: set[str] = set()
     original = photos.photo
     monkeypatch.setattr(photos, "photo", lambda name: (names.add(name), original(name))[1])
@@ -61,7 +61,7 @@ def test_training_images_hold_nothing_of_the_validation_photographs(opened: set[
     assert not {*photos.TRAIN_PHOTOS, *photos.SURFACES} & {*photos.VAL_PHOTOS}
 
 
-def test_validation_begins_with_each_photograph_as_it_is() -> None:
+def test_validation_begins_with_the_whole_photographs() -> None:
     source = Photos(val_images=5)
     sizes = [source.load(item).original_size for item in source.val]
     assert sizes[:4] == [(300, 451), (400, 600), (512, 512), (427, 640)]

@@ -1,4 +1,4 @@
-"""The SA-1B source: sharing out, resuming, and tars as people have them."""
+"""Tests of the SA-1B source: division among workers, resuming, and the kinds of tars that users have."""
 
 import gzip
 import tarfile
@@ -23,7 +23,7 @@ def train_keys(source: Sa1b) -> set[str]:
     return set(source.keys(source.train))
 
 
-def test_validation_is_spread_and_apart(make_shards) -> None:
+def test_validation_set_is_spread_over_tars_and_disjoint_from_training(make_shards) -> None:
     source = Sa1b(make_shards([4, 4, 4, 4]), val_images=2)
     samples = source.val_samples()
     assert [sample.key for sample in samples] == ["sa_0", "sa_8"]
@@ -36,7 +36,7 @@ def test_validation_is_spread_and_apart(make_shards) -> None:
     ]
 
 
-def test_validation_of_its_own(make_shards, make_tar, jpeg) -> None:
+def test_val_path_provides_the_validation_set(make_shards, make_tar, jpeg) -> None:
     val = make_tar("val/v.tar", {"x.jpg": jpeg(1), "sa_1.jpg": jpeg(2)})
     source = Sa1b(make_shards([4]), val_path=str(val))
     assert source.val_images == 2
@@ -44,8 +44,8 @@ def test_validation_of_its_own(make_shards, make_tar, jpeg) -> None:
 
 
 @pytest.mark.parametrize("sizes", [[6, 6, 6], [2] * 9])
-def test_once_per_epoch_over_ranks_and_workers(make_shards, batches, sizes: list[int]) -> None:
-    """3 shards for 4 workers, so that images are dealt out; 9 shards, which are dealt out themselves."""
+def test_images_are_divided_evenly_over_ranks_and_workers(make_shards, batches, sizes: list[int]) -> None:
+    """With 3 shards, the 4 workers divide the images of each shard; with 9 shards, they take whole shards."""
     source = Sa1b(make_shards(sizes), val_images=2, shuffle_buffer=4)
     ranks = [keys_of(batches(source, 32, workers=2, rank=rank, world_size=2)) for rank in range(2)]
     seen = Counter(chain.from_iterable(ranks))
@@ -53,7 +53,7 @@ def test_once_per_epoch_over_ranks_and_workers(make_shards, batches, sizes: list
     assert {4 * 32 // 16 - 1, 4 * 32 // 16, 4 * 32 // 16 + 1} >= set(seen.values())
 
 
-def test_dealt_images_are_apart_within_an_epoch(make_shards, batches) -> None:
+def test_divided_images_do_not_repeat_within_an_epoch(make_shards, batches) -> None:
     source = Sa1b(make_shards([6, 6, 6]), val_images=2, shuffle_buffer=2)
     ranks = [keys_of(batches(source, 4, workers=2, rank=rank, world_size=2)) for rank in range(2)]
     assert Counter(chain.from_iterable(ranks)) == Counter(train_keys(source))
@@ -81,7 +81,7 @@ def test_fewer_images_than_workers(make_shards, batches) -> None:
     assert set(keys_of(batches(source, 3, workers=3))) == {"sa_1", "sa_2"}
 
 
-def test_a_choice_of_images(make_shards, batches) -> None:
+def test_images_and_fraction_limit_the_training_images(make_shards, batches) -> None:
     shards = make_shards([6, 6, 6])
     four, half = Sa1b(shards, val_images=2, images=4), Sa1b(shards, val_images=2, fraction=0.5)
     assert (four.num_train_images, half.num_train_images) == (4, 8)
@@ -98,7 +98,7 @@ def test_a_damaged_image_is_skipped_and_counted(make_tar, batches, caplog: pytes
     assert f"skipped: 3 in {tar}: cannot be decoded" in caplog.text
 
 
-def test_a_truncated_tar_gives_its_whole_images(make_tar, batches, caplog: pytest.LogCaptureFixture, jpeg) -> None:
+def test_truncated_tar_yields_its_complete_images(make_tar, batches, caplog: pytest.LogCaptureFixture, jpeg) -> None:
     tar = make_tar("a.tar", {f"{number}.jpg": jpeg(number) for number in range(6)})
     content = tar.read_bytes()
     tar.write_bytes(content[: content.index(b"4.jpg") + 700])
@@ -122,7 +122,7 @@ def test_a_tar_that_breaks_during_training(make_shards, batches) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_nothing_but_damage_is_the_end(make_tar, batches, workers: int) -> None:
+def test_error_if_all_training_images_are_damaged(make_tar, batches, workers: int) -> None:
     source = Sa1b(str(make_tar("a.tar", {f"{number}.jpg": b"no" for number in range(5)})), val_images=1)
     with pytest.raises(UserError, match="not one of 4 training images can be read"):
         batches(source, 1, workers)
@@ -140,14 +140,14 @@ def test_keys_stay_unique(make_tar, jpeg) -> None:
 
 @pytest.mark.parametrize("folder", ["a[1]", "a{1}", "a{1,2}"])
 def test_names_with_brackets(make_tar, jpeg, folder: str) -> None:
-    """A folder or a tar that is there is no pattern."""
+    """The name of an existing folder or tar is not expanded as a pattern."""
     tar = make_tar(f"{folder}/b[{{x}}].tar", {f"{number}.jpg": jpeg(number) for number in range(3)})
     for path in (tar, tar.parent):
         assert Sa1b(str(path), val_images=0).num_train_images == 3
 
 
-def test_twins_share_what_lies_beside_them(make_tar, jpeg) -> None:
-    """a.jpg and a.png have one a.json, wherever it lies; what is in hidden folders is no image."""
+def test_images_that_differ_in_suffix_share_their_json(make_tar, jpeg) -> None:
+    """a.jpg and a.png share one a.json, wherever it is in the tar; files in hidden folders are not images."""
     beside = b'{"annotations": []}'
     members = {
         "a.jpg": jpeg(1),
@@ -166,7 +166,7 @@ def test_twins_share_what_lies_beside_them(make_tar, jpeg) -> None:
     ) | dict.fromkeys(["c", "./d"], b"")
 
 
-def test_a_compressed_tar_is_named_as_such(make_tar, tmp_path: Path, jpeg) -> None:
+def test_compressed_tar_is_an_error_with_advice(make_tar, tmp_path: Path, jpeg) -> None:
     packed = tmp_path / "sa.tar.gz"
     packed.write_bytes(gzip.compress(make_tar("sa.tar", {"a.jpg": jpeg(1), "b.jpg": jpeg(2)}).read_bytes()))
     with pytest.raises(UserError, match=r"sa.tar.gz is compressed with gzip: unpack it, or read it by a command"):
@@ -174,8 +174,8 @@ def test_a_compressed_tar_is_named_as_such(make_tar, tmp_path: Path, jpeg) -> No
     assert Sa1b(f"pipe:gunzip -c {packed}", val_images=0).num_train_images == 2
 
 
-def test_links_are_told(make_tar, tmp_path: Path, caplog: pytest.LogCaptureFixture, jpeg) -> None:
-    """tar writes a file that it has met before, under another name, as a link."""
+def test_links_in_a_tar_are_reported(make_tar, tmp_path: Path, caplog: pytest.LogCaptureFixture, jpeg) -> None:
+    """A file that tar has already written under another name is stored as a link."""
     path = make_tar("a.tar", {f"{number}.jpg": jpeg(number) for number in range(3)})
     for name, kind in {"b.jpg": tarfile.LNKTYPE, "c.jpg": tarfile.SYMTYPE, "notes": tarfile.SYMTYPE}.items():
         with tarfile.open(path, "a") as tar:

@@ -1,4 +1,4 @@
-"""What the page does for a visitor, without the page."""
+"""Tests of the demo: the actions of a visitor, without a browser."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from sam_distill.models.sam import Sam
 
 @pytest.fixture(scope="module")
 def tiles() -> Image.Image:
-    """Two plain halves, 300 x 200."""
+    """Return an image of two plain halves, 300 x 200 pixels."""
     pixels = np.zeros((200, 300, 3), np.uint8)
     pixels[:, :150], pixels[:, 150:] = (200, 40, 30), (20, 60, 190)
     return Image.fromarray(pixels)
@@ -24,7 +24,7 @@ def begin(teacher: Sam, tiles: Image.Image) -> Visit:
     return visit
 
 
-def test_clicks_on_a_thing_and_beside_it(teacher: Sam, tiles: Image.Image) -> None:
+def test_foreground_and_background_clicks(teacher: Sam, tiles: Image.Image) -> None:
     visit = begin(teacher, tiles)
     visit.take(60, 100, FOREGROUND)
     _, ours, theirs, message = demo._answer(visit)
@@ -48,14 +48,14 @@ def test_a_box_takes_two_corners(teacher: Sam, tiles: Image.Image) -> None:
     assert visit.box is None, "a third corner begins another box"
 
 
-def test_everything(teacher: Sam, tiles: Image.Image) -> None:
+def test_segment_everything(teacher: Sam, tiles: Image.Image) -> None:
     visit = begin(teacher, tiles)
     *_, message = demo._everything(visit, 2)
     assert message.startswith("Everything: student, ")
 
 
-def test_an_image_is_seen_as_its_file(teacher: Sam) -> None:
-    """16 bits are scaled, not clipped to white; Gradio itself must leave them alone."""
+def test_16_bit_image_is_scaled_not_clipped(teacher: Sam) -> None:
+    """16-bit values are scaled, not clipped to white; Gradio must not convert the image before that."""
     visit = demo._begin(Image.fromarray(np.full((20, 30), 128 * 256, np.uint16)), {"student": teacher})[0]
     assert visit.image.getpixel((0, 0)) == (128, 128, 128)
     page = demo.build({"student": teacher}, [], 4)

@@ -1,4 +1,4 @@
-"""Agreement against an independent recomputation: segment-anything's own up-sampling, IoU in plain numpy."""
+"""Agreement protocol against an independent recomputation: MobileSAM's own code and up-sampling, IoU in NumPy."""
 
 from dataclasses import replace
 from types import ModuleType
@@ -15,7 +15,7 @@ from sam_distill.types import Batch
 
 @pytest.fixture(scope="module")
 def batch() -> Batch:
-    """Two images of different shapes, one a 3:2 landscape, one a portrait."""
+    """Return two images of different shapes, a 3:2 landscape and a portrait."""
     generator = torch.Generator().manual_seed(0)
     images = torch.zeros(2, 3, 1024, 1024, dtype=torch.uint8)
     sizes = torch.tensor([[683, 1024], [1024, 640]])
@@ -32,7 +32,7 @@ def embedding(teacher: Sam, batch: Batch) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("token", ["single", "best"])
-def test_independent_recomputation(
+def test_scores_equal_an_independent_recomputation(
     teacher: Sam, batch: Batch, embedding: torch.Tensor, mobile_sam: ModuleType, mobile_sam_weights: str, token: str
 ) -> None:
     reference = mobile_sam.sam_model_registry["vit_t"](checkpoint=mobile_sam_weights)
@@ -98,8 +98,8 @@ def test_boxes_enclose_the_teachers_masks(teacher: Sam, batch: Batch, embedding:
             )
 
 
-def test_what_nobody_sees_has_no_score(teacher: Sam, batch: Batch, embedding: torch.Tensor) -> None:
-    """Prompts to which the right masks are all empty count for nothing: no NaN stands among the scores."""
+def test_empty_reference_masks_have_no_score(teacher: Sam, batch: Batch, embedding: torch.Tensor) -> None:
+    """If all reference masks are empty, no prompt counts, and no score is NaN."""
     evaluator, sizes = Evaluator(Agreement(points=2)), batch.original_sizes.tolist()
     view = evaluator.protocol.view(teacher, embedding, batch)
     with torch.no_grad():

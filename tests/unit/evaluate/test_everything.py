@@ -12,7 +12,7 @@ from sam_distill.evaluate.everything import Detections, average_precision, neare
 
 
 def square(x: int, y: int, side: int, score: float = 0.9) -> dict:
-    """A mask of a 60 x 80 image, as the generator has it."""
+    """Return the record of a square mask in an image of 60 x 80 pixels, as the mask generator returns it."""
     mask = np.zeros((60, 80), np.uint8, order="F")
     mask[y : y + side, x : x + side] = 1
     runs = coco.encode(mask)
@@ -20,7 +20,7 @@ def square(x: int, y: int, side: int, score: float = 0.9) -> dict:
     return {"segmentation": runs, "area": side * side, "bbox": [x, y, side, side], "predicted_iou": score}
 
 
-def test_each_of_the_teachers_masks_meets_its_nearest() -> None:
+def test_each_teacher_mask_is_compared_with_the_nearest_student_mask() -> None:
     teacher, student = [square(0, 0, 10), square(40, 20, 20)], [square(0, 5, 10), square(42, 20, 20), square(0, 0, 8)]
     first, second = nearest("a", teacher, student)
     assert first.iou == pytest.approx(64 / 100)
@@ -29,17 +29,17 @@ def test_each_of_the_teachers_masks_meets_its_nearest() -> None:
     assert second.prompt == (40, 20, 60, 40)
 
 
-def test_average_precision_is_cocos() -> None:
-    """One of two found, and something else trusted more: precision 1/2 up to recall 1/2, which is 51 of 101 points."""
+def test_average_precision_equals_cocos() -> None:
+    """One of two masks found, after a more confident wrong one: precision 1/2 up to recall 1/2, 51 of 101 points."""
     scores = average_precision([[square(0, 0, 10), square(40, 20, 20)]], [[square(20, 40, 10, 0.95), square(0, 0, 10)]])
     assert scores == {
         k: pytest.approx(v) for k, v in {"ap": 51 / 101 / 2, "ap/50": 51 / 101 / 2, "recall": 0.5}.items()
     }
-    looser = average_precision([[square(0, 0, 20)]], [[square(0, 0, 16)]])  # IoU 0.64: met at 0.5, 0.55 and 0.6
-    assert looser == pytest.approx({"ap": 0.3, "ap/50": 1.0, "recall": 0.3})
+    imprecise = average_precision([[square(0, 0, 20)]], [[square(0, 0, 16)]])  # IoU 0.64: found at 0.5, 0.55 and 0.6
+    assert imprecise == pytest.approx({"ap": 0.3, "ap/50": 1.0, "recall": 0.3})
 
 
-def test_nothing_found_is_zero_and_nothing_to_find_no_score() -> None:
+def test_score_is_0_without_student_masks_and_none_without_teacher_masks() -> None:
     detections = Detections()
     detections.add("a", [square(0, 0, 10)], [])
     metrics = detections.compute()
@@ -50,7 +50,7 @@ def test_nothing_found_is_zero_and_nothing_to_find_no_score() -> None:
 
 
 def test_a_model_against_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mobile_sam_weights: str) -> None:
-    """And the teacher is asked once: what it said is kept from run to run."""
+    """All scores are 1. The teacher's masks are computed once and cached for later runs."""
     home, images = tmp_path / "home", tmp_path / "images"
     (home / "weights").mkdir(parents=True)
     for file in Path(mobile_sam_weights).parent.glob("mobile_sam*"):
@@ -65,8 +65,8 @@ def test_a_model_against_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert metrics["miou/everything"] == metrics["ap"] == metrics["recall"] == 1
     assert metrics["masks"] == metrics["teacher/masks"] == metrics["prompts/everything"] > 0
     assert (tmp_path / "run" / "pictures" / "everything.png").is_file()
-    (kept,) = (home / "everything").iterdir()
-    kept.write_text("[]")  # a teacher who says nothing
+    (cache_file,) = (home / "everything").iterdir()
+    cache_file.write_text("[]")  # a cached teacher without masks
     assert main([*words, f"hydra.run.dir={tmp_path / 'again'}"]) == 0
     again = json.loads((tmp_path / "again" / "metrics.json").read_text())
     assert again["teacher/masks"] == 0

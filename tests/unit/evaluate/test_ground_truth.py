@@ -21,7 +21,7 @@ HEIGHT, WIDTH = 120, 160
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two photographs of a white disc and a white bar on grey, and their masks as COCO has them: runs and polygons."""
+    """Return a folder: two images of a white disc and bar on grey, and their COCO masks as run lengths and polygons."""
     images, annotations = [], []
     for number in (1, 2):
         disc, bar = truth()
@@ -55,18 +55,18 @@ def batch_of(folder: Path, name: str = "coco.json") -> Batch:
     return collate(list(EvalStream(source, "all", truth=True)))
 
 
-class Answering(View):
-    """Answers every prompt with the mask given, and remembers what it was asked."""
+class FixedMaskView(View):
+    """View that returns the same mask for every prompt, and records the prompts."""
 
     embedding = None
 
     def __init__(self, batch: Batch, mask: np.ndarray) -> None:
         self.batch = batch
         self.mask = torch.from_numpy(mask)
-        self.asked: list[Prompts] = []
+        self.prompts_seen: list[Prompts] = []
 
     def masks(self, prompts: Prompts) -> MaskOf:
-        self.asked.append(prompts)
+        self.prompts_seen.append(prompts)
         return lambda image, prompt: self.mask
 
 
@@ -95,50 +95,50 @@ def test_clicks_and_boxes_lie_where_the_masks_are(folder: Path) -> None:
 
 
 def test_the_next_click_is_in_the_middle_of_the_largest_error(folder: Path) -> None:
-    """The annotation is the disc or the bar; the answer is always the bar, with a hole."""
+    """The annotation is the disc or the bar; the student's mask is always the bar, with a hole."""
     batch = batch_of(folder)
     _, bar = truth()
-    answer = bar.copy()
-    answer[25:35, 105:115] = False
-    protocol, student = GroundTruth(annotations=None, clicks=(2,)), Answering(batch, answer)
+    student_mask = bar.copy()
+    student_mask[25:35, 105:115] = False
+    protocol, student = GroundTruth(annotations=None, clicks=(2,)), FixedMaskView(batch, student_mask)
     clicks, _ = protocol.make_targets(SamView(None, torch.zeros(2, 1), batch, "single"))  # type: ignore[arg-type]
     found = [o.comparison for o in protocol.compare(student, clicks)]
     assert {c.kind for c in found} == {"click_2"}
-    second = student.asked[1]
+    second = student.prompts_seen[1]
     for prompt in range(2):
-        right = clicks.masks(0, prompt).numpy()
+        reference = clicks.masks(0, prompt).numpy()
         (x, y), label = (second.points[0, prompt, 0] * WIDTH / 1024).tolist(), int(second.labels[0, prompt, 0])
-        if right[60, 120]:  # the bar: what is missing is its hole
+        if reference[60, 120]:  # the bar: only the hole is missing
             assert label == 1
             assert 105 <= x < 115
             assert 25 <= y < 35
-        else:  # the disc, all of which is missing, is as deep as half of it; the bar is too much by half its width
+        else:  # the disc: all of it is missing, as deep as its radius; the bar is surplus, as deep as half its width
             assert label == 1
             assert (x - 50) ** 2 + (y - 60) ** 2 < 10**2
     for c in found:
-        expected = (answer & truth()[1]).sum() / bar.sum() if c.iou > 0 else 0
+        expected = (student_mask & truth()[1]).sum() / bar.sum() if c.iou > 0 else 0
         assert c.iou == pytest.approx(expected)
 
 
-def test_a_perfect_answer_scores_one(folder: Path) -> None:
+def test_perfect_masks_score_1(folder: Path) -> None:
     batch = batch_of(folder)
     protocol = GroundTruth(annotations=1, clicks=(1, 3))
     for target in protocol.make_targets(SamView(None, torch.zeros(2, 1), batch, "single")):  # type: ignore[arg-type]
-        for outcome in protocol.compare(Perfect(batch, target.masks), target):
+        for outcome in protocol.compare(PerfectView(batch, target.masks), target):
             assert outcome.comparison.iou == 1
 
 
-class Perfect(Answering):
-    def __init__(self, batch: Batch, right: MaskOf) -> None:
+class PerfectView(FixedMaskView):
+    def __init__(self, batch: Batch, reference: MaskOf) -> None:
         super().__init__(batch, np.zeros((HEIGHT, WIDTH), bool))
-        self.right = right
+        self.reference = reference
 
     def masks(self, prompts: Prompts) -> MaskOf:
-        return self.right
+        return self.reference
 
 
 def test_evaluate(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """A model that is its own teacher scores what its teacher does; damage is left out and counted."""
+    """A model that is its own teacher has its teacher's scores; images without annotations are left out and counted."""
     content = json.loads((folder / "coco.json").read_text())
     content["annotations"] = [one for one in content["annotations"] if one["image_id"] == 1]
     (folder / "half.json").write_text(json.dumps(content))
@@ -159,7 +159,7 @@ def test_evaluate(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str
     ("content", "message"),
     [("{", "not a JSON of COCO or LVIS"), ('{"images": []}', "not a JSON of COCO or LVIS"), (None, "cannot be read")],
 )
-def test_a_bad_file_of_annotations(tmp_path: Path, content: str | None, message: str) -> None:
+def test_bad_annotation_file_is_an_error(tmp_path: Path, content: str | None, message: str) -> None:
     Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
     if content is not None:
         (tmp_path / "a.json").write_text(content)
@@ -167,19 +167,19 @@ def test_a_bad_file_of_annotations(tmp_path: Path, content: str | None, message:
         Folder(str(tmp_path), val_images=0, annotations=str(tmp_path / "a.json")).load_json()
 
 
-def a_square(number: int) -> dict[str, Any]:
-    """An annotation of image `number`, whose sides are as long as its number says."""
+def square(number: int) -> dict[str, Any]:
+    """Return an annotation of image `number`: a square with sides of 10 * number pixels."""
     side = 10 * number
     return {"image_id": number, "segmentation": [[5, 5, 5 + side, 5, 5 + side, 5 + side, 5, 5 + side]]}
 
 
 def areas(folder: Path, names: list[str], files: list[str]) -> dict[str, int]:
-    """Of the annotations that each file gets when images of these names have squares."""
+    """Return the area of the annotations that each file gets, if images with these `names` have a square each."""
     for file in files:
         (folder / file).parent.mkdir(exist_ok=True, parents=True)
         Image.new("RGB", (80, 60)).save(folder / file)
     images = [{"id": number, "file_name": name} for number, name in enumerate(names, 1)]
-    annotations = [a_square(number) for number in range(1, len(names) + 1)]
+    annotations = [square(number) for number in range(1, len(names) + 1)]
     (folder / "coco.json").write_text(json.dumps({"images": images, "annotations": annotations}))
     source = Folder(str(folder), val_images=0, annotations=str(folder / "coco.json"))
     source.load_json()
@@ -197,7 +197,7 @@ def areas(folder: Path, names: list[str], files: list[str]) -> dict[str, int]:
     ],
 )
 def test_files_of_the_same_name(tmp_path: Path, names: list[str], files: list[str], expected: dict[str, int]) -> None:
-    """Each has its own annotations, by its folder; it had all of them."""
+    """Each gets only its own annotations, by its folder. Once it got those of all."""
     assert areas(tmp_path, names, files) == expected
 
 
@@ -209,7 +209,7 @@ def test_files_of_the_same_name(tmp_path: Path, names: list[str], files: list[st
         (["1.png"], ["2.png"], "it names not one of the images in"),
     ],
 )
-def test_whose_annotations_can_not_be_told(tmp_path: Path, names: list[str], files: list[str], message: str) -> None:
+def test_ambiguous_and_unknown_names_fail(tmp_path: Path, names: list[str], files: list[str], message: str) -> None:
     with pytest.raises(UserError, match=rf"data.annotations=.*coco.json: {message}"):
         areas(tmp_path, names, files)
 

@@ -17,7 +17,7 @@ from sam_distill.types import Batch
 
 @pytest.fixture(scope="module")
 def batch() -> Batch:
-    """Coloured tiles: an image of twice the frame's resolution, and one so small that 500 of its pixels don't fit."""
+    """Return two images of coloured tiles: one twice the frame's size, one too small for a distance of 500."""
     tiles = torch.rand(2, 3, 6, 6, generator=torch.Generator().manual_seed(0)) * 255
     images = torch.nn.functional.interpolate(tiles, (1024, 1024)).byte()
     sizes = torch.tensor([[683, 1024], [1024, 683]])
@@ -32,7 +32,7 @@ def embedding(teacher: Sam, batch: Batch) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("pixels", ["original", "frame"])
-def test_distances(teacher: Sam, batch: Batch, embedding: torch.Tensor, pixels: str) -> None:
+def test_pairs_have_the_requested_distance(teacher: Sam, batch: Batch, embedding: torch.Tensor, pixels: str) -> None:
     protocol = PointPairs((50, 500), pairs=3, pixels=pixels)  # type: ignore[arg-type]
     view = protocol.view(teacher, embedding, batch)
     near, far = protocol.make_targets(view)
@@ -48,7 +48,7 @@ def test_distances(teacher: Sam, batch: Batch, embedding: torch.Tensor, pixels: 
             assert pair.iou == 1 or pair.teacher_area == 0, "a model against itself"
 
 
-def test_the_second_point_beside_the_thing(teacher: Sam, batch: Batch, embedding: torch.Tensor) -> None:
+def test_outside_drops_second_points_on_the_object(teacher: Sam, batch: Batch, embedding: torch.Tensor) -> None:
     anywhere, beside = (PointPairs((150,), pairs=40, outside=outside) for outside in (False, True))
     (all_pairs,), (fewer,) = (p.make_targets(p.view(teacher, embedding, batch)) for p in (anywhere, beside))
     assert torch.equal(all_pairs.prompts.points, fewer.prompts.points)

@@ -1,4 +1,4 @@
-"""A student in a working folder, exported and run by the snippets of docs/export.md."""
+"""Fixtures: a student in the working folder, exports of it, and the snippets of docs/export.md that run them."""
 
 import json
 import re
@@ -21,7 +21,7 @@ DOCS = Path(__file__).parents[3] / "docs/export.md"
 
 @pytest.fixture
 def student(teacher: Sam, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sam:
-    """MobileSAM at 256 px, in student.pt of the working folder, beside a photograph."""
+    """Write MobileSAM at 256 px to student.pt in a new working folder, with a photograph, and return it."""
     monkeypatch.chdir(tmp_path)
     student = Sam(teacher.image_encoder, teacher.prompt_encoder, teacher.mask_decoder, image_size=256)
     save_sam(student, "student.pt")
@@ -31,7 +31,7 @@ def student(teacher: Sam, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sa
 
 @pytest.fixture
 def export(student: Sam) -> Callable[..., dict[str, Any]]:
-    """Export the student by its command -> contract.json and the encoder's size in bytes."""
+    """Return a function that exports the student by the command -> contract.json, and the encoder's size as `bytes`."""
 
     def run(format: str, quantize: str, least_iou: float) -> dict[str, Any]:
         words = [f"format={format}", f"quantize={quantize}", f"least_iou={least_iou}", f"path=student_{format}"]
@@ -44,7 +44,7 @@ def export(student: Sam) -> Callable[..., dict[str, Any]]:
 
 @pytest.fixture
 def run_snippets() -> Callable[..., dict[str, Any]]:
-    """Run those of docs/export.md that have the given words, one after the other -> their variables."""
+    """Return a function that runs the snippets of docs/export.md with the given words, in order -> their variables."""
 
     def run(*words: str) -> dict[str, Any]:
         snippets = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
@@ -58,8 +58,8 @@ def run_snippets() -> Callable[..., dict[str, Any]]:
 
 
 @pytest.fixture
-def iou_of_the_docs(student: Sam, run_snippets: Callable[..., dict[str, Any]]) -> Callable[[str], float]:
-    """Run the snippet that has the given word, and the one that goes from a photograph to a mask -> IoU with ours."""
+def docs_snippet_iou(student: Sam, run_snippets: Callable[..., dict[str, Any]]) -> Callable[[str], float]:
+    """Return a function that runs the snippet with the given word, then that from photo to mask -> IoU with ours."""
 
     def run(word: str) -> float:
         result = run_snippets(word, "{folder}/contract.json")

@@ -1,4 +1,4 @@
-"""Core ML's programs: only a Mac runs them, so here they are read. docs/export.md says in which environment."""
+"""Core ML exports: only a Mac can run them, so they are only read here. docs/export.md says in which environment."""
 
 import json
 from pathlib import Path
@@ -15,8 +15,8 @@ ct: Any = pytest.importorskip("coremltools", reason="needs coremltools, in an en
 def test_coreml_has_the_contracts_tensors_and_says_that_it_was_not_run(capfd: pytest.CaptureFixture[str]) -> None:
     words = ["checkpoint=student.pt", "format=coreml", "quantize=int8", "path=student_coreml"]
     assert app.main(["export", *words]) == 0
-    said = capfd.readouterr()
-    assert "format=coreml was not run" in said.out + said.err
+    captured = capfd.readouterr()
+    assert "format=coreml was not run" in captured.out + captured.err
     contract = json.loads(Path("student_coreml/contract.json").read_text())
     assert contract["checked"] is None
     for graph in ("encoder", "decoder"):

@@ -1,4 +1,4 @@
-"""ExecuTorch's files in its own runtime. docs/export.md says in which environment this runs."""
+"""ExecuTorch exports in its own runtime. docs/export.md says in which environment this runs."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,15 +12,15 @@ from sam_distill.models.sam import Sam
 pytest.importorskip("executorch", reason="needs executorch, in an environment of its own: docs/export.md")
 
 
-def test_executorch_and_the_snippet_of_the_docs(
-    export: Callable[..., Any], iou_of_the_docs: Callable[..., float]
+def test_executorch_and_the_snippet_in_the_docs(
+    export: Callable[..., Any], docs_snippet_iou: Callable[..., float]
 ) -> None:
-    exported = export("executorch", "int8", least_iou=0.9)  # at 256 px MobileSAM's masks are easily moved
+    exported = export("executorch", "int8", least_iou=0.9)  # at 256 px small errors change MobileSAM's masks
     assert exported["checked"]["runtime"] == "ExecuTorch"
-    assert exported["bytes"] < 20e6  # of 28 MB in 32 bits
+    assert exported["bytes"] < 20e6  # 28 MB in float32
     decoder = Path("student_executorch/decoder.pte").read_bytes()
     assert b"aten::addmm" not in decoder  # outside XNNPACK such a product takes most of the decoder's time
-    assert iou_of_the_docs("executorch.runtime") > 0.9  # its resize skips the frame, too
+    assert docs_snippet_iou("executorch.runtime") > 0.9  # the snippet resizes directly to 256 px, not via the frame
 
 
 def test_half_precision_is_refused(student: Sam, capfd: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""The graphs of the contract compute exactly what SAM does."""
+"""The graphs that contract.json describes compute the same as SAM."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ def tensors(*values: Any) -> list[Tensor]:
 
 
 class Dimensions(TorchDispatchMode):
-    """Remembers the most dimensions that a result had."""
+    """Mode that records the highest number of dimensions of any result."""
 
     most = 0
 
@@ -48,7 +48,7 @@ PROMPTS = {
 
 
 @pytest.mark.parametrize("name", PROMPTS)
-def test_filled_up_prompts_have_sams_own_answer(teacher: Sam, embedding: Tensor, name: str) -> None:
+def test_padded_prompts_give_the_same_masks_as_sam(teacher: Sam, embedding: Tensor, name: str) -> None:
     prompt, graph = PROMPTS[name], Decoder(teacher, points=4)
 
     def run(values: Any) -> list[Any]:
@@ -62,7 +62,7 @@ def test_filled_up_prompts_have_sams_own_answer(teacher: Sam, embedding: Tensor,
 
 
 @pytest.mark.parametrize("label", [-2, 4, 5])
-def test_a_label_that_sam_does_not_have_brings_no_mask(teacher: Sam, embedding: Tensor, label: int) -> None:
+def test_label_unknown_to_sam_gives_empty_masks(teacher: Sam, embedding: Tensor, label: int) -> None:
     graph = Decoder(teacher, points=2)
     inputs = torch.full((1, 2, 2), 300.0), torch.tensor([[1.0, label]]), torch.zeros(1, 1, 256, 256), torch.zeros(1)
     low_res, iou = graph(embedding, *inputs)
@@ -82,10 +82,10 @@ def test_a_decoder_has_five_dimensions_at_most(teacher: Sam) -> None:
     [lambda: TinyViT("5m", pretrained=False), lambda: TimmEncoder("tf_efficientnet_lite0", pretrained=False)],
     ids=["tinyvit", "efficientnet"],
 )
-def test_an_encoder_in_simple_layers_is_the_same(teacher: Sam, encoder: Any) -> None:
+def test_prepared_encoder_computes_the_same(teacher: Sam, encoder: Any) -> None:
     torch.manual_seed(0)
     sam = Sam(encoder(), teacher.prompt_encoder, teacher.mask_decoder, image_size=192).requires_grad_(False)
-    for name, buffer in sam.image_encoder.named_buffers():  # statistics that are not those of a new BatchNorm
+    for name, buffer in sam.image_encoder.named_buffers():  # statistics other than those of a new BatchNorm
         if name.endswith(("running_mean", "running_var")):
             buffer.uniform_(0.5, 1.5)
     for name, parameter in sam.image_encoder.named_parameters():
@@ -105,7 +105,7 @@ def test_an_encoder_in_simple_layers_is_the_same(teacher: Sam, encoder: Any) -> 
     torch.testing.assert_close(sam.image_encoder((image - graph.mean) / graph.std), expected, rtol=0, atol=0)
 
 
-def test_a_vit_brings_its_positions_in_the_size_of_its_pictures(teacher: Sam) -> None:
+def test_vit_position_embedding_is_resized_before_export(teacher: Sam) -> None:
     torch.manual_seed(0)
     sam = Sam(SamViT(48, 2, 2, [1]), teacher.prompt_encoder, teacher.mask_decoder, image_size=256)
     sam.requires_grad_(False).eval()
@@ -113,4 +113,4 @@ def test_a_vit_brings_its_positions_in_the_size_of_its_pictures(teacher: Sam) ->
     image = torch.rand(1, 3, 256, 256, generator=torch.Generator().manual_seed(0)) * 255
     torch.testing.assert_close(graph(image), Encoder(sam, "inside")(image), rtol=1e-4, atol=1e-4)
     operators = [str(node.target) for node in torch.export.export(graph, (image,)).graph.nodes]
-    assert not any("bicubic" in name for name in operators)  # which LiteRT and Core ML do not know
+    assert not any("bicubic" in name for name in operators)  # LiteRT and Core ML do not support it

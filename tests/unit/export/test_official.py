@@ -1,4 +1,4 @@
-"""Exported checkpoints in the code they are for."""
+"""Exported checkpoints, loaded by the code that they are made for."""
 
 from pathlib import Path
 from types import ModuleType
@@ -41,7 +41,7 @@ def test_sams_own_code_loads_a_vit_b(tmp_path: Path) -> None:
     assert torch.equal(theirs.image_encoder.blocks[11].mlp.lin1.weight, vit_b.backbone.blocks[11].mlp.fc1.weight)
 
 
-def test_the_layout_must_fit(tmp_path: Path) -> None:
+def test_layout_must_fit_the_encoder(tmp_path: Path) -> None:
     path = tmp_path / "student.pt"
     with pytest.raises(UserError, match=r"format=mobile_sam is for .*TinyViT\(size=11m\): take format=onnx or"):
         save_official(Sam(TinyViT("11m", pretrained=False)), path, "mobile_sam")
@@ -50,7 +50,7 @@ def test_the_layout_must_fit(tmp_path: Path) -> None:
     assert not path.exists()
 
 
-def test_safetensors_come_back_as_they_were(tmp_path: Path) -> None:
+def test_safetensors_are_loaded_unchanged(tmp_path: Path) -> None:
     path = tmp_path / "student.safetensors"
     sam = Sam(TimmEncoder("resnet18", pretrained=False), image_size=256)
     save_safetensors(sam, path)

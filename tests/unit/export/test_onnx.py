@@ -29,7 +29,7 @@ ENCODERS: dict[str, dict[str, Any]] = {
 
 
 def sample(height: int, width: int, original_size: tuple[int, int]) -> Sample:
-    """Blocks of colour with noise."""
+    """Return a sample of random colour blocks, height x width in the frame."""
     coarse = np.random.default_rng(0).uniform(0, 255, (3, 8, 8))
     image = torch.from_numpy(np.kron(coarse, np.ones((128, 128))))[:, :height, :width]
     return Sample("blocks", image.byte().contiguous(), original_size)
@@ -62,7 +62,7 @@ def test_onnx_runtime_agrees_with_pytorch(name: str, teacher: Sam, decoder: Infe
     assert found.worst_mask_iou > 0.999
 
 
-def test_openvino_reads_the_reduction_to_the_students_size_alike(teacher: Sam, tmp_path: Path) -> None:
+def test_openvino_reduces_the_image_to_the_students_size_in_the_same_way(teacher: Sam, tmp_path: Path) -> None:
     openvino = pytest.importorskip("openvino", reason="needs openvino: docs/use.md")
     file = tmp_path / "encoder.onnx"
     onnx.write_graph(AnySizeEncoder(prepared(student("resnet18", teacher, image_size=128))), file)
@@ -73,7 +73,7 @@ def test_openvino_reads_the_reduction_to_the_students_size_alike(teacher: Sam, t
 
 
 def test_an_image_that_was_not_resized_is_an_error(teacher: Sam, tmp_path: Path) -> None:
-    """It would be padded, or cut off, and answered."""
+    """Otherwise it would be padded or cut off, and give wrong masks."""
     encoder = AnySizeEncoder(prepared(student("resnet18", teacher, image_size=64)))
     onnx.write_graph(encoder, tmp_path / "encoder.onnx")
     session = onnx.open_session(tmp_path / "encoder.onnx")
@@ -85,7 +85,7 @@ def test_an_image_that_was_not_resized_is_an_error(teacher: Sam, tmp_path: Path)
             session.run(None, {"image": image})
 
 
-def test_a_difference_is_seen(teacher: Sam, decoder: InferenceSession, tmp_path: Path) -> None:
+def test_check_detects_a_difference(teacher: Sam, decoder: InferenceSession, tmp_path: Path) -> None:
     sam = student("resnet18", teacher, image_size=64)
     onnx.write_graph(AnySizeEncoder(prepared(sam)), tmp_path / "encoder.onnx")
     runner = onnx.OnnxRunner(onnx.open_session(tmp_path / "encoder.onnx"), decoder)
@@ -100,7 +100,7 @@ def test_a_difference_is_seen(teacher: Sam, decoder: InferenceSession, tmp_path:
 
 
 def test_gelu_is_one_operator(teacher: Sam, tmp_path: Path) -> None:
-    """ONNX Runtime finds all 23 of TinyViT's; as PyTorch's exporter writes them, none."""
+    """ONNX Runtime fuses all 23 GELUs of TinyViT; as PyTorch's exporter writes them, it would fuse none."""
     onnx.write_graph(Encoder(prepared(student("tinyvit", teacher, 64)), "inside"), tmp_path / "encoder.onnx")
     options = onnx.onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
@@ -112,7 +112,7 @@ def test_gelu_is_one_operator(teacher: Sam, tmp_path: Path) -> None:
 
 
 def test_quantized_weights(teacher: Sam, tmp_path: Path) -> None:
-    """TinyViT's linear layers in 8 bits, but for an MLP's second, and all other weights in 16."""
+    """int8: TinyViT's linear layers in 8 bits, except each MLP's second one, and all other weights in 16 bits."""
     sam = Sam(teacher.image_encoder, teacher.prompt_encoder, teacher.mask_decoder, image_size=256)
     graph, sizes = Encoder(prepared(sam), "outside"), {}
     x = torch.randn(1, 3, 256, 256, generator=torch.Generator().manual_seed(0))
@@ -178,7 +178,7 @@ def test_three_prompts_at_once(teacher: Sam, decoder: InferenceSession) -> None:
             np.testing.assert_allclose(a[i : i + 1], b, atol=1e-3)
 
 
-def test_weights_beyond_2_gb_lie_beside(teacher: Sam, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_beyond_2_gb_get_their_own_file(teacher: Sam, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnx, "LARGEST_FILE", 1000)
     graph = AnySizeEncoder(prepared(student("resnet18", teacher, image_size=64)))
     onnx.write_graph(graph, tmp_path / "encoder.onnx")
@@ -191,7 +191,7 @@ def test_weights_beyond_2_gb_lie_beside(teacher: Sam, tmp_path: Path, monkeypatc
 
 
 def test_a_label_that_sam_does_not_know_is_an_error(decoder: InferenceSession) -> None:
-    """It would be answered as a point that is neither on a thing nor beside it."""
+    """Otherwise it would be treated as a point that is neither foreground nor background."""
     inputs = {
         "image_embeddings": np.zeros((1, 256, 64, 64), np.float32),
         "point_coords": np.full((1, 2, 2), 9, np.float32),

@@ -5,7 +5,7 @@ import pytest
 from sam_distill.export.target import atomic_target
 
 
-def test_the_working_folder_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_export_into_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     with atomic_target(Path(), folder=True) as draft:

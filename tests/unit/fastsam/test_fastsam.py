@@ -1,4 +1,4 @@
-"""The rules on masks made by hand; the model on a YOLO that has learned nothing, built here."""
+"""Tests of FastSAM: the rules on masks made by hand, the model with an untrained YOLO that is built here."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from sam_distill.types import BACKGROUND, BOX_BOTTOM_RIGHT, BOX_TOP_LEFT, FOREGR
 
 
 def squares(*squares: tuple[int, int, int]) -> Tensor:
-    """(left, top, side) in an image of 20 x 24."""
+    """Return a mask for each square (left, top, side): [N, 20, 24] bool."""
     masks = torch.zeros(len(squares), 20, 24, dtype=torch.bool)
     for mask, (left, top, side) in zip(masks, squares, strict=True):
         mask[top : top + side, left : left + side] = True
@@ -39,7 +39,7 @@ IN_SMALL, IN_MIDDLE, IN_LARGE, IN_APART, NOWHERE = (5, 5), (10, 10), (14, 14), (
 F, B = FOREGROUND, BACKGROUND
 
 
-def ask(rule: str, masks: Tensor, *clicks: tuple[tuple[int, int], int]) -> Tensor:
+def predict(rule: str, masks: Tensor, *clicks: tuple[tuple[int, int], int]) -> Tensor:
     points, labels = zip(*clicks, strict=True)
     return RULES[rule](masks, torch.tensor(points), torch.tensor(labels))  # type: ignore[index]
 
@@ -47,19 +47,19 @@ def ask(rule: str, masks: Tensor, *clicks: tuple[tuple[int, int], int]) -> Tenso
 @pytest.mark.parametrize("rule", RULES)
 def test_one_foreground_point_is_the_union_of_the_masks_that_hold_it(rule: str) -> None:
     large, small, apart = masks = squares(LARGE, SMALL, APART)
-    assert torch.equal(ask(rule, masks, (IN_SMALL, F)), large | small)
-    assert torch.equal(ask(rule, masks, (IN_LARGE, F)), large)
-    assert torch.equal(ask(rule, masks, (IN_APART, F)), apart)
-    assert torch.equal(ask(rule, masks, (IN_LARGE, F), (IN_APART, F)), large | apart)
-    assert not ask(rule, masks, (NOWHERE, F)).any()
+    assert torch.equal(predict(rule, masks, (IN_SMALL, F)), large | small)
+    assert torch.equal(predict(rule, masks, (IN_LARGE, F)), large)
+    assert torch.equal(predict(rule, masks, (IN_APART, F)), apart)
+    assert torch.equal(predict(rule, masks, (IN_LARGE, F), (IN_APART, F)), large | apart)
+    assert not predict(rule, masks, (NOWHERE, F)).any()
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_nothing_found_is_nothing_answered(rule: str) -> None:
+def test_no_masks_give_an_empty_mask(rule: str) -> None:
     for labels in ((F, B), (F, F), (B, B)):
-        answer = ask(rule, squares(), *zip((IN_SMALL, IN_LARGE), labels, strict=True))
-        assert answer.shape == (20, 24)
-        assert not answer.any()
+        found = predict(rule, squares(), *zip((IN_SMALL, IN_LARGE), labels, strict=True))
+        assert found.shape == (20, 24)
+        assert not found.any()
     assert not best_for_box(squares(), torch.tensor([0.0, 0, 9, 9])).any()
 
 
@@ -67,29 +67,29 @@ def test_official_takes_smaller_masks_out_of_larger_ones() -> None:
     large, over_its_corner, _ = masks = squares(LARGE, (12, 12, 6), SMALL)
     corner = (17, 17)
     for order in ([0, 1, 2], [2, 1, 0]):
-        assert torch.equal(ask("official", masks[order], (IN_MIDDLE, F), (corner, B)), large & ~over_its_corner)
+        assert torch.equal(predict("official", masks[order], (IN_MIDDLE, F), (corner, B)), large & ~over_its_corner)
     for rule in ("ultralytics_old", "ultralytics_new"):
-        assert torch.equal(ask(rule, masks, (IN_MIDDLE, F), (corner, B)), large)
+        assert torch.equal(predict(rule, masks, (IN_MIDDLE, F), (corner, B)), large)
 
 
 def test_official_erases_a_mask_that_holds_both() -> None:
     masks = squares(LARGE, MIDDLE, SMALL)
-    # the smallest mask with the foreground point has the other as well: nothing is left
-    assert not ask("official", masks[:2], (IN_SMALL, F), (IN_MIDDLE, B)).any()
-    # a smaller one without it survives the erasing of those around it
-    assert torch.equal(ask("official", masks, (IN_SMALL, F), (IN_MIDDLE, B)), masks[2])
+    # the smallest mask with the foreground point holds the background point as well: nothing is left
+    assert not predict("official", masks[:2], (IN_SMALL, F), (IN_MIDDLE, B)).any()
+    # a smaller mask without the background point survives: it is painted after the larger ones are erased
+    assert torch.equal(predict("official", masks, (IN_SMALL, F), (IN_MIDDLE, B)), masks[2])
     # a background point alone paints nothing
-    assert not ask("official", masks, (IN_SMALL, B)).any()
+    assert not predict("official", masks, (IN_SMALL, B)).any()
 
 
 def test_official_depends_on_the_order_of_the_points() -> None:
     masks = squares(LARGE, MIDDLE)
-    assert not ask("official", masks, (IN_SMALL, F), (IN_MIDDLE, B)).any()
-    assert torch.equal(ask("official", masks, (IN_MIDDLE, B), (IN_SMALL, F)), masks[0])
+    assert not predict("official", masks, (IN_SMALL, F), (IN_MIDDLE, B)).any()
+    assert torch.equal(predict("official", masks, (IN_MIDDLE, B), (IN_SMALL, F)), masks[0])
 
 
-def test_official_is_painting_point_by_point() -> None:
-    """Against the description taken literally, on random masks and points."""
+def test_official_equals_painting_point_by_point() -> None:
+    """Compare it with the rule's description implemented literally, on random masks and points."""
     generator = torch.Generator().manual_seed(0)
     for _ in range(50):
         corners = torch.randint(0, 12, (6, 2), generator=generator)
@@ -107,20 +107,20 @@ def test_official_is_painting_point_by_point() -> None:
 def test_the_rules_of_ultralytics_choose_among_masks() -> None:
     large, small, apart = masks = squares(LARGE, SMALL, APART)
     for rule in ("ultralytics_old", "ultralytics_new"):
-        assert torch.equal(ask(rule, masks, (IN_SMALL, F), (IN_LARGE, B)), small)
-        assert not ask(rule, masks, (IN_LARGE, F), (IN_SMALL, B)).any()
-        assert torch.equal(ask(rule, masks, (IN_SMALL, B), (IN_LARGE, B)), apart), "all that is not hit"
-    assert torch.equal(ask("ultralytics_old", masks, (IN_SMALL, B), (IN_LARGE, F)), large), "the last point decides"
-    assert not ask("ultralytics_new", masks, (IN_SMALL, B), (IN_LARGE, F)).any(), "any background point does"
+        assert torch.equal(predict(rule, masks, (IN_SMALL, F), (IN_LARGE, B)), small)
+        assert not predict(rule, masks, (IN_LARGE, F), (IN_SMALL, B)).any()
+        assert torch.equal(predict(rule, masks, (IN_SMALL, B), (IN_LARGE, B)), apart), "all that is not hit"
+    assert torch.equal(predict("ultralytics_old", masks, (IN_SMALL, B), (IN_LARGE, F)), large), "the last point decides"
+    assert not predict("ultralytics_new", masks, (IN_SMALL, B), (IN_LARGE, F)).any(), "any background point does"
 
 
 def test_a_box_gets_the_mask_with_the_highest_iou() -> None:
     large, middle, small = masks = squares(LARGE, MIDDLE, SMALL)
-    for box, right in (((0, 0, 16, 15), large), ((3, 3, 12, 12), middle), ((4.9, 4.2, 7, 8), small)):
-        assert torch.equal(best_for_box(masks, torch.tensor(box)), right)
+    for box, expected in (((0, 0, 16, 15), large), ((3, 3, 12, 12), middle), ((4.9, 4.2, 7, 8), small)):
+        assert torch.equal(best_for_box(masks, torch.tensor(box)), expected)
 
 
-def test_a_view_answers_in_the_pixels_of_the_original() -> None:
+def test_view_returns_masks_at_the_original_size() -> None:
     masks = torch.zeros(2, 512, 1024, dtype=torch.bool)
     masks[0, :, :512], masks[1, 100:140, 600:640] = True, True
     batch = Batch(["a"], torch.zeros(1, 3, 1024, 1024), torch.tensor([[512, 1024]]), torch.tensor([[1024, 2048]]), [0])
@@ -128,14 +128,14 @@ def test_a_view_answers_in_the_pixels_of_the_original() -> None:
     labels = torch.tensor([[[F, B, NOT_A_POINT], [BOX_TOP_LEFT, BOX_BOTTOM_RIGHT, NOT_A_POINT]]])
     view = FastSamView([masks], batch, "official")
     assert view.embedding is None
-    answer = view.masks(Prompts(points, labels))
+    mask_of = view.masks(Prompts(points, labels))
     for prompt, expected in enumerate(masks):
-        assert torch.equal(answer(0, prompt), expected.repeat_interleave(2, 0).repeat_interleave(2, 1))
+        assert torch.equal(mask_of(0, prompt), expected.repeat_interleave(2, 0).repeat_interleave(2, 1))
 
 
 @pytest.fixture(scope="module")
 def yolo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """YOLOv8n-seg that has learned nothing, its last layers drawn so wide that it sees all sorts of things."""
+    """Write an untrained YOLOv8n-seg; its last layers have large random weights, so that it detects many objects."""
     path = tmp_path_factory.mktemp("yolo") / "yolo.pt"
     fastsam._ultralytics()
     from ultralytics import YOLO
@@ -157,7 +157,7 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_whole_way(
+def test_evaluate_command_with_a_fastsam(
     yolo: Path, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -185,7 +185,7 @@ def test_the_whole_way(
 
 
 def test_everything_and_its_time(yolo: Path, photographs: Path, tmp_path: Path) -> None:
-    """FastSAM's part in Figure 6 and in Table 6."""
+    """FastSAM's results for Figure 6 and Table 6 of the paper."""
     words = ["data=folder", f"data.path={photographs}", f"checkpoint={yolo}", "trainer=cpu"]
     grid = ["protocol=everything", "protocol.generator.points_per_side=2", "fastsam.conf=0.0001"]
     assert app.main(["evaluate", *words, *grid, f"hydra.run.dir={tmp_path / 'a'}"]) == 0
@@ -205,7 +205,7 @@ def test_masks_of_everything_lie_in_the_image(yolo: Path) -> None:
     assert FastSam(str(yolo), conf=0.99).everything(image).shape == (0, 683, 1024)
 
 
-def test_a_sam_has_its_parameters_told(photographs: Path, tmp_path: Path) -> None:
+def test_metrics_of_a_sam_hold_its_parameters(photographs: Path, tmp_path: Path) -> None:
     words = ["protocol.points=1", "data=folder", f"data.path={photographs}", "data.images=1", "trainer=cpu"]
     assert app.main(["evaluate", "checkpoint=mobile_sam", *words, f"hydra.run.dir={tmp_path}"]) == 0
     metrics = json.loads((tmp_path / "metrics.json").read_text())
@@ -217,9 +217,7 @@ def test_a_sam_has_its_parameters_told(photographs: Path, tmp_path: Path) -> Non
     assert metrics["parameters/model"] == pytest.approx(9.66e6, rel=0.02)
 
 
-def test_what_is_a_fastsam(
-    yolo: Path, mobile_sam_weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_is_fastsam(yolo: Path, mobile_sam_weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for checkpoint in ("fastsam_s", "fastsam_x", "FastSAM-s.pt", "FastSAM-x.pt", str(yolo)):
         assert is_fastsam(checkpoint), checkpoint
@@ -228,7 +226,7 @@ def test_what_is_a_fastsam(
         assert not is_fastsam(checkpoint), checkpoint
 
 
-def test_ultralytics_keeps_to_itself(yolo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ultralytics_uses_no_network_and_changes_no_global_state(yolo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_network(*_: object, **__: object) -> None:
         raise AssertionError("it looks for the network")
 
@@ -260,7 +258,7 @@ def test_only_a_file_of_known_hash_is_unpickled_in_full(
 
 
 class Trap:
-    """Makes a file when it is unpickled."""
+    """Object that creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = str(path)

@@ -24,7 +24,7 @@ def test_embeddings_stay_the_same(encoder: ImageEncoder) -> None:
     assert torch.cosine_similarity(rough, expected, dim=1).mean() > 0.999
 
 
-def test_without_openvino_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_openvino_raises_error_with_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(UserError, match="pip install"):
         optimize_for_inference(Sam(TinyViT(pretrained=False), image_size=64), "openvino")

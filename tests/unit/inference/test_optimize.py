@@ -25,7 +25,7 @@ def encoders() -> list[ImageEncoder]:
 def test_embeddings_stay_the_same(encoder: ImageEncoder) -> None:
     sam = Sam(encoder, image_size=256)
     sam.train()
-    with torch.no_grad():  # BatchNorms that have something to fold
+    with torch.no_grad():  # gives the BatchNorms statistics, so that folding them changes weights
         encoder(torch.randn(2, 3, 256, 256, generator=torch.Generator().manual_seed(0)))
     sam.eval()
     images = torch.randint(256, (2, 3, 1024, 1024), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
@@ -36,8 +36,8 @@ def test_embeddings_stay_the_same(encoder: ImageEncoder) -> None:
         expected, found = sam.encode(images, sizes), fast.encode(images, sizes)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        lost, lost_before = (1 - cosine(model.encode(images, sizes), expected) for model in (fast, sam))
-    assert lost < max(1e-3, 1.5 * lost_before)
+        fast_error, plain_error = (1 - cosine(model.encode(images, sizes), expected) for model in (fast, sam))
+    assert fast_error < max(1e-3, 1.5 * plain_error)
     assert all(torch.equal(value, before[key]) for key, value in sam.state_dict().items()), "a copy"
     assert not any(parameter.requires_grad for parameter in fast.parameters())
 
@@ -47,18 +47,19 @@ def cosine(a: Tensor, b: Tensor) -> float:
 
 
 @pytest.mark.skipif("AVX" not in torch.backends.cpu.get_cpu_capability(), reason="oneDNN's operators are for x86")
-def test_layers_and_activations_are_one() -> None:
+def test_activations_are_fused_into_layers() -> None:
     tinyvit = optimize_for_inference(Sam(TinyViT(pretrained=False), image_size=256)).image_encoder
-    left = [name for name, layer in tinyvit.named_modules() if isinstance(layer, nn.GELU) and "activation" not in name]
-    assert len(left) == 2, left  # after a residual
-    assert tinyvit.neck.state_dict().keys() == TinyViT(pretrained=False).neck.state_dict().keys()  # that students copy
+    gelus = [name for name, layer in tinyvit.named_modules() if isinstance(layer, nn.GELU) and "activation" not in name]
+    assert len(gelus) == 2, gelus  # they follow a residual addition, not a layer
+    # Students copy the neck's weights under these names.
+    assert tinyvit.neck.state_dict().keys() == TinyViT(pretrained=False).neck.state_dict().keys()
     lite = optimize_for_inference(Sam(TimmEncoder("efficientnet_lite0", pretrained=False), image_size=256))
-    alone = [name for name, layer in lite.image_encoder.named_modules() if isinstance(layer, nn.ReLU6)]
-    assert {name.rsplit(".", 1)[-1] for name in alone} == {"activation"}
+    relu6_names = [name for name, layer in lite.image_encoder.named_modules() if isinstance(layer, nn.ReLU6)]
+    assert {name.rsplit(".", 1)[-1] for name in relu6_names} == {"activation"}
 
 
-class Reused(TimmEncoder):
-    """What a convolution gives is wanted twice, once after its activation."""
+class ConvWithTwoConsumers(TimmEncoder):
+    """Encoder that uses the output of its convolution twice: as it is, and after `act`."""
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.backbone.conv1(x)
@@ -66,8 +67,8 @@ class Reused(TimmEncoder):
 
 
 @pytest.mark.parametrize("act", [nn.GELU(), nn.BatchNorm2d(64)])
-def test_a_layer_that_others_want_as_it_is_stays_so(act: nn.Module) -> None:
-    encoder = Reused("resnet18", pretrained=False)
+def test_layer_with_a_second_consumer_is_not_fused(act: nn.Module) -> None:
+    encoder = ConvWithTwoConsumers("resnet18", pretrained=False)
     encoder.act = act
     if isinstance(act, nn.BatchNorm2d):
         nn.init.constant_(act.running_mean, 1.0)
@@ -77,8 +78,8 @@ def test_a_layer_that_others_want_as_it_is_stays_so(act: nn.Module) -> None:
         torch.testing.assert_close(fast(x), encoder.eval()(x), atol=1e-5, rtol=1e-5)
 
 
-def test_a_batch_is_the_same_as_its_images() -> None:
-    """On a GPU several images are encoded at a time."""
+def test_batch_gives_the_same_embeddings_as_single_images() -> None:
+    """Several images are encoded at a time on a GPU."""
     fast = optimize_for_inference(Sam(TinyViT(pretrained=False), image_size=256)).image_encoder
     images = torch.randn(3, 3, 256, 256, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():

@@ -22,7 +22,7 @@ def test_history_has_a_row_per_step_and_grows_columns(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["history.csv"]
 
 
-def test_a_resumed_run_writes_its_lost_steps_again(tmp_path: Path) -> None:
+def test_resumed_run_replaces_the_rows_after_its_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "history.csv"
     first = History(path, resume=False)
     for step in (1, 2, 3):

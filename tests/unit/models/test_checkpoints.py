@@ -14,7 +14,7 @@ from sam_distill.models.encoders import TimmEncoder, TinyViT
 from sam_distill.models.sam import Sam
 
 
-def test_official_names_come_back_as_they_were(teacher: Sam, mobile_sam_weights: str) -> None:
+def test_official_names_and_tensors_survive_a_round_trip(teacher: Sam, mobile_sam_weights: str) -> None:
     official = torch.load(mobile_sam_weights, weights_only=True)
     ours = checkpoints.official_state(teacher)
     assert ours.keys() == official.keys()
@@ -38,8 +38,8 @@ def test_a_file_with_tensors_missing_is_refused(teacher: Sam, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_no_numbers_are_refused(teacher: Sam, tmp_path: Path, value: float) -> None:
-    """They would score 0 without a word."""
+def test_nan_and_infinite_weights_are_refused(teacher: Sam, tmp_path: Path, value: float) -> None:
+    """Such a model would score 0 without any message."""
     state = checkpoints.official_state(teacher)
     state["image_encoder.neck.0.weight"] = torch.full_like(state["image_encoder.neck.0.weight"], value)
     torch.save(state, tmp_path / "broken.pt")
@@ -48,16 +48,16 @@ def test_weights_that_are_no_numbers_are_refused(teacher: Sam, tmp_path: Path, v
             load(tmp_path / "broken.pt")
 
 
-def test_what_a_file_is_called_does_not_matter(tmp_path: Path) -> None:
+def test_file_format_is_detected_whatever_the_suffix(tmp_path: Path) -> None:
     sam = Sam(TimmEncoder("resnet18", pretrained=False))
     save_safetensors(sam, tmp_path / "tensors.pt")
     checkpoints.save_sam(sam, tmp_path / "pickled.safetensors")
     for name in ("tensors.pt", "pickled.safetensors"):
-        again = checkpoints.load_sam(tmp_path / name).state_dict()
-        assert all(torch.equal(value, again[key]) for key, value in sam.state_dict().items())
+        loaded = checkpoints.load_sam(tmp_path / name).state_dict()
+        assert all(torch.equal(value, loaded[key]) for key, value in sam.state_dict().items())
 
 
-def test_what_is_no_checkpoint(tmp_path: Path) -> None:
+def test_files_that_are_no_checkpoint_are_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.pt").write_text("hello")
     (tmp_path / "photo.jpg").write_bytes(b"\xff\xd8\xff\xe0 JFIF")
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pt")
@@ -97,7 +97,7 @@ def test_what_is_no_checkpoint(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("encoder", [{"class": "Later"}, {"class": "TinyViT", "later": 1}, {}])
-def test_what_a_later_version_has_written(tmp_path: Path, encoder: dict[str, object]) -> None:
+def test_checkpoint_of_a_later_version_is_refused(tmp_path: Path, encoder: dict[str, object]) -> None:
     held = {"state_dict": {}, checkpoints.DESCRIPTION: {"encoder": encoder, "image_size": 64}}
     torch.save(held, tmp_path / "last.ckpt")
     with pytest.raises(UserError, match="holds a model that this version of sam-distill can't build"):
@@ -105,7 +105,7 @@ def test_what_a_later_version_has_written(tmp_path: Path, encoder: dict[str, obj
 
 
 def test_a_foreign_loader_sees_a_plain_state_dict(tmp_path: Path) -> None:
-    """The description must not disturb anybody's strict loading."""
+    """The model description in the file must not break strict loading by other code."""
     sam = Sam(TimmEncoder("resnet18", pretrained=False))
     checkpoints.save_sam(sam, tmp_path / "student.pt")
     state = torch.load(tmp_path / "student.pt", weights_only=True)
@@ -118,11 +118,11 @@ def test_saving_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.Monke
     checkpoints.save_sam(sam, tmp_path / "student.pt")
     before = (tmp_path / "student.pt").read_bytes()
 
-    def half(_: object, file: IO[bytes]) -> None:
+    def write_half(_: object, file: IO[bytes]) -> None:
         file.write(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(torch, "save", half)
+    monkeypatch.setattr(torch, "save", write_half)
     with pytest.raises(OSError, match="disk full"):
         checkpoints.save_sam(sam, tmp_path / "student.pt")
     assert (tmp_path / "student.pt").read_bytes() == before

@@ -1,4 +1,4 @@
-"""Every encoder of conf/ behind the one interface."""
+"""Every encoder of conf/encoder, tested through the common ImageEncoder interface."""
 
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ def build(choice: str) -> ImageEncoder:
         options["pretrained"] = False
     if choice == "timm":
         options["name"] = "resnet18"
-    if "depth" in options:  # keep the big ones small: two blocks, of which one looks globally
+    if "depth" in options:  # shrink the large ViTs: two blocks, one of them with global attention
         options |= {"depth": 2, "global_blocks": [1]}
     encoder = kind(**options)
     assert isinstance(encoder, ImageEncoder)
@@ -31,22 +31,22 @@ def build(choice: str) -> ImageEncoder:
 
 
 @pytest.mark.parametrize("choice", sorted(path.stem for path in CONF.glob("*.yaml")))
-def test_encoder(choice: str, tmp_path: Path) -> None:
+def test_encoder_shape_gradients_and_checkpoint(choice: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     encoder = build(choice)
     x = torch.randn(2, 3, S, S)
     embedding = encoder(x)
     assert embedding.shape == (2, 256, 64, 64)
     embedding.square().mean().backward()
-    idle = [name for name, p in encoder.named_parameters() if p.grad is None]
-    assert not idle, f"parameters that never learn would stop DDP: {idle}"
+    without_gradient = [name for name, p in encoder.named_parameters() if p.grad is None]
+    assert not without_gradient, f"parameters that never learn would stop DDP: {without_gradient}"
 
     sam = Sam(encoder, image_size=S).eval()
     checkpoints.save_sam(sam, tmp_path / "student.pt")
-    again = checkpoints.load_sam(tmp_path / "student.pt")
-    assert again.image_size == S
+    loaded = checkpoints.load_sam(tmp_path / "student.pt")
+    assert loaded.image_size == S
     with torch.no_grad():
-        assert torch.equal(again.image_encoder(x), sam.image_encoder(x))
+        assert torch.equal(loaded.image_encoder(x), sam.image_encoder(x))
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenetv4_conv_small", "convnext_atto", "repvit_m1"])
@@ -67,7 +67,7 @@ def test_unknown_timm_name() -> None:
 
 
 def test_a_fine_neck_keeps_the_detail_of_small_inputs() -> None:
-    """Features of stride 8 at 512 px are 64 x 64: with the fine neck, neighbouring cells differ as they say."""
+    """The stride 8 features of 512 px are 64 x 64: with the fine neck, neighbouring cells differ more."""
     torch.manual_seed(0)
     x = torch.randn(1, 3, 512, 512)
     fine, coarse = (TimmEncoder("resnet18", pretrained=False, neck=neck).eval() for neck in ("fine", "coarse"))
@@ -75,7 +75,7 @@ def test_a_fine_neck_keeps_the_detail_of_small_inputs() -> None:
     with torch.no_grad():
         sharp, smooth = ((e - e.roll(1, -1)).square().mean() for e in (fine(x), coarse(x)))
     assert sharp > 1.5 * smooth
-    old = {"class": "TimmEncoder", "name": "resnet18"}  # as in files older than the choice
+    old = {"class": "TimmEncoder", "name": "resnet18"}  # as in checkpoints from before this option existed
     assert not encoders.build_encoder(old).fine_neck
 
 

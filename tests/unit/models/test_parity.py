@@ -1,4 +1,4 @@
-"""Our models against MobileSAM's and segment-anything's own code, in fp32."""
+"""Our models compared in fp32 with MobileSAM's and segment-anything's own code."""
 
 import copy
 from collections.abc import Callable
@@ -17,9 +17,9 @@ from sam_distill.models.sam import Sam
 from sam_distill.prompts.forms import box_prompts, point_prompts
 from sam_distill.types import MULTI, SINGLE, Prompts
 
-# Sums of floats depend on a processor's order: on one, a pixel in 400,000 was 1.2e-4 off.
+# Processors sum floats in different orders: on one of them, 1 of 400,000 pixels was 1.2e-4 off.
 TOLERANCE = {"rtol": 1e-4, "atol": 2e-4}
-SIZE = (683, 1024)  # a 3:2 photograph in the frame
+SIZE = (683, 1024)  # (height, width) in the frame of a 3:2 photograph
 
 
 @pytest.fixture(scope="module")
@@ -119,11 +119,11 @@ def test_mobile_sam_mask_input(reference: Any, teacher: Sam, embedding: Tensor, 
 
 
 @torch.no_grad()
-def test_ragged_prompts_change_nothing(teacher: Sam, embedding: Tensor) -> None:
-    """One image with a box, one with two prompts of one and three points: each as if it were alone."""
-    absent = -2
+def test_ragged_prompts_give_the_same_masks_as_each_image_alone(teacher: Sam, embedding: Tensor) -> None:
+    """One image has one prompt of one point, the other two of three: the masks are those of each image alone."""
+    absent_label = -2
     points = torch.zeros(2, 2, 3, 2)
-    labels = torch.full((2, 2, 3), absent)
+    labels = torch.full((2, 2, 3), absent_label)
     points[0, 0, :1], labels[0, 0, :1] = POINTS[0, :1], LABELS[0, :1]
     points[1], labels[1] = POINTS, LABELS
     together = point_prompts(points, labels)
@@ -136,8 +136,8 @@ def test_ragged_prompts_change_nothing(teacher: Sam, embedding: Tensor) -> None:
     torch.testing.assert_close(masks.low_res[1], alone.low_res[0], **TOLERANCE)
 
 
-def test_gradients_are_the_official_ones(teacher: Sam, embedding: Tensor) -> None:
-    """Of every weight of the mask decoder, though the order of its products is another."""
+def test_mask_decoder_gradients_match_segment_anything(teacher: Sam, embedding: Tensor) -> None:
+    """For every weight of the mask decoder, although ours computes the products in another order."""
     theirs = segment_anything.modeling.MaskDecoder(
         transformer_dim=256, transformer=segment_anything.modeling.TwoWayTransformer(2, 256, 8, 2048)
     )
@@ -154,7 +154,7 @@ def test_gradients_are_the_official_ones(teacher: Sam, embedding: Tensor) -> Non
     (low_res.sigmoid().mean() + iou.mean()).backward()
     expected = {name: parameter.grad for name, parameter in theirs.named_parameters()}
     for name, parameter in ours.named_parameters():
-        # A hypernetwork that was not asked has no gradient here, and zeros or none there.
+        # The hypernetwork of a token that is not decoded has no gradient in our code, and zeros or none in theirs.
         given = (parameter.grad, expected[name])
         gradient, wanted = (torch.zeros_like(parameter) if g is None else g for g in given)
         torch.testing.assert_close(
@@ -163,15 +163,15 @@ def test_gradients_are_the_official_ones(teacher: Sam, embedding: Tensor) -> Non
 
 
 @torch.no_grad()
-def test_masks_nobody_trusts_are_not_drawn(teacher: Sam, embedding: Tensor) -> None:
+def test_masks_below_min_pred_iou_are_zero(teacher: Sam, embedding: Tensor) -> None:
     prompts = point_prompts(**batched(points=POINTS, labels=LABELS))
     everything = teacher.decode(embedding, prompts, MULTI)
     best = everything.iou[0].amax(-1)
-    some = teacher.decode(embedding, prompts, MULTI, min_pred_iou=float(best.mean()))
-    torch.testing.assert_close(some.iou, everything.iou, rtol=0, atol=0)
+    filtered = teacher.decode(embedding, prompts, MULTI, min_pred_iou=float(best.mean()))
+    torch.testing.assert_close(filtered.iou, everything.iou, rtol=0, atol=0)
     good = best > best.mean()
-    torch.testing.assert_close(some.low_res[0, good], everything.low_res[0, good])
-    assert not some.low_res[0, ~good].any()
+    torch.testing.assert_close(filtered.low_res[0, good], everything.low_res[0, good])
+    assert not filtered.low_res[0, ~good].any()
 
 
 def test_student_file_loads_strictly_in_mobile_sam(
@@ -184,7 +184,7 @@ def test_student_file_loads_strictly_in_mobile_sam(
 
 
 def randomise(model: torch.nn.Module) -> None:
-    """Random values everywhere: zero-initialised tables would hide a wrong mapping."""
+    """Set all parameters to random values: zero-initialised tables would hide a wrong mapping."""
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.data.normal_(0, 0.05, generator=generator)
@@ -196,7 +196,7 @@ def randomise(model: torch.nn.Module) -> None:
     ids=["vit_b", "vit_l", "vit_h"],
 )
 def test_sam_vit(width: int, heads: int, global_blocks: list[int], image: Tensor, tmp_path: Any) -> None:
-    """SAM's ViTs at two blocks: an official file loads strictly in ours, ours in theirs, with the same embedding."""
+    """SAM's ViTs with two blocks: each code loads the other's file strictly and computes the same embedding."""
     theirs = segment_anything.modeling.Sam(
         image_encoder=ImageEncoderViT(
             depth=2, embed_dim=width, num_heads=heads, mlp_ratio=4, qkv_bias=True, use_rel_pos=True, window_size=14,
@@ -221,7 +221,7 @@ def test_sam_vit(width: int, heads: int, global_blocks: list[int], image: Tensor
 
 @pytest.mark.parametrize("size", ["5m", "11m", "21m"])
 def test_tiny_vit_sizes(mobile_sam: ModuleType, size: str, tmp_path: Any) -> None:
-    """All three sizes against MobileSAM's TinyViT class with the sizes' published dimensions."""
+    """All three sizes, compared with MobileSAM's TinyViT class at the published dimensions of each size."""
     dims, heads = {
         "5m": ([64, 128, 160, 320], [2, 4, 5, 10]),
         "11m": ([64, 128, 256, 448], [2, 4, 8, 14]),
@@ -244,7 +244,7 @@ def test_tiny_vit_sizes(mobile_sam: ModuleType, size: str, tmp_path: Any) -> Non
 
 
 def test_attention_biases_are_fresh_after_every_load(teacher: Sam) -> None:
-    """Design, numerics rule 2: weights loaded after an eval forward must count."""
+    """Weights that are loaded after a forward pass in eval mode must take effect."""
     student = Sam(TinyViT("5m", pretrained=False)).eval()
     x = torch.randn(1, 3, 128, 128, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

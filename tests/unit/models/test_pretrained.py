@@ -1,4 +1,4 @@
-"""Where a student's ImageNet weights come from, and that they are what they say."""
+"""Sources of a student's ImageNet weights, and whether the weights classify photographs correctly."""
 
 import logging
 from functools import partial
@@ -19,18 +19,18 @@ from sam_distill.models.encoders import TimmEncoder, TinyViT
 from sam_distill.models.pretrained import packaged, with_imagenet_weights
 from sam_distill.models.sam import preprocess
 
-CATS, ESPRESSO = {281, 282, 285}, {967}  # ImageNet's numbers of tabby, tiger cat, Egyptian cat; espresso
+CATS, ESPRESSO = {281, 282, 285}, {967}  # ImageNet's class numbers: tabby, tiger cat, Egyptian cat; espresso
 
 
 @pytest.fixture
 def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pretrained.hub, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setattr(pretrained.hub, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens on this port
     monkeypatch.setattr(pretrained.hub, "HF_HUB_CACHE", "/nonexistent")
 
 
 @pytest.mark.parametrize("name", ["efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2"])
-def test_packaged_weights_name_what_photographs_show(name: str) -> None:
-    """As a student sees the photographs: by SAM's pixel statistics, with timm's padding."""
+def test_packaged_weights_classify_photographs_correctly(name: str) -> None:
+    """With a student's preprocessing: SAM's pixel statistics and timm's padding."""
     classifier = timm.create_model(name).eval()
     classifier.load_state_dict(packaged(name))
     for photo, classes in (("chelsea.png", CATS), ("coffee.png", ESPRESSO)):
@@ -42,16 +42,14 @@ def test_packaged_weights_name_what_photographs_show(name: str) -> None:
         assert best in classes, f"{photo} is taken for {best}"
 
 
-def test_the_packages_weights_are_taken_where_the_hub_is_out_of_reach(
-    no_hub: None, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_packaged_weights_are_used_if_the_hub_is_unreachable(no_hub: None, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         encoder = TimmEncoder("efficientnet_lite0")
     assert "ImageNet weights for efficientnet_lite0: from the table of weights" in caplog.text
     torch.testing.assert_close(encoder.backbone.conv_stem.weight, packaged("efficientnet_lite0")["conv_stem.weight"])  # type: ignore[union-attr]
 
 
-def test_weights_out_of_reach_are_a_warning(no_hub: None, caplog: pytest.LogCaptureFixture) -> None:
+def test_unreachable_weights_cause_a_warning(no_hub: None, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         encoder = TinyViT("5m", pretrained=True)
     assert "No ImageNet weights" in caplog.text
@@ -61,7 +59,7 @@ def test_weights_out_of_reach_are_a_warning(no_hub: None, caplog: pytest.LogCapt
 @pytest.mark.parametrize("name", ["resnet18", "tiny_vit_5m_224", "convnext_atto"])
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_weights_of_a_file(name: str, suffix: str, tmp_path: Path) -> None:
-    """With or without a classifier, and where timm renames layers for feature maps."""
+    """The file's classifier is left out, and layers that timm renames for feature maps are found."""
     theirs = timm.create_model(name).state_dict()
     file = tmp_path / f"weights{suffix}"
     save_file(theirs, file) if suffix == ".safetensors" else torch.save(theirs, file)
@@ -70,9 +68,9 @@ def test_weights_of_a_file(name: str, suffix: str, tmp_path: Path) -> None:
         ours = TinyViT(pretrained=str(file)).backbone.state_dict()
     else:
         ours = TimmEncoder(name, pretrained=str(file)).backbone.state_dict()
-    same = [any(torch.equal(value, other) for other in theirs.values()) for value in ours.values()]
-    assert all(same)
-    assert len(same) > 30
+    found = [any(torch.equal(value, other) for other in theirs.values()) for value in ours.values()]
+    assert all(found)
+    assert len(found) > 30
 
 
 def test_a_file_that_does_not_fit_is_refused(tmp_path: Path) -> None:
@@ -87,8 +85,8 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path: Path) -> None:
         with_imagenet_weights("resnet50", partial(timm.create_model, "resnet50"), str(tmp_path / "other.pt"))
 
 
-def test_proxies_are_the_hub_clients_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether the hub can be reached is asked of its own client, which knows about proxies; not by a socket of ours."""
+def test_hub_is_reached_through_its_own_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub's own client, which knows about proxies, tests whether the hub can be reached, not a socket of ours."""
     asked = []
 
     class Session:
@@ -103,19 +101,19 @@ def test_proxies_are_the_hub_clients_own(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_depthwise_convolutions_train_in_float32_on_a_cpu() -> None:
-    """As fast as the hardware allows, and the same numbers outside autocast."""
+    """For speed. Under autocast the output is bf16, the gradient float32, and the values are within 1% of float32's."""
     from sam_distill.models.layers import DepthwiseConv2d
 
     encoder = TimmEncoder("efficientnet_lite0", pretrained=False)
     depthwise = [module for module in encoder.modules() if isinstance(module, DepthwiseConv2d)]
     assert len(depthwise) == 16
-    conv, seen = depthwise[0], []
+    conv, gradient_dtypes = depthwise[0], []
     x = torch.randn(1, conv.in_channels, 8, 8, dtype=torch.bfloat16, requires_grad=True)
-    conv.weight.register_hook(lambda grad: seen.append(grad.dtype))
+    conv.weight.register_hook(lambda grad: gradient_dtypes.append(grad.dtype))
     with torch.autocast("cpu", torch.bfloat16):
         out = conv(x)
     out.float().sum().backward()
     assert out.dtype == torch.bfloat16
-    assert seen == [torch.float32]
+    assert gradient_dtypes == [torch.float32]
     plain = torch.nn.functional.conv2d(x.float(), conv.weight, None, conv.stride, conv.padding, groups=conv.groups)
     np.testing.assert_allclose(out.float().detach(), plain.detach(), rtol=1e-2, atol=1e-2)

@@ -20,7 +20,7 @@ def frames() -> torch.Tensor:
 
 @pytest.mark.parametrize("side", [1024, 512, 192])
 def test_padding_is_zero_after_normalising(frames: torch.Tensor, side: int) -> None:
-    """Design, numerics rule 4; a smaller input is the reduction of the normalised frame, padding included."""
+    """A smaller input is the normalised frame, padding included, reduced in size."""
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (PIXEL_MEAN, PIXEL_STD))
     expected = torch.zeros(2, 3, 1024, 1024)
     for image, frame, (height, width) in zip(expected, frames, SIZES.tolist(), strict=True):
@@ -32,14 +32,14 @@ def test_padding_is_zero_after_normalising(frames: torch.Tensor, side: int) -> N
 def test_valid_area_counts_cells_by_their_centres() -> None:
     area = valid_area(torch.tensor([[683, 1024], [8, 9]]), 64)
     assert area[0].sum() == 43 * 64  # row 42 has its centre at 680
-    assert area[1].sum() == 1  # the centre of the first row, 8, lies outside, but no image is nothing
+    assert area[1].sum() == 1  # the first row's centre, 8, lies outside, but no image has an empty area
     np.testing.assert_array_equal(
         valid_area(torch.tensor([[9, 25]]), 64)[0, 0, :2, :3], [[True, True, False], [False] * 3]
     )
 
 
-def test_together_or_one_by_one(teacher: Sam) -> None:
-    """Without gradients a CPU takes images one at a time; that must change nothing."""
+def test_images_decoded_together_or_one_by_one_are_the_same(teacher: Sam) -> None:
+    """Without gradients a CPU decodes one image at a time, with the same result."""
     embedding = torch.randn(2, 256, 64, 64, generator=torch.Generator().manual_seed(0))
     points = torch.tensor([[[[300.0, 200.0]], [[40.0, 640.0]]], [[[500.0, 100.0]], [[0.0, 0.0]]]])
     prompts = point_prompts(points, torch.tensor([[[1], [0]], [[1], [-2]]]))
@@ -52,7 +52,7 @@ def test_together_or_one_by_one(teacher: Sam) -> None:
 
 
 def test_logits_under_autocast(teacher: Sam) -> None:
-    """The last product is bf16 as all others are; its result has float32's dtype and bf16's digits."""
+    """The last matrix product runs in bf16, like all others: the logits are float32 tensors of bf16 values."""
     embedding = torch.randn(1, 256, 64, 64, generator=torch.Generator().manual_seed(0))
     prompts = point_prompts(torch.tensor([[[[300.0, 200.0]]]]), torch.tensor([[[1]]]))
     with torch.no_grad():
@@ -66,7 +66,7 @@ def test_logits_under_autocast(teacher: Sam) -> None:
 
 
 def test_layer_norm_is_computed_in_float32() -> None:
-    """Design, numerics rule 8: these values overflow in half precision."""
+    """These values overflow in half precision."""
     x = torch.full((1, 4, 2, 2), 300.0)
     x[:, 1] = -300
     norm = LayerNorm2d(4)

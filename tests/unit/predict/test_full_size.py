@@ -1,4 +1,4 @@
-"""Masks computed in strips, where they are, against whole ones."""
+"""Full-size masks computed as patches around each object, compared with masks of the whole image."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ SIZES = [(333, 500), (1500, 700), (64, 64), (9, 300)]
 
 
 def blobs(size: tuple[int, int]) -> Tensor:
-    """[6, 256, 256] float32: smooth logits of several sorts, some reaching into the padding, one empty, one full."""
+    """Return [6, 256, 256] float32 logits: four smooth masks, some reaching into the padding, one empty, one full."""
     generator = torch.Generator().manual_seed(sum(size))
     coarse = torch.randn(4, 1, 9, 9, generator=generator) * 4 - torch.tensor([0.0, 2, 4, 6]).view(4, 1, 1, 1)
     smooth = F.interpolate(coarse, (256, 256), mode="bicubic")[:, 0]
@@ -22,7 +22,7 @@ def blobs(size: tuple[int, int]) -> Tensor:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_same_masks_scores_and_boxes(size: tuple[int, int]) -> None:
+def test_masks_scores_and_boxes_match_whole_masks(size: tuple[int, int]) -> None:
     low_res, (height, width) = blobs(size), size
     whole = upscale_masks(low_res, frame_size(size), size)
     upsampler = PatchUpsampler(frame_size(size), (0, 0, width, height), size, torch.device("cpu"))
@@ -34,7 +34,7 @@ def test_same_masks_scores_and_boxes(size: tuple[int, int]) -> None:
         assert (upsampler.runs(patch).mask() != expected).mean() < 1e-4
 
 
-def test_crops_lie_in_their_image() -> None:
+def test_masks_of_a_crop_lie_in_their_place_in_the_image() -> None:
     crop, size = (100, 50, 400, 250), (300, 450)
     low_res = blobs((200, 300))
     upsampler = PatchUpsampler(frame_size((200, 300)), crop, size, torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""Segment everything against segment-anything's generator, with MobileSAM's weights in MobileSAM's own model."""
+"""Our mask generator compared with segment-anything's, which runs MobileSAM's own model with the same weights."""
 
 import json
 from types import ModuleType
@@ -27,8 +27,8 @@ def reference(mobile_sam: ModuleType, mobile_sam_weights: str) -> Any:
     return mobile_sam.sam_model_registry["vit_t"](checkpoint=mobile_sam_weights).train().eval()
 
 
-def same(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:
-    """Every record in the same order, its mask but for a pixel or two."""
+def assert_same_records(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:
+    """Assert that the records agree, in the same order, up to a pixel or two per mask."""
     assert len(ours) == len(theirs) > 0
     for our, their in zip(ours, theirs, strict=True):
         assert our.keys() == their.keys()
@@ -51,10 +51,12 @@ def same(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:
     ],
     ids=["one grid", "crops", "own grid, no thresholds"],
 )  # fmt: skip
-def test_same_results(reference: Any, teacher: Sam, photograph: np.ndarray, options: dict[str, Any]) -> None:
+def test_records_match_segment_anything(
+    reference: Any, teacher: Sam, photograph: np.ndarray, options: dict[str, Any]
+) -> None:
     options = {"output_mode": "coco_rle", **options}
     theirs = segment_anything.SamAutomaticMaskGenerator(reference, **options).generate(photograph)
-    same(SamAutomaticMaskGenerator(teacher, **options).generate(photograph), theirs)
+    assert_same_records(SamAutomaticMaskGenerator(teacher, **options).generate(photograph), theirs)
 
 
 def test_three_notations_of_one_mask(teacher: Sam, photograph: np.ndarray) -> None:
@@ -74,7 +76,7 @@ def test_three_notations_of_one_mask(teacher: Sam, photograph: np.ndarray) -> No
         np.testing.assert_array_equal(coco.decode(compressed["segmentation"]), mask)
 
 
-def test_small_regions_are_mended(teacher: Sam, photograph: np.ndarray) -> None:
+def test_min_mask_region_area_removes_small_regions(teacher: Sam, photograph: np.ndarray) -> None:
     options: dict[str, Any] = {"points_per_side": 4, "stability_score_thresh": 0.85}
     before = SamAutomaticMaskGenerator(teacher, **options).generate(photograph)
     after = SamAutomaticMaskGenerator(teacher, min_mask_region_area=400, **options).generate(photograph)
@@ -99,19 +101,19 @@ def test_within_autocast_masks_are_nearly_the_same(teacher: Sam, photograph: np.
 def test_fast_asks_fewer_points_for_nearly_the_same_masks(
     teacher: Sam, photograph: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[int] = []
+    decoded: list[int] = []
     decode = Sam.decode
     monkeypatch.setattr(
-        Sam, "decode", lambda sam, e, p, *more: asked.append(p.points.shape[1]) or decode(sam, e, p, *more)
+        Sam, "decode", lambda sam, e, p, *more: decoded.append(p.points.shape[1]) or decode(sam, e, p, *more)
     )
     full, fast = (
         SamAutomaticMaskGenerator(teacher, points_per_side=8, output_mode="coco_rle", fast=fast, points_per_batch=16)
         for fast in (False, True)
     )
-    expected, before = full.generate(photograph), sum(asked)
+    expected, before = full.generate(photograph), sum(decoded)
     found = fast.generate(photograph)
     assert before == 64
-    assert sum(asked) - before < 50
+    assert sum(decoded) - before < 50
     overlaps = coco.iou([r["segmentation"] for r in expected], [r["segmentation"] for r in found], [0] * len(found))
     assert (overlaps.max(1) > 0.9).mean() >= 0.95
 
@@ -121,7 +123,7 @@ def test_nothing_found_is_no_mistake(teacher: Sam, photograph: np.ndarray) -> No
     assert generator.generate(photograph) == []
 
 
-def test_wrong_use_is_told(teacher: Sam) -> None:
+def test_wrong_arguments_raise_value_error(teacher: Sam) -> None:
     with pytest.raises(ValueError, match="points_per_side or point_grids"):
         SamAutomaticMaskGenerator(teacher, point_grids=[np.zeros((1, 2))])
     with pytest.raises(ValueError, match="output_mode"):
@@ -143,12 +145,12 @@ def test_wrong_use_is_told(teacher: Sam) -> None:
         ([[[0.5, 0.5]]], 1, "1 point_grids for 2 layers"),
     ],
 )
-def test_points_of_ones_own_are_checked(teacher: Sam, grids: Any, layers: int, message: str) -> None:
+def test_point_grids_are_checked(teacher: Sam, grids: Any, layers: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SamAutomaticMaskGenerator(teacher, points_per_side=None, point_grids=grids, crop_n_layers=layers)
 
 
-def test_points_of_ones_own_may_be_a_list(teacher: Sam, photograph: np.ndarray) -> None:
+def test_point_grids_may_be_lists(teacher: Sam, photograph: np.ndarray) -> None:
     options: dict[str, Any] = {"pred_iou_thresh": -9.0, "stability_score_thresh": 0.0, "output_mode": "coco_rle"}
     listed = SamAutomaticMaskGenerator(teacher, None, point_grids=[[[0.5, 0.5]]], **options)  # type: ignore[list-item]
     assert listed.generate(photograph) == SamAutomaticMaskGenerator(teacher, 1, **options).generate(photograph)
@@ -204,12 +206,12 @@ everything = sorted(everything, key=(lambda x: x["area"]), reverse=True)
 def test_a_script_for_segment_anything_runs_with_another_import(
     mobile_sam: ModuleType, mobile_sam_weights: str, photograph: np.ndarray
 ) -> None:
-    """Its documentation's examples for predictor and generator."""
-    said: list[dict[str, Any]] = []
+    """The examples for predictor and generator in segment-anything's documentation."""
+    namespaces: list[dict[str, Any]] = []
     for package in ("mobile_sam", "sam_distill"):
-        said.append({"checkpoint": mobile_sam_weights, "image": photograph, "torch": torch})
-        exec(SCRIPT.format(package=package), said[-1])
-    theirs, ours = said
+        namespaces.append({"checkpoint": mobile_sam_weights, "image": photograph, "torch": torch})
+        exec(SCRIPT.format(package=package), namespaces[-1])
+    theirs, ours = namespaces
     assert (ours["masks"] != theirs["masks"]).mean() < 1e-4
     assert (ours["batch"] != theirs["batch"]).float().mean() < 1e-4
     np.testing.assert_allclose(ours["scores"], theirs["scores"], atol=1e-4)

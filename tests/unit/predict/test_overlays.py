@@ -18,7 +18,7 @@ def test_only_the_mask_is_tinted_and_its_outline_is_white() -> None:
     assert inside[0, 0] > 150 > 70 > inside[0, 1]  # pink
 
 
-def test_a_very_thin_image_has_a_column_of_its_own() -> None:
+def test_very_thin_image_is_drawn() -> None:
     mask = np.ones((5000, 1), bool)
     row = side_by_side([prompt_overlay(Image.new("RGB", (1, 5000)), [0.0, 9.0], [1], mask)] * 3, ["", "", ""])
     assert row.height > 384

@@ -1,4 +1,4 @@
-"""Our predictor against segment-anything's, with MobileSAM's weights in MobileSAM's own model."""
+"""Our predictor compared with segment-anything's, which runs MobileSAM's own model with the same weights."""
 
 import copy
 from pathlib import Path
@@ -49,7 +49,7 @@ PROMPTS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("prompt", PROMPTS, ids=lambda prompt: " ".join(prompt))
-def test_same_masks(predictors: tuple[Any, Any], prompt: dict[str, Any]) -> None:
+def test_masks_match_segment_anything(predictors: tuple[Any, Any], prompt: dict[str, Any]) -> None:
     (masks, iou, low_res), (their_masks, their_iou, their_low_res) = (p.predict(**prompt) for p in predictors)
     assert masks.dtype == their_masks.dtype
     assert masks.shape == their_masks.shape
@@ -79,8 +79,8 @@ def test_it_cuts_out_the_disc(predictors: tuple[Any, Any]) -> None:
 
 def test_every_public_member_is_there(predictors: tuple[Any, Any]) -> None:
     ours, theirs = predictors
-    gone = {"orig_h", "orig_w", "input_h", "input_w"}  # always None there
-    assert {name for name in dir(theirs) if not name.startswith("_")} - gone <= set(dir(ours))
+    absent = {"orig_h", "orig_w", "input_h", "input_w"}  # always None in segment-anything
+    assert {name for name in dir(theirs) if not name.startswith("_")} - absent <= set(dir(ours))
     assert ours.model.mask_threshold == theirs.model.mask_threshold
     assert ours.model.image_encoder.img_size == theirs.model.image_encoder.img_size
     assert ours.is_image_set
@@ -92,16 +92,16 @@ def test_every_public_member_is_there(predictors: tuple[Any, Any]) -> None:
 
 BOXES = torch.tensor([[195.0, 35, 245, 165], [35, 45, 145, 155]])
 POINTS = torch.tensor([[[90.0, 100], [220, 100]], [[220, 100], [10, 10]]])
-SIGNS = torch.tensor([[1, 0], [1, -1]])  # -1 fills up, in segment-anything too
+POINT_LABELS = torch.tensor([[1, 0], [1, -1]])  # -1 is padding, as in segment-anything
 
 
 @pytest.mark.parametrize(
     ("points", "labels", "boxes"),
-    [(None, None, BOXES), (POINTS, SIGNS, None), (POINTS, SIGNS, BOXES)],
+    [(None, None, BOXES), (POINTS, POINT_LABELS, None), (POINTS, POINT_LABELS, BOXES)],
     ids=["boxes", "points", "points and boxes"],
 )
 @pytest.mark.parametrize("return_logits", [False, True])
-def test_several_prompts_at_once(
+def test_predict_torch_matches_segment_anything(
     predictors: tuple[Any, Any], points: Tensor | None, labels: Tensor | None, boxes: Tensor | None, return_logits: bool
 ) -> None:
     results = []
@@ -123,7 +123,7 @@ def test_several_prompts_at_once(
 
 @pytest.fixture
 def recorded(teacher: Sam, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor]]:
-    """What the image encoder is given, instead of the work."""
+    """Replace the image encoder by a fake one; return the list of its inputs, (images, sizes) per call."""
     calls: list[tuple[Tensor, Tensor]] = []
 
     def encode(images: Tensor, sizes: Tensor) -> Tensor:
@@ -134,7 +134,7 @@ def recorded(teacher: Sam, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor
     return calls
 
 
-def test_any_kind_of_image(
+def test_all_kinds_of_image_input_give_the_same_pixels(
     teacher: Sam, photograph: np.ndarray, recorded: list[tuple[Tensor, Tensor]], tmp_path: Path
 ) -> None:
     Image.fromarray(photograph).save(tmp_path / "photograph.png")
@@ -154,7 +154,7 @@ def test_any_kind_of_image(
         assert (images == first).all()
 
 
-def test_arrays_of_one_or_four_channels_are_seen_as_their_files(
+def test_gray_and_rgba_arrays_are_read_like_their_files(
     teacher: Sam, photograph: np.ndarray, recorded: list[tuple[Tensor, Tensor]], tmp_path: Path
 ) -> None:
     gray, alpha = photograph[..., 1], np.dstack([photograph, photograph[..., :1]])
@@ -194,7 +194,7 @@ def _transparent(photograph: np.ndarray) -> Image.Image:
     ],
     ids=["16 bits", "alpha", "EXIF"],
 )
-def test_a_pillow_image_is_seen_as_its_file(
+def test_pillow_image_is_read_like_its_file(
     teacher: Sam, photograph: np.ndarray, recorded: list[Any], tmp_path: Path, make: Any, name: str, options: Any
 ) -> None:
     make(photograph).save(tmp_path / name, **options)
@@ -207,7 +207,7 @@ def test_a_pillow_image_is_seen_as_its_file(
 
 
 def test_images_of_several_sizes(teacher: Sam, photograph: np.ndarray) -> None:
-    """Each as if it were alone."""
+    """The results are those of each image alone."""
     images = [photograph, photograph.transpose(1, 0, 2)[:, 50:]]
     prompts: list[dict[str, Any]] = [POINT, {"box": np.array([0, 40, 110, 145])}]
     predictor = SamPredictor(teacher)
@@ -230,7 +230,7 @@ def test_several_images_need_several_prompts(teacher: Sam, recorded: list[Any]) 
     assert not predictor.is_image_set
 
 
-def test_wrong_use_is_told(teacher: Sam, photograph: np.ndarray) -> None:
+def test_wrong_use_raises_a_clear_error(teacher: Sam, photograph: np.ndarray) -> None:
     predictor = SamPredictor(teacher)
     with pytest.raises(RuntimeError, match="set_image"):
         predictor.predict(**POINT)
@@ -248,11 +248,11 @@ def test_wrong_use_is_told(teacher: Sam, photograph: np.ndarray) -> None:
     with pytest.raises(ValueError, match="an image has pixels"):
         predictor.set_image(Image.new("RGB", (0, 0)))
     with pytest.raises(TypeError, match="set_image takes one"):
-        predictor.set_images(photograph)  # type: ignore[arg-type]  # its rows would pass for gray images
+        predictor.set_images(photograph)  # type: ignore[arg-type]  # its rows would be taken for gray images
 
 
-def test_no_prompt_has_no_answer(teacher: Sam, photograph: np.ndarray) -> None:
-    """A detector may find nothing."""
+def test_zero_prompts_give_empty_results(teacher: Sam, photograph: np.ndarray) -> None:
+    """A detector may find nothing, so zero boxes or points are no error."""
     predictor = SamPredictor(teacher)
     predictor.set_image(photograph)
     shape = photograph.shape[:2]
@@ -272,7 +272,7 @@ def test_labels_of_any_dtype(teacher: Sam, photograph: np.ndarray) -> None:
         assert torch.equal(predictor.predict_torch(points, labels.to(dtype))[1], expected)
 
 
-def test_after_an_image_that_fails_no_earlier_one_answers(teacher: Sam, photograph: np.ndarray, tmp_path: Path) -> None:
+def test_failed_set_image_clears_the_earlier_image(teacher: Sam, photograph: np.ndarray, tmp_path: Path) -> None:
     predictor, broken = SamPredictor(teacher), tmp_path / "broken.png"
     broken.write_text("no picture")
     for fails in (
@@ -287,7 +287,7 @@ def test_after_an_image_that_fails_no_earlier_one_answers(teacher: Sam, photogra
             predictor.predict(**POINT)
 
 
-def test_a_transformed_image_has_the_frames_size_and_colours(teacher: Sam, photograph: np.ndarray) -> None:
+def test_set_torch_image_checks_size_and_colours(teacher: Sam, photograph: np.ndarray) -> None:
     predictor = SamPredictor(teacher)
     framed = torch.from_numpy(predictor.transform.apply_image(photograph)).permute(2, 0, 1)[None]
     size = photograph.shape[:2]
@@ -324,7 +324,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("prompt", "message"), WRONG, ids=[message for _, message in WRONG])
-def test_a_wrong_prompt_is_refused(predictors: tuple[Any, Any], prompt: dict[str, Any], message: str) -> None:
+def test_predict_refuses_a_wrong_prompt(predictors: tuple[Any, Any], prompt: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         predictors[0].predict(**prompt)
     with pytest.raises(ValueError, match=message):
@@ -336,23 +336,25 @@ def test_a_wrong_prompt_is_refused(predictors: tuple[Any, Any], prompt: dict[str
     [
         ((None, None, BOXES[:, [2, 1, 0, 3]]), "one has x1 < x0"),
         ((None, None, BOXES * NAN), "a box holds NaN"),
-        ((POINTS, SIGNS + 4), "point_labels are 1"),
-        ((POINTS[0], SIGNS[0]), r"point_coords is \[P, N, 2\], not \[2, 2\]; predict takes one prompt"),
-        ((POINTS, SIGNS[0]), r"point_labels is \[P, N\]"),
-        ((POINTS, SIGNS, BOXES[:1]), "P differs: 2 in point_coords, 2 in point_labels, 1 in boxes"),
+        ((POINTS, POINT_LABELS + 4), "point_labels are 1"),
+        ((POINTS[0], POINT_LABELS[0]), r"point_coords is \[P, N, 2\], not \[2, 2\]; predict takes one prompt"),
+        ((POINTS, POINT_LABELS[0]), r"point_labels is \[P, N\]"),
+        ((POINTS, POINT_LABELS, BOXES[:1]), "P differs: 2 in point_coords, 2 in point_labels, 1 in boxes"),
         ((None, None, None, torch.zeros(2, 256, 256)), r"mask_input is \[P, 1, 256, 256\]"),
     ],
 )
-def test_wrong_prompts_are_refused(predictors: tuple[Any, Any], prompt: Any, message: str) -> None:
+def test_predict_torch_refuses_wrong_prompts(predictors: tuple[Any, Any], prompt: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         predictors[0].predict_torch(*prompt)
 
 
 @pytest.mark.filterwarnings("error")
-def test_prompts_outside_the_image_are_warned_of(predictors: tuple[Any, Any]) -> None:
+def test_prompts_outside_the_image_cause_a_warning(predictors: tuple[Any, Any]) -> None:
     predictor, _ = predictors
     for prompt in ({"point_coords": [[310, 100]], "point_labels": [1]}, {"box": [310, 210, 350, 250]}):
         with pytest.warns(UserWarning, match="a point or box lies outside the image"):
             predictor.predict(**prompt)
-    predictor.predict(point_coords=[[300, 200], [-9, -9]], point_labels=[1, -1])  # the corner; and no point at all
-    predictor.predict(box=torch.tensor([-5, -5, 305, 205]))  # detectors do that
+    predictor.predict(
+        point_coords=[[300, 200], [-9, -9]], point_labels=[1, -1]
+    )  # a corner of the image; label -1 is no point
+    predictor.predict(box=torch.tensor([-5, -5, 305, 205]))  # detectors return boxes that reach a little outside

@@ -18,7 +18,7 @@ def test_small_holes_are_filled_and_small_islands_removed() -> None:
     np.testing.assert_array_equal(remove_small_regions(mask, 8), expected)
 
 
-def test_corners_connect() -> None:
+def test_pixels_that_touch_at_corners_are_one_region() -> None:
     mask = np.eye(10, dtype=bool)
     np.testing.assert_array_equal(remove_small_regions(mask, 10), mask)
 

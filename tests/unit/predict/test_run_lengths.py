@@ -14,8 +14,8 @@ MASKS = arrays(bool, array_shapes(min_dims=2, max_dims=2, max_side=12))
 
 
 @given(MASKS, st.integers(1, 5))
-def test_runs_are_segment_anythings(mask: np.ndarray, step: int) -> None:
-    """Whole masks, in strips of any width."""
+def test_runs_match_segment_anything(mask: np.ndarray, step: int) -> None:
+    """For whole masks that are given in strips of any width."""
     strips = [(x, mask[:, x : x + step].T) for x in range(0, mask.shape[1], step)]
     runs = runs_of(strips, 0, mask.shape)
     (expected,) = mask_to_rle_pytorch(torch.from_numpy(mask)[None])

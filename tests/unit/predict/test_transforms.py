@@ -5,7 +5,7 @@ from segment_anything.utils.transforms import ResizeLongestSide as Reference
 from sam_distill.predict.transforms import ResizeLongestSide
 
 
-def test_every_member_does_what_segment_anythings_does() -> None:
+def test_resize_longest_side_matches_segment_anything() -> None:
     ours, theirs, size = ResizeLongestSide(), Reference(1024), (333, 517)
     random = np.random.default_rng(0)
     image = random.integers(0, 256, (*size, 3), dtype=np.uint8)

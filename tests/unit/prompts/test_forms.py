@@ -18,7 +18,7 @@ def test_boxes_are_tight_and_ignore_the_padding() -> None:
     assert boxes[0].tolist() == [4 * cells[0], 4 * cells[1], 4 * cells[2] + 3, 4 * cells[3] + 3]
 
 
-def test_a_box_that_is_not_there_is_no_prompt() -> None:
+def test_nan_box_is_no_valid_prompt() -> None:
     boxes = torch.tensor([[[1.0, 2.0, 3.0, 4.0], [torch.nan] * 4]])
     assert box_prompts(boxes).valid.tolist() == [[True, False]]
 
@@ -28,7 +28,7 @@ def test_points_are_followed_by_sams_padding_token() -> None:
     assert prompts.labels.tolist() == [[[1, 0, -1]]]
 
 
-def test_prompts_of_different_length_stand_side_by_side() -> None:
+def test_prompts_of_different_length_are_joined_with_absent_points() -> None:
     one = point_prompts(torch.tensor([[[[5.0, 6.0]]]]), torch.tensor([[[1]]]))
     box = box_prompts(torch.tensor([[[1.0, 2.0, 3.0, 4.0]]]), torch.tensor([[[[7.0, 8.0]]]]), torch.tensor([[[0]]]))
     both = join([one, box])

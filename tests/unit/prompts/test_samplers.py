@@ -7,30 +7,30 @@ from sam_distill.prompts.samplers import Boxes, Grid, MaskPoints, Mixture, Point
 from sam_distill.types import ABSENT, BACKGROUND, BOX_BOTTOM_RIGHT, BOX_TOP_LEFT, FOREGROUND, Batch, Masks, Prompts
 
 SIZES = torch.tensor([[640, 1024], [1024, 512]])
-PADDING = -1  # SAM's token after points without a box
+PADDING = -1  # label of the token that SAM adds after points without a box
 
 
-def the_object() -> torch.Tensor:
-    """[1, 1, 1, 256, 256] logits of a mask in the middle of every image, with nonsense where both have padding."""
+def object_logits() -> torch.Tensor:
+    """Return [1, 1, 1, 256, 256] logits: a mask inside both images, and a wrong one where both have padding."""
     logits = torch.full((1, 1, 1, 256, 256), -3.0)
     logits[..., 40:80, 50:100] = 3
     logits[..., 161:, 129:] = 5
     return logits
 
 
-def ask(prompts: Prompts) -> Masks:
-    """A teacher that sees one object everywhere."""
+def fake_masks(prompts: Prompts) -> Masks:
+    """Return the masks of a fake teacher, which finds the same object for every prompt."""
     images, count = prompts.points.shape[:2]
-    return Masks(the_object().repeat(images, count, 4, 1, 1), torch.ones(images, count, 4))
+    return Masks(object_logits().repeat(images, count, 4, 1, 1), torch.ones(images, count, 4))
 
 
 def batch(epoch: int = 0) -> Batch:
     annotations = torch.zeros(2, 3, 256, 256, dtype=torch.bool)
     annotations[:, 0, 10:20, 10:30] = True
-    annotations[:, 1, 100:140, 60:70] = True  # the third is missing
+    annotations[:, 1, 100:140, 60:70] = True  # the third annotation is missing
     return Batch(
         ["a", "b"], torch.zeros(2, 3, 8, 8, dtype=torch.uint8), SIZES, SIZES, [epoch] * 2,
-        annotations=annotations, ask_teacher=ask,
+        annotations=annotations, ask_teacher=fake_masks,
     )  # fmt: skip
 
 
@@ -41,8 +41,8 @@ SAMPLERS = [
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda s: f"{type(s).__name__}{'-of-annotations' * s.of_annotations}")
-def test_every_sampler(sampler: PromptSampler) -> None:
-    """`count` prompts within each image, the same again for the same epoch whoever else is in the batch."""
+def test_prompts_lie_inside_the_image_and_depend_on_key_and_epoch_alone(sampler: PromptSampler) -> None:
+    """`count` prompts lie inside each image, and are the same for the same epoch whatever else is in the batch."""
     prompts = sampler.draw(batch())
     assert prompts.points.shape[:2] == prompts.labels.shape[:2] == (2, sampler.count)
     real = prompts.labels >= 0

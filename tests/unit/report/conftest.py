@@ -1,4 +1,4 @@
-"""Run folders as training leaves them, written by hand."""
+"""Fixtures that write run folders like those of real trainings."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ from PIL import Image
 
 @pytest.fixture
 def runs(tmp_path: Path) -> Path:
-    """Where run folders lie."""
+    """Return the folder in which `make_run` creates run folders."""
     folder = tmp_path / "outputs"
     folder.mkdir()
     return folder
@@ -20,6 +20,8 @@ def runs(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def make_run(runs: Path) -> Callable[..., Path]:
+    """make_run(name, ...) writes a run folder and returns its path; config: values in config.yaml."""
+
     def make(
         name: str,
         score: float = 0.5,

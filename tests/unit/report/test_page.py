@@ -13,7 +13,7 @@ def report(*words: str) -> int:
 
 
 class Tags(HTMLParser):
-    """All tags, and whether what was opened is closed."""
+    """HTML parser that collects all tags and asserts that each opened tag is closed."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Tags(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_one_page_that_needs_nothing_else(runs: Path, make_run: Callable[..., Path], tmp_path: Path) -> None:
+def test_page_is_self_contained(runs: Path, make_run: Callable[..., Path], tmp_path: Path) -> None:
     for seed in (0, 1):
         make_run(f"t2_{seed}", experiment="table2_strategies", seed=seed, score=0.3 + seed / 10)
         make_run(f"t4_{seed}", experiment="table4_compute", seed=seed)
@@ -69,7 +69,7 @@ def test_one_page_that_needs_nothing_else(runs: Path, make_run: Callable[..., Pa
     )
 
 
-def test_markdown_shows_pictures_that_are_there(runs: Path, make_run: Callable[..., Path], tmp_path: Path) -> None:
+def test_pictures_in_the_markdown_exist(runs: Path, make_run: Callable[..., Path], tmp_path: Path) -> None:
     make_run("a", experiment="table2_strategies")
     assert report(str(runs), f"path={tmp_path / 'out'}") == 0
     text = (tmp_path / "out" / "report.md").read_text()
@@ -107,7 +107,7 @@ def test_one_experiment_alone(
     assert not (tmp_path / "nowhere").exists()
 
 
-def test_run_folders_come_before_the_rows_made_from_them(
+def test_run_folders_take_precedence_over_committed_rows(
     runs: Path, make_run: Callable[..., Path], tmp_path: Path
 ) -> None:
     make_run("a", experiment="loss", score=0.5)
@@ -136,12 +136,12 @@ def test_a_damaged_picture_is_left_out(runs: Path, make_run: Callable[..., Path]
     assert "<img" not in (tmp_path / "out" / "report.html").read_text()
 
 
-def test_an_experiment_that_no_file_describes(tmp_path: Path) -> None:
+def test_undescribed_experiment_is_introduced_by_its_readme(tmp_path: Path) -> None:
     folder = tmp_path / "experiments" / "my_own"
     folder.mkdir(parents=True)
     (folder / "results.csv").write_text("run,prompts.kind,miou/point\na,$x$,0.5\nb,$\\frac,nan\n")
-    said = "# Mine\n\n**Claim**: see [this](that.md)\nalone.\n\n**It does.** By [much](m.md).\n"
-    (folder / "README.md").write_text(said)
+    readme = "# Mine\n\n**Claim**: see [this](that.md)\nalone.\n\n**It does.** By [much](m.md).\n"
+    (folder / "README.md").write_text(readme)
     assert report(str(tmp_path / "experiments"), f"path={tmp_path / 'out'}") == 0
     html = (tmp_path / "out" / "report.html").read_text()
     assert "<p>Claim: see this alone.</p>" in html

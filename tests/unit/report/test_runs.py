@@ -6,7 +6,7 @@ import pytest
 from sam_distill.report.runs import find
 
 
-def test_what_a_run_left_is_read(runs: Path, make_run: Callable[..., Path]) -> None:
+def test_run_folder_is_read(runs: Path, make_run: Callable[..., Path]) -> None:
     folder = make_run("nested/a", experiment="loss", score=0.25, data={"path": ["/somewhere/else/x.tar"]})
     (run,) = find(runs).runs
     assert (run.name, run.experiment, run.command) == ("nested/a", "loss", "train")
@@ -30,7 +30,7 @@ def test_an_encoder_is_called_by_its_variant(runs: Path, make_run: Callable[...,
     assert find(runs).runs[0].setting("encoder") == "tinyvit resnet18"
 
 
-def test_a_run_is_told_by_what_was_changed(runs: Path, make_run: Callable[..., Path]) -> None:
+def test_change_lists_the_overrides_that_change_the_recipe(runs: Path, make_run: Callable[..., Path]) -> None:
     common = ["experiment=recipe", "scale=small", "data=cache", "data.path=/x/cache", "logger=csv"]
     make_run("a", words=[*common, "seed=0"])
     make_run("b", words=["seed=1", "strategy.loss=norm", *common, "optim.lr=0.002", "init=/x/a"])

@@ -12,7 +12,7 @@ from sam_distill.report.tables import history_csv, markdown, results_csv, tabula
 
 
 def test_the_papers_numbers_are_well_formed() -> None:
-    """Every row of the paper has a key to be found by and a number in a column."""
+    """Every row of the paper has a key that identifies it, and a number in some column."""
     for experiment in known().values():
         columns = {column.name for column in experiment.columns}
         assert experiment.claim
@@ -63,7 +63,7 @@ def test_a_single_run_shows_its_bootstrap(runs: Path, make_run: Callable[..., Pa
     assert (ours.mean, ours.low, ours.high) == (0.5, 0.4, 0.6)
 
 
-def test_what_bench_measured_of_a_run_is_part_of_it(runs: Path, make_run: Callable[..., Path]) -> None:
+def test_bench_metrics_are_added_to_their_run(runs: Path, make_run: Callable[..., Path]) -> None:
     bench = make_run("a", score=0.5) / "bench"
     bench.mkdir()
     (bench / "status.json").write_text("{}")
@@ -92,7 +92,9 @@ def test_results_and_curves_can_be_read_back(runs: Path, make_run: Callable[...,
     assert str(tmp_path) not in results_csv(about, found)
 
 
-def test_runs_of_no_experiment_are_told_apart_by_what_differs(runs: Path, make_run: Callable[..., Path]) -> None:
+def test_runs_without_experiment_are_told_apart_by_differing_settings(
+    runs: Path, make_run: Callable[..., Path]
+) -> None:
     make_run("a", batch_size=4, trainer={"workers": 1})
     make_run("b", batch_size=8, trainer={"workers": 2}, seed=1)
     make_run("c", batch_size=16, encoder={"_target_": "x.TimmEncoder", "name": "resnet18", "depth": 3})
@@ -109,7 +111,7 @@ def test_numbers_are_shown_with_their_unit() -> None:
     assert measure("unheard/of").shown(0.25) == "0.250"
 
 
-def test_runs_that_differ_in_too_much_for_a_table_keep_a_row_each(runs: Path, make_run: Callable[..., Path]) -> None:
+def test_runs_with_too_many_differences_get_one_row_each(runs: Path, make_run: Callable[..., Path]) -> None:
     for number in range(2):
         make_run(f"run{number}", **{f"option_{letter}": number for letter in "abcdefgh"})
     found = find(runs).runs

@@ -1,4 +1,4 @@
-"""Memory that a step frees is there for the next one."""
+"""Memory that a training step frees is kept for the next step."""
 
 import os
 import platform
@@ -21,7 +21,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-def pages_taken(**environment: str) -> int:
+def page_faults(**environment: str) -> int:
     neutral = {key: value for key, value in os.environ.items() if not key.startswith(("MALLOC_", "LD_PRELOAD"))}
     done = subprocess.run(
         [sys.executable, "-c", COUNT_PAGES], env=neutral | environment, capture_output=True, text=True, check=True
@@ -31,5 +31,5 @@ def pages_taken(**environment: str) -> int:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left as they are")
 def test_freed_memory_is_kept_unless_the_user_says_otherwise() -> None:
-    theirs = pages_taken(MALLOC_MMAP_THRESHOLD_="1000000")  # a setting of the user's own
-    assert pages_taken() < theirs / 10
+    with_user_setting = page_faults(MALLOC_MMAP_THRESHOLD_="1000000")  # as a user may set it
+    assert page_faults() < with_user_setting / 10

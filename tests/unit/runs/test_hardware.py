@@ -14,8 +14,8 @@ SRUN = {"SLURM_NTASKS": "4", "SLURM_JOB_NAME": "distil"}
         ({}, 48, 11),
         ({}, 12, 2),
         ({"TORCHELASTIC_RUN_ID": "x"}, 48, 11),
-        (SRUN, 12, 11),  # srun --cpus-per-task=12, and each process is bound to its own
-        (SRUN | {"SLURM_CPUS_PER_TASK": "12"}, 48, 11),  # a cluster that binds nothing
+        (SRUN, 12, 11),  # srun --cpus-per-task=12, each process bound to its own 12 cores
+        (SRUN | {"SLURM_CPUS_PER_TASK": "12"}, 48, 11),  # a cluster that binds no process to cores
         (SRUN, 1, 1),
     ],
 )
@@ -32,8 +32,8 @@ def test_loaders_have_the_cores_of_one_device(
     assert Hardware(devices=4).num_workers == workers
 
 
-def test_all_commands_compute_alike() -> None:
-    """Training, judging and caching have nothing in common but their hardware."""
+def test_hardware_sets_the_matmul_precision() -> None:
+    """Training, evaluation and caching share nothing but Hardware, so it sets the precision of matrix products."""
     torch.set_float32_matmul_precision("highest")
     Hardware(accelerator="cpu")
     assert torch.get_float32_matmul_precision() == "high"

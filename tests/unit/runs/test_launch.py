@@ -33,7 +33,7 @@ def test_launcher_and_options_disagree(
         pytest.fail("this must not run")
 
 
-def test_nodes_that_do_not_know_each_other(tmp_path: Path) -> None:
+def test_several_nodes_without_an_address_are_refused(tmp_path: Path) -> None:
     with (
         pytest.raises(UserError, match="or set MASTER_ADDR, MASTER_PORT, NODE_RANK on each"),
         all_processes(Hardware("cpu", nodes=2), tmp_path),
@@ -41,7 +41,7 @@ def test_nodes_that_do_not_know_each_other(tmp_path: Path) -> None:
         pytest.fail("this must not run")
 
 
-DEAF = """
+UNRESPONSIVE = """
 import os, sys, time, ctypes
 from pathlib import Path
 from sam_distill.runs.hardware import Hardware
@@ -62,7 +62,7 @@ with all_processes(Hardware("cpu", devices=2), run_dir):
 def test_no_process_waits_for_a_dead_one(dies: int, tmp_path: Path) -> None:
     (tmp_path / "status.json").write_text('{"status": "running"}')
     script = tmp_path / "deaf.py"
-    script.write_text(textwrap.dedent(DEAF))
+    script.write_text(textwrap.dedent(UNRESPONSIVE))
     run = subprocess.run([sys.executable, script, tmp_path, str(dies)], capture_output=True, text=True, timeout=60)
     assert run.returncode == (-9 if dies == 0 else 1)
     other = int((tmp_path / f"pid{1 - dies}").read_text())

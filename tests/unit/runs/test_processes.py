@@ -32,7 +32,7 @@ SRUN = {"SLURM_NTASKS": "8", "SLURM_PROCID": "5", "SLURM_JOB_ID": "77", "SLURM_J
         (SRUN | {"SLURM_JOB_NAME": "interactive", "SLURM_PROCID": "0"}, None, 1, True, "rank0", None),
     ],
 )
-def test_what_the_environment_says(
+def test_launcher_and_rank_are_read_from_the_environment(
     environment: dict[str, str], launcher: str | None, started: int, first: bool, name: str, shared: str | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -49,7 +49,7 @@ def test_what_the_environment_says(
 
 
 def test_a_loader_worker_does_not_outlive_its_process(tmp_path: Path) -> None:
-    """Killed, it can't tell its workers, and one that has something to deliver waits for ever."""
+    """A killed process can't stop its workers, and a worker that has a batch to deliver would wait for ever."""
     code = """
 import multiprocessing, time
 from pathlib import Path
@@ -82,25 +82,25 @@ class Unsendable(IterableDataset):
         yield lambda: None
 
 
-def test_what_a_loader_worker_cannot_hand_over_is_told(capfd: pytest.CaptureFixture[str]) -> None:
-    """Here it can't be pickled; as a rule /dev/shm is full, of which Docker gives 64 MB."""
+def test_loader_worker_reports_a_batch_that_it_cannot_send(capfd: pytest.CaptureFixture[str]) -> None:
+    """Here the batch can't be pickled; the usual cause is a full /dev/shm, for which Docker allows 64 MB."""
     with pytest.raises(RuntimeError, match="exited unexpectedly"):
         next(iter(DataLoader(Unsendable(), None, num_workers=1, worker_init_fn=begin_worker, timeout=30)))
     assert "can't hand over a batch" in capfd.readouterr().err
 
 
-def _eventually(what: Callable[[], T]) -> T:
+def _eventually(condition: Callable[[], T]) -> T:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         with contextlib.suppress(OSError):
-            if value := what():
+            if value := condition():
                 return value
         time.sleep(0.05)
     raise TimeoutError
 
 
 def _has_ended(pid: int) -> bool:
-    """Or waits for the first process of a container to take note of it."""
+    """Whether the process has ended, even if it is still a zombie that a container's first process has not reaped."""
     stat = Path(f"/proc/{pid}/stat")
     try:
         return stat.read_text().rpartition(")")[2].split()[0] == "Z"

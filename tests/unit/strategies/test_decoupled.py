@@ -9,8 +9,8 @@ SIZES = torch.tensor([[640, 1024]])
 STUDENT, TEACHER = torch.randn(2, 1, 256, 64, 64, generator=torch.Generator().manual_seed(0))
 
 
-class Answering:
-    """A student whose embedding is known."""
+class FixedStudent:
+    """Student with a known embedding."""
 
     def encode(self, images: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
         return STUDENT
@@ -24,17 +24,17 @@ LOSSES = {"mse": embedding_mse, "smooth_l1": embedding_smooth_l1, "norm": embedd
 @pytest.mark.parametrize("padding", [0, 1])
 def test_loss(loss: str, padding: float) -> None:
     area = None if padding else valid_area(SIZES, 64)
-    out = Decoupled(loss=loss, padding=padding).step(Answering(), BATCH)  # type: ignore[arg-type]
+    out = Decoupled(loss=loss, padding=padding).step(FixedStudent(), BATCH)  # type: ignore[arg-type]
     torch.testing.assert_close(out.loss, LOSSES[loss](STUDENT, TEACHER, area))
 
 
-def test_padding_counts_as_much_as_it_is_told() -> None:
-    """40 of 64 rows are image."""
+def test_padding_has_its_weight_in_the_loss() -> None:
+    """40 of the 64 rows are image, the others padding."""
     error = (STUDENT - TEACHER).square().mean(1)[0]
     expected = (error[:40].sum() + 0.1 * error[40:].sum()) / (64 * (40 + 0.1 * 24))
-    torch.testing.assert_close(Decoupled(padding=0.1).step(Answering(), BATCH).loss, expected)  # type: ignore[arg-type]
+    torch.testing.assert_close(Decoupled(padding=0.1).step(FixedStudent(), BATCH).loss, expected)  # type: ignore[arg-type]
 
 
 def test_cosine_is_added() -> None:
-    plain, more = (Decoupled(cosine=weight).step(Answering(), BATCH) for weight in (0.0, 2.0))  # type: ignore[arg-type]
-    torch.testing.assert_close(more.loss, plain.loss + 2 * (1 - more.logs["cosine"]))
+    plain, with_cosine = (Decoupled(cosine=weight).step(FixedStudent(), BATCH) for weight in (0.0, 2.0))  # type: ignore[arg-type]
+    torch.testing.assert_close(with_cosine.loss, plain.loss + 2 * (1 - with_cosine.logs["cosine"]))

@@ -1,4 +1,4 @@
-"""The mask strategies' loss, by hand: a student whose masks and predicted IoUs are known."""
+"""The loss of mask strategies, checked with a student of known masks and predicted IoUs."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ PROMPTS = Prompts(torch.tensor([[[[500.0, 100.0]]]]), torch.tensor([[[1]]]))
 
 
 def masks(rows: int, iou: float, padding: bool = False) -> Masks:
-    """All four tokens have the same mask: the first rows, and the padding or not."""
+    """Return the same mask for all four tokens: the first `rows` rows, with `padding` also all of the padding."""
     low_res = torch.full((1, 1, 4, 256, 256), -5.0)
     low_res[..., :rows, :] = 5.0
     if padding:
@@ -23,12 +23,12 @@ def masks(rows: int, iou: float, padding: bool = False) -> Masks:
 
 
 TARGET = masks(rows=128, iou=1.0)
-HALF = masks(rows=64, iou=0.8, padding=True)  # of the target, and the padding, which does not count
+HALF = masks(rows=64, iou=0.8, padding=True)  # half of the target, and the padding, which does not count
 WHOLE = masks(rows=128, iou=0.6)
 
 
-class Answering:
-    """Gives one answer after another."""
+class ScriptedStudent:
+    """Student that returns the given masks, one call after another."""
 
     def __init__(self, *answers: Masks) -> None:
         self.answers = list(answers)
@@ -42,7 +42,7 @@ class Answering:
 
 def step(*answers: Masks, **options: Any) -> StepOutput:
     batch = Batch(["a"], torch.zeros(1, 3, 8, 8), SIZES, SIZES, [0], ask_teacher=lambda _: TARGET, prompts=PROMPTS)
-    return SemiCoupled(rounds=len(answers), **options).step(Answering(*answers), batch)  # type: ignore[arg-type]
+    return SemiCoupled(rounds=len(answers), **options).step(ScriptedStudent(*answers), batch)  # type: ignore[arg-type]
 
 
 def test_predicted_ious_learn_the_iou_inside_the_image() -> None:

@@ -1,4 +1,4 @@
-"""What every strategy has in common: what changes, what doesn't, and that it learns."""
+"""Tests of all strategies: which weights change and which don't, targets, and whether the loss falls."""
 
 import copy
 from dataclasses import replace
@@ -34,7 +34,7 @@ STRATEGIES: dict[str, tuple[Strategy, tuple[str, ...]]] = {
 
 @pytest.fixture(scope="module")
 def batch(teacher: Sam) -> Batch:
-    """Two discs, with the teacher's answers and prompts."""
+    """Images of two discs, with the teacher's embedding and masks, and one point prompt per image."""
     y, x = torch.meshgrid(torch.arange(1024), torch.arange(1024), indexing="ij")
     discs = [((x - cx) ** 2 + (y - cy) ** 2 < r**2) & (y < 640) for cx, cy, r in ((300, 300, 200), (600, 350, 250))]
     images = torch.stack([torch.where(disc, 220, 40).to(torch.uint8).expand(3, -1, -1) for disc in discs])
@@ -60,7 +60,7 @@ def new_student(teacher: Sam, strategy: Strategy) -> Sam:
 
 
 def freeze(student: Sam, strategy: Strategy) -> list[nn.Parameter]:
-    """As training does."""
+    """Freeze all but the trainable parts, as training does; return the trainable parameters."""
     student.requires_grad_(False).eval()
     for part in strategy.trainable(student).values():
         part.requires_grad_(True).train()
@@ -68,14 +68,14 @@ def freeze(student: Sam, strategy: Strategy) -> list[nn.Parameter]:
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_exactly_what_is_declared_changes(name: str, teacher: Sam, batch: Batch) -> None:
+def test_exactly_the_declared_parts_change(name: str, teacher: Sam, batch: Batch) -> None:
     strategy, expected = STRATEGIES[name]
     student = new_student(teacher, strategy)
     parameters = freeze(student, strategy)
     before = copy.deepcopy(student.state_dict())
     theirs = copy.deepcopy(teacher.state_dict())
     strategy.step(student, batch).loss.backward()
-    # Design, numerics rule 11: what requires a gradient gets one, or DDP waits for it for ever.
+    # Each parameter that requires a gradient must get one, or DDP would wait for it for ever.
     assert all(p.grad is not None for p in parameters)
     torch.optim.SGD(parameters, lr=1.0, weight_decay=0.1).step()
     for key, value in student.state_dict().items():
@@ -88,7 +88,7 @@ def test_exactly_what_is_declared_changes(name: str, teacher: Sam, batch: Batch)
 
 
 @pytest.mark.parametrize("name", ["semi_coupled", "coupled", "finetune_decoder", "finetune_joint"])
-def test_one_batch_can_be_learned_by_heart(name: str, teacher: Sam, batch: Batch) -> None:
+def test_one_batch_can_be_overfitted(name: str, teacher: Sam, batch: Batch) -> None:
     strategy, _ = STRATEGIES[name]
     student = new_student(teacher, strategy)
     optimizer = torch.optim.AdamW(freeze(student, strategy), lr=1e-3)
@@ -112,8 +112,8 @@ def test_coupled_starts_its_decoder_from_scratch_or_not(teacher: Sam) -> None:
 
 
 @pytest.mark.parametrize("tokens", ["all", "chosen", "minimum"])
-def test_a_copy_of_the_teacher_has_little_to_learn(tokens: str, teacher: Sam, batch: Batch) -> None:
-    """Focal and dice of confident masks against themselves are small, and a student's are not."""
+def test_loss_of_a_copy_of_the_teacher_is_small(tokens: str, teacher: Sam, batch: Batch) -> None:
+    """Focal and dice loss of confident masks against themselves are small; those of a new student are not."""
     strategy = SemiCoupled(tokens=tokens)  # type: ignore[arg-type]
     with torch.no_grad():
         own = strategy.step(teacher, batch)
@@ -123,8 +123,8 @@ def test_a_copy_of_the_teacher_has_little_to_learn(tokens: str, teacher: Sam, ba
 
 
 @pytest.mark.parametrize("tokens", ["all", "chosen"])
-def test_miou_is_that_of_validation(tokens: str, teacher: Sam, batch: Batch) -> None:
-    """Token 0 against token 0, at low resolution; where the teacher's mask is empty there is nothing to compare."""
+def test_logged_miou_is_computed_as_in_validation(tokens: str, teacher: Sam, batch: Batch) -> None:
+    """IoU of the two masks of token 0 at low resolution; prompts with an empty teacher's mask are left out."""
 
     def ask(prompts: Prompts) -> Masks:
         masks = batch.ask_teacher(prompts)  # type: ignore[misc]
@@ -141,8 +141,8 @@ def test_miou_is_that_of_validation(tokens: str, teacher: Sam, batch: Batch) -> 
     assert out.logs["miou"].item() == pytest.approx(((ours & theirs).sum() / (ours | theirs).sum()).item(), abs=1e-6)
 
 
-def test_minimum_is_sams_rule(teacher: Sam, batch: Batch) -> None:
-    """Loss of token 0 and of the best of the other three, against the one target, recomputed mask by mask."""
+def test_minimum_loss_follows_sams_rule(teacher: Sam, batch: Batch) -> None:
+    """Mean of the losses of token 0 and of the best other token against one target, recomputed mask by mask."""
     from torchvision.ops import sigmoid_focal_loss
 
     student = new_student(teacher, SemiCoupled()).eval()
@@ -167,7 +167,7 @@ def test_minimum_is_sams_rule(teacher: Sam, batch: Batch) -> None:
 
 
 def test_annotations_as_targets(teacher: Sam, batch: Batch) -> None:
-    """No teacher is asked; missing annotations count nothing."""
+    """The teacher is not needed, and missing annotations do not count."""
     annotations = torch.zeros(2, 2, 256, 256, dtype=torch.bool)
     annotations[:, 0, 30:60, 30:90] = True
     with_masks = replace(batch, annotations=annotations, ask_teacher=None, teacher_embedding=None)
@@ -180,7 +180,7 @@ def test_annotations_as_targets(teacher: Sam, batch: Batch) -> None:
 
 
 def test_rounds_add_clicks(teacher: Sam, batch: Batch) -> None:
-    """Student and teacher are both asked again, with one more point where the student was wrong."""
+    """In each round student and teacher decode again, with one more point where the student was wrong."""
     asked = []
 
     def ask(prompts):
@@ -191,8 +191,8 @@ def test_rounds_add_clicks(teacher: Sam, batch: Batch) -> None:
     student = new_student(teacher, strategy).eval()
     with torch.no_grad():
         strategy.step(student, replace(batch, ask_teacher=ask))
-        again, asked = asked, []
+        first_prompts, asked = asked, []
         strategy.step(student, replace(batch, ask_teacher=ask))
     assert [prompts.labels.shape[-1] for prompts in asked] == [2, 3, 4]
-    assert all(torch.equal(a.points, b.points) for a, b in zip(asked, again, strict=True))
+    assert all(torch.equal(a.points, b.points) for a, b in zip(asked, first_prompts, strict=True))
     assert (asked[1].points[:, :, 1:] == asked[0].points).all()

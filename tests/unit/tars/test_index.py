@@ -1,4 +1,4 @@
-"""What tars hold is read once, and stays on the disk."""
+"""Indices of tars: read once from the tars' headers, and then stored on disk."""
 
 import logging
 import os
@@ -26,7 +26,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The tars whose headers have been read."""
+    """Return the list of tars whose headers have been read so far."""
     seen, headers = [], tars.read_headers
 
     def reading(file: object, size: int | None, where: str) -> TarIndex:
@@ -48,7 +48,7 @@ def test_a_tar_is_read_again_when_it_has_changed(
     assert read == []
     assert (again.keys(again.train), again.keys(again.val)) == (before.keys(before.train), before.keys(before.val))
     assert batches(again, 6) == batches(before, 6)
-    make_shards([5, 3])  # the second holds other images now, in as many bytes
+    make_shards([5, 3])  # the second tar now holds other images in the same number of bytes
     os.utime(second, ns=(1, 1))
     changed = Sa1b([first, second], val_images=1)
     assert changed.keys(changed.train) == [f"sa_{number}" for number in range(1, 8)]
@@ -63,7 +63,7 @@ def test_a_damaged_tar_is_not_remembered(make_shards: Callable[..., list[str]], 
     assert len(read) == 2
 
 
-def test_a_few_images_are_not_worth_a_file(
+def test_index_of_few_images_is_not_stored(
     make_shards: Callable[..., list[str]], home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tars, "FEW_IMAGES", 5)
@@ -75,12 +75,12 @@ def test_names_are_not_held_in_memory(make_tar: Callable[..., Path], batches: Ca
     tar = make_tar("a.tar", {f"folder/image_{number:05d}.jpg": b"" for number in range(3000)})
     source = Sa1b(str(tar), val_images=2)
     assert source.num_train_images == 2998
-    held = len(pickle.dumps(source.train))  # as a loader worker is sent it
-    assert held < 2998 * 4 + 2000  # a number each, since two are held out
+    held = len(pickle.dumps(source.train))  # what a loader worker is sent
+    assert held < 2998 * 4 + 2000  # one number per image, as two images are held out
     assert len(pickle.dumps(source.shards)) < 2000
 
 
-def test_a_home_that_can_not_be_written_to(
+def test_unwritable_cache_folder_causes_one_warning(
     make_shards: Callable[..., list[str]], home: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     home.write_text("in the way")
@@ -89,7 +89,7 @@ def test_a_home_that_can_not_be_written_to(
     assert caplog.text.count("their headers are read at every start") == 1
 
 
-def test_names_come_back_as_they_are() -> None:
+def test_names_are_read_back_from_the_stored_index() -> None:
     names = ["a/b.jpg", "é 1.png", "broken\udcff.jpg", "x.jpg"]
     held = cached_index("a tar", "1", lambda: TarIndex.from_members([*names, "a/b.json", "notes.txt", "x.embedding"]))
     assert isinstance(held.arrays, Path)
@@ -99,8 +99,8 @@ def test_names_come_back_as_they_are() -> None:
 
 
 @pytest.mark.parametrize(("images", "fraction"), [(None, None), (1, None), (13, None), (40, None), (None, 0.3)])
-def test_images_are_chosen_as_in_a_folder(images: int | None, fraction: float | None) -> None:
-    """By the digests of their keys, also where keys need their tars' names."""
+def test_same_images_are_chosen_as_from_a_folder(images: int | None, fraction: float | None) -> None:
+    """By the digests of their keys, also where a key needs its tar's name to be unique."""
     parts = [[f"{tar * 20 + n}.jpg" for n in range(20)] + ["same.jpg"] for tar in range(2)]
     tars_of = [LocalTar(f"{name}.tar") for name in "ab"]
     shards = [Shard(tar, TarIndex.from_members(part), {"same"}) for tar, part in zip(tars_of, parts, strict=True)]
@@ -115,7 +115,7 @@ def test_images_are_chosen_as_in_a_folder(images: int | None, fraction: float | 
 
 
 def test_two_images_with_one_digest(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are told apart by their names; and of those that share the last place, the first is taken."""
+    """They are told apart by their names; if both compete for the last place, the first is chosen."""
     index = TarIndex.from_members(["0.jpg", "1.jpg", "2.jpg"])
     assert not isinstance(index.arrays, Path)
     alike = TarIndex(3, {**index.arrays, "digests": np.array([7, 7, 3], np.uint64)})

@@ -11,7 +11,7 @@ from sam_distill.tars.tar import PipedTar
 
 @pytest.fixture
 def shard(make_shards: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A tar to read by `pipe:cat`, which fails once the file is gone."""
+    """Return a tar for `pipe:cat`, which fails once the file is deleted."""
     monkeypatch.setenv("SAM_DISTILL_HOME", str(tmp_path / "home"))
     return Path(make_shards([6])[0])
 
@@ -22,8 +22,8 @@ def local_copy(shard: Path, folder: Path) -> LocalCopy:
 
 
 @pytest.mark.parametrize("images", [None, 2])
-def test_what_has_been_read_once_is_there(shard: Path, tmp_path: Path, batches, images: int | None) -> None:
-    """Whole, even if only two of its images are wanted."""
+def test_second_run_reads_the_local_copy(shard: Path, tmp_path: Path, batches, images: int | None) -> None:
+    """The copy is whole, even if only two of the tar's images are used."""
     source = Sa1b(f"pipe:cat {shard}", val_images=1, images=images, local=str(tmp_path / "copies"))
     first = batches(source, 4)
     (copy,) = (tmp_path / "copies").glob("*.tar")
@@ -33,21 +33,23 @@ def test_what_has_been_read_once_is_there(shard: Path, tmp_path: Path, batches, 
     assert batches(again, 4) == first
 
 
-def test_what_breaks_off_is_not_kept(shard: Path, tmp_path: Path) -> None:
+def test_incomplete_copy_is_not_kept(shard: Path, tmp_path: Path) -> None:
     tar = local_copy(shard, tmp_path / "copies")
     with tar.stream() as file:
         file.read(100)
     assert not [path for path in tar.folder.iterdir() if path.suffix != ".lock"]
 
 
-def test_one_copies_at_a_time(shard: Path, tmp_path: Path) -> None:
+def test_tar_is_read_without_copying_while_another_process_copies(shard: Path, tmp_path: Path) -> None:
     tar = local_copy(shard, tmp_path / "copies")
     with FileLock(tar.copy.with_suffix(".lock")), tar.stream() as file:
         assert file.read() == shard.read_bytes()
     assert not tar.copy.exists()
 
 
-def test_a_full_disk_ends_the_copy_alone(shard: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_full_disk_stops_the_copy_but_not_the_reading(
+    shard: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     tar = local_copy(shard, tmp_path / "copies")
     tar.copy.with_suffix(".part").symlink_to("/dev/full")
     with tar.stream() as file:

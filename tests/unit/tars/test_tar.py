@@ -1,4 +1,4 @@
-"""Tars behind addresses and commands, with a real server on loopback that breaks down."""
+"""Tars read from addresses and commands, with a real HTTP server on this machine that can fail."""
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -16,13 +16,14 @@ from sam_distill.tars import tar as tars
 
 
 class Server:
-    """Serves a folder, ranges included. breaks: after so many bytes of each answer in turn the connection is cut.
+    """HTTP server of a folder, by default with support for ranges.
 
-    busy: requests that are answered with 503 before any other.
+    breaks: bytes after which the connection is cut, one number for each response of more than 20,000 bytes in turn.
+    busy: number of requests that are still answered with 503.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.breaks, self.ranges, self.asked = folder, list[int](), True, list[str]()
+        self.folder, self.breaks, self.ranges, self.requests = folder, list[int](), True, list[str]()
         self.port, self.busy = 0, 0
         self.start()
 
@@ -51,7 +52,7 @@ class Server:
                     self.send_error(503)
                     return
                 data, span = file.read_bytes(), self.headers.get("Range")
-                outer.asked.append(f"{self.command} {span or ''}".strip())
+                outer.requests.append(f"{self.command} {span or ''}".strip())
                 if span and outer.ranges:
                     first, _, last = span.removeprefix("bytes=").partition("-")
                     self.send_response(206)
@@ -98,30 +99,30 @@ def shards(make_shards: Callable[[Sequence[int]], list[str]]) -> list[str]:
 BRACES = "sa_{000000..000001}.tar"
 
 
-def test_an_address_is_read_like_a_disk(
+def test_remote_tars_give_the_same_batches_as_local_ones(
     server: Server, shards: list[str], tmp_path: Path, batches: Callable[..., list[list[str]]]
 ) -> None:
-    there, here = Sa1b(f"{server}/{BRACES}", val_images=3), Sa1b(str(tmp_path / "shards"), val_images=3)
-    assert [sample.key for sample in there.val_samples()] == [sample.key for sample in here.val_samples()]
+    remote, local = Sa1b(f"{server}/{BRACES}", val_images=3), Sa1b(str(tmp_path / "shards"), val_images=3)
+    assert [sample.key for sample in remote.val_samples()] == [sample.key for sample in local.val_samples()]
     for workers in (0, 2):
-        assert batches(there, 12, workers=workers) == batches(here, 12, workers=workers)
-    assert batches(there, 5, start=8) == batches(here, 5, start=8)
+        assert batches(remote, 12, workers=workers) == batches(local, 12, workers=workers)
+    assert batches(remote, 5, start=8) == batches(local, 5, start=8)
 
 
-def test_what_a_tar_holds_is_asked_once(server: Server, shards: list[str]) -> None:
+def test_headers_of_a_remote_tar_are_read_only_once(server: Server, shards: list[str]) -> None:
     Sa1b(f"{server}/{BRACES}?signature=monday", val_images=1)
-    assert len(server.asked) > 20
-    server.asked.clear()
+    assert len(server.requests) > 20
+    server.requests.clear()
     Sa1b(f"{server}/{BRACES}?signature=tuesday", val_images=1)
-    assert server.asked == ["HEAD", "HEAD"]
+    assert server.requests == ["HEAD", "HEAD"]
 
 
 def test_headers_are_asked_for_again_where_a_server_is_busy(server: Server, shards: list[str], tmp_path: Path) -> None:
-    here = Sa1b(str(tmp_path / "shards"), val_images=1)
+    local = Sa1b(str(tmp_path / "shards"), val_images=1)
     server.busy = 3
-    there = Sa1b(f"{server}/sa_000000.tar", val_images=1)
+    remote = Sa1b(f"{server}/sa_000000.tar", val_images=1)
     assert server.busy == 0
-    assert set(there.keys(there.train)) < set(here.keys([*here.train, *here.val]))
+    assert set(remote.keys(remote.train)) < set(local.keys([*local.train, *local.val]))
 
 
 def test_broken_connections_cost_a_warning(
@@ -131,41 +132,41 @@ def test_broken_connections_cost_a_warning(
     batches: Callable[..., list[list[str]]],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    there, here = Sa1b(f"{server}/{BRACES}", val_images=1), Sa1b(str(tmp_path / "shards"), val_images=1)
+    remote, local = Sa1b(f"{server}/{BRACES}", val_images=1), Sa1b(str(tmp_path / "shards"), val_images=1)
     server.breaks = [700, 5000, 0, 12345]
-    assert batches(there, 10) == batches(here, 10)
+    assert batches(remote, 10) == batches(local, 10)
     assert caplog.text.count("broke off at") == 4
-    assert there.skipped == 0
+    assert remote.skipped == 0
 
 
 def test_a_server_that_is_restarted(
     server: Server, shards: list[str], tmp_path: Path, batches: Callable[..., list[list[str]]]
 ) -> None:
-    there, here = Sa1b(f"{server}/{BRACES}", val_images=1), Sa1b(str(tmp_path / "shards"), val_images=1)
+    remote, local = Sa1b(f"{server}/{BRACES}", val_images=1), Sa1b(str(tmp_path / "shards"), val_images=1)
     server.breaks = [5000]
     server.stop()
     threading.Timer(0.5, server.start).start()
-    assert batches(there, 10) == batches(here, 10)
-    assert there.skipped == 0
+    assert batches(remote, 10) == batches(local, 10)
+    assert remote.skipped == 0
 
 
 def test_a_server_that_knows_no_ranges(
     server: Server, shards: list[str], tmp_path: Path, batches: Callable[..., list[list[str]]]
 ) -> None:
-    there, here = Sa1b(f"{server}/{BRACES}", val_images=1), Sa1b(str(tmp_path / "shards"), val_images=1)
+    remote, local = Sa1b(f"{server}/{BRACES}", val_images=1), Sa1b(str(tmp_path / "shards"), val_images=1)
     server.ranges, server.breaks = False, [5000]
-    assert batches(there, 10) == batches(here, 10)
+    assert batches(remote, 10) == batches(local, 10)
     with pytest.raises(UserError, match="the server can't send parts of a file; download it first, or use pipe:"):
         Sa1b(f"{server}/{BRACES}".replace("127.0.0.1", "localhost"), val_images=1)
 
 
-def test_a_tar_that_is_gone_for_good(
+def test_missing_remote_tar_is_refused_or_later_skipped(
     server: Server, shards: list[str], batches: Callable[..., list[list[str]]], caplog: pytest.LogCaptureFixture
 ) -> None:
     with pytest.raises(UserError, match=r"sa_000007\.tar: HTTP 404 Not Found"):
         Sa1b(f"{server}/sa_000007.tar")
     source = Sa1b(f"{server}/{BRACES}", val_images=1)
-    Path(shards[1]).unlink()  # hours later
+    Path(shards[1]).unlink()  # as if it were deleted during training
     keys = {key for batch in batches(source, 8) for key in batch}
     assert keys <= {f"sa_{number}" for number in range(12)}
     assert caplog.text.count("skipped: ") == 1
@@ -173,31 +174,31 @@ def test_a_tar_that_is_gone_for_good(
     assert source.skipped == 9
 
 
-def test_a_command(server: Server, shards: list[str], tmp_path: Path, batches: Callable[..., list[list[str]]]) -> None:
-    here = Sa1b(shards[0], val_images=1)
-    there = Sa1b(f"pipe:cat {shards[0]}", val_images=1)
-    assert batches(there, 8) == batches(here, 8)
+def test_pipe_cat(server: Server, shards: list[str], tmp_path: Path, batches: Callable[..., list[list[str]]]) -> None:
+    local = Sa1b(shards[0], val_images=1)
+    remote = Sa1b(f"pipe:cat {shards[0]}", val_images=1)
+    assert batches(remote, 8) == batches(local, 8)
 
 
-def test_a_command_that_talks_a_lot(shards: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More than a pipe holds, which nobody empties."""
+def test_pipe_command_with_much_stderr(shards: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It writes more to stderr than a pipe holds, and would hang if that were a pipe that nobody reads."""
     monkeypatch.setenv("SAM_DISTILL_HOME", str(tmp_path / "home"))
     source = Sa1b(f"pipe:head -c 500000 /dev/zero >&2; cat {shards[0]}", val_images=1)
     assert len(source.keys(source.train)) == 11
 
 
-def test_every_address_that_fsspec_knows(
+def test_addresses_of_fsspec(
     shards: list[str], tmp_path: Path, batches: Callable[..., list[list[str]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its file system in memory stands for s3 and the like."""
+    """fsspec's file system in memory stands in for s3 and others."""
     monkeypatch.setenv("SAM_DISTILL_HOME", str(tmp_path / "home"))
-    memory, here = fsspec.filesystem("memory"), Sa1b(str(tmp_path / "shards"), val_images=3)
+    memory, local = fsspec.filesystem("memory"), Sa1b(str(tmp_path / "shards"), val_images=3)
     for shard in shards:
         memory.pipe(f"/bucket/{Path(shard).name}", Path(shard).read_bytes())
     for path in (f"memory://bucket/{BRACES}", "memory://bucket/*.tar", "memory://bucket"):
-        there = Sa1b(path, val_images=3)
-        assert (there.keys(there.train), there.keys(there.val)) == (here.keys(here.train), here.keys(here.val))
-    assert batches(there, 12, workers=2) == batches(here, 12, workers=2)
+        remote = Sa1b(path, val_images=3)
+        assert (remote.keys(remote.train), remote.keys(remote.val)) == (local.keys(local.train), local.keys(local.val))
+    assert batches(remote, 12, workers=2) == batches(local, 12, workers=2)
     for path in ("memory://bucket/none.tar", "memory://none"):
         with pytest.raises(UserError, match=f"{path}: "):
             Sa1b(path)
@@ -212,7 +213,7 @@ def test_an_address_whose_connection_breaks(
     monkeypatch.setenv("SAM_DISTILL_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(tars, "RETRY_AFTER", (0.01, 0.01))
     fsspec.filesystem("memory").pipe("/bucket/a.tar", Path(shards[0]).read_bytes())
-    there, here = Sa1b("memory://bucket/a.tar", val_images=1), Sa1b(shards[0], val_images=1)
+    remote, local = Sa1b("memory://bucket/a.tar", val_images=1), Sa1b(shards[0], val_images=1)
     read, breaks = MemoryFile.read, [True, False, True, False]
 
     def breaking(file: MemoryFile, size: int) -> bytes:
@@ -221,8 +222,8 @@ def test_an_address_whose_connection_breaks(
         return read(file, size)
 
     monkeypatch.setattr(MemoryFile, "read", breaking)
-    assert batches(there, 5) == batches(here, 5)
-    assert (there.skipped, breaks) == (0, [])
+    assert batches(remote, 5) == batches(local, 5)
+    assert (remote.skipped, breaks) == (0, [])
 
 
 def test_a_command_that_fails_now_and_then(

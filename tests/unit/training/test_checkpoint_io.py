@@ -24,13 +24,13 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path: Path) -> None:
     assert [file.name for file in path.parent.iterdir()] == ["last.ckpt"]
 
 
-def test_what_a_kill_has_left_is_swept_away(tmp_path: Path) -> None:
+def test_partial_file_of_a_killed_process_is_deleted(tmp_path: Path) -> None:
     (tmp_path / ".last.ckpt.123.part").write_bytes(b"half")
     AtomicCheckpointIO().save_checkpoint({"step": 1}, tmp_path / "last.ckpt")
     assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
 
 
-def test_a_torn_checkpoint_is_told_in_one_line(tmp_path: Path) -> None:
+def test_truncated_checkpoint_raises_user_error(tmp_path: Path) -> None:
     path, io = tmp_path / "last.ckpt", AtomicCheckpointIO()
     io.save_checkpoint({"weights": torch.zeros(1000)}, path)
     for size in (0, 1000):

@@ -12,6 +12,6 @@ def test_any_unit(duration: str, steps: int) -> None:
 
 
 @pytest.mark.parametrize("duration", ["8", "8 weeks", "-1 steps", "0 steps", ""])
-def test_nonsense_is_told(duration: str) -> None:
+def test_invalid_durations_are_refused(duration: str) -> None:
     with pytest.raises(ValueError, match="should be a duration like '8 epochs'"):
         in_steps(duration, 8, 100)

@@ -1,4 +1,4 @@
-"""A whole training on six small drawings, with the real teacher."""
+"""Complete training runs on six small drawings, with the real teacher."""
 
 import csv
 import hashlib
@@ -108,7 +108,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, live: LiveTeacher) -> tup
 
 
 def test_smaller_inputs_first(tmp_path: Path, live: LiveTeacher) -> None:
-    """Shares of the steps see smaller inputs; validations and what is saved have the student's own size."""
+    """The first shares of the steps use smaller inputs; validations and saved students use the student's own size."""
     sam = student(live)
     seen: dict[bool, list[int]] = {True: [], False: []}
     sam.image_encoder.register_forward_pre_hook(lambda part, args: seen[part.training].append(args[0].shape[-1]))
@@ -119,7 +119,7 @@ def test_smaller_inputs_first(tmp_path: Path, live: LiveTeacher) -> None:
 
 
 def test_gradients_are_clipped(tmp_path: Path, live: LiveTeacher) -> None:
-    """By optim.clip, or by the argument of Lightning's Trainer: gradients far below eps make no step."""
+    """By optim.clip or by an argument of Lightning's Trainer: gradients clipped far below AdamW's eps make no step."""
     key, changes = "image_encoder.neck.conv.weight", []
     limited = Hardware("cpu", precision="fp32", workers=0, gradient_clip_val=1e-14, deterministic=None)
     for clip, hardware in ((1e-14, HARDWARE), (1.0, limited)):
@@ -132,24 +132,24 @@ def test_gradients_are_clipped(tmp_path: Path, live: LiveTeacher) -> None:
     assert max(changes) < 1e-8
 
 
-def test_a_profiler_is_heard() -> None:
-    """Lightning's other messages are not."""
+def test_messages_of_profilers_are_logged() -> None:
+    """Lightning's other messages are silenced."""
     silence_lightning()
     assert logging.getLogger("pytorch_lightning.profilers.profiler").isEnabledFor(logging.INFO)
     assert not logging.getLogger("pytorch_lightning.trainer").isEnabledFor(logging.INFO)
 
 
-def test_what_has_an_option_of_its_own_is_no_argument_of_the_trainer() -> None:
+def test_trainer_arguments_that_have_their_own_option_are_refused() -> None:
     with pytest.raises(UserError, match=r"trainer.max_steps: give budget=\.\.\. instead"):
         Hardware("cpu", max_steps=3)
     with pytest.raises(UserError, match=r"trainer.limit_val_batches: give data.val_images=\.\.\. instead"):
-        Hardware("cpu", limit_val_batches=0)  # no score, no student
+        Hardware("cpu", limit_val_batches=0)  # would leave neither a score nor a student
 
 
 def test_a_compiled_student_is_saved_under_official_names(
     tmp_path: Path, live: LiveTeacher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Traced as ever, but run without the C++ compiler, which takes minutes."""
+    """Traced as usual, but run by the eager backend, as the C++ compiler takes minutes."""
     monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="eager"))
     tiny = SamViT(width=16, depth=1, heads=1, global_blocks=[0])
     sam = new_student(tiny, live.sam, image_size=64, neck_from_teacher=False)
@@ -159,13 +159,13 @@ def test_a_compiled_student_is_saved_under_official_names(
     assert list(load_sam(tmp_path).state_dict()) == keys
 
 
-def test_shares_of_more_than_all_steps(tmp_path: Path, live: LiveTeacher) -> None:
+def test_resizing_shares_above_one_are_refused(tmp_path: Path, live: LiveTeacher) -> None:
     with pytest.raises(UserError, match=r"add up to 1\.3, which is more than 1"):
         run(tmp_path, live, student(live), progressive_resizing={64: 0.9, 96: 0.4})
     assert not list(tmp_path.iterdir())
 
 
-def test_smaller_inputs_are_smaller(tmp_path: Path, live: LiveTeacher) -> None:
+def test_resizing_above_the_students_size_is_refused(tmp_path: Path, live: LiveTeacher) -> None:
     with pytest.raises(UserError, match=r"192 px is more than the student's own: image_size=128"):
         run(tmp_path, live, student(live), progressive_resizing={64: 0.3, 192: 0.4})
     assert not list(tmp_path.iterdir())
@@ -206,18 +206,18 @@ def test_teacher_is_not_in_the_checkpoint(finished: tuple[Path, Sam]) -> None:
     assert checkpoint["state_dict"].keys() == {f"student.{key}" for key in sam.state_dict()}
 
 
-def test_one_batch_can_be_learned_by_heart(tmp_path: Path, live: LiveTeacher) -> None:
+def test_one_batch_can_be_overfitted(tmp_path: Path, live: LiveTeacher) -> None:
     run(tmp_path, live, student(live), budget="40 steps", validate_every="40 steps", batch_size=4)
     losses = history(tmp_path, "train/loss")
     assert losses[40] < 0.35 * losses[1]
 
 
-class Stumbling(Decoupled):
-    """Decoupled, until something happens at a step of one's choice."""
+class FailingStrategy(Decoupled):
+    """Decoupled strategy that fails at a given step, with an exception or with a NaN loss."""
 
-    def __init__(self, fall_at: int, nan: bool = False) -> None:
+    def __init__(self, fail_at: int, nan: bool = False) -> None:
         super().__init__()
-        self.steps_left, self.nan = fall_at, nan
+        self.steps_left, self.nan = fail_at, nan
 
     def step(self, sam: Sam, batch: Batch) -> StepOutput:
         self.steps_left -= 1
@@ -231,7 +231,7 @@ class Stumbling(Decoupled):
 
 def test_a_resumed_run_follows_the_same_curve(finished: tuple[Path, Sam], tmp_path: Path, live: LiveTeacher) -> None:
     with pytest.raises(RuntimeError, match="power cut"):
-        run(tmp_path, live, student(live), strategy=Stumbling(5))
+        run(tmp_path, live, student(live), strategy=FailingStrategy(5))
     torch.manual_seed(123)
     run(tmp_path, live, student(live), resume=str(tmp_path))
     for column in ("train/loss", "val/miou/point", "train/lr"):
@@ -239,29 +239,29 @@ def test_a_resumed_run_follows_the_same_curve(finished: tuple[Path, Sam], tmp_pa
     assert "before/miou/point" in json.loads((tmp_path / "metrics.json").read_text())
 
 
-class Interrupted(Agreement):
-    """Agreement, until the power goes in mid-validation."""
+class InterruptedAgreement(Agreement):
+    """Agreement protocol that raises an exception in the middle of a validation, at call `at`."""
 
     def __init__(self, at: int) -> None:
         super().__init__(points=1)
-        self.left = at
+        self.calls_left = at
 
     def compare(self, student: View, target: Target) -> Iterator[Outcome]:
-        self.left -= 1
-        if not self.left:
+        self.calls_left -= 1
+        if not self.calls_left:
             raise RuntimeError("power cut")
         return super().compare(student, target)
 
 
 @pytest.mark.parametrize("ema", [None, 0.9])
 def test_no_score_is_lost(finished: tuple[Path, Sam], tmp_path: Path, live: LiveTeacher, ema: float | None) -> None:
-    """Each validation compares two kinds of prompts; blind, before the first step, as well. Step 3's is cut short."""
+    """Each validation compares two kinds of prompts, the first also for the blind baseline. Step 3's is cut short."""
     with pytest.raises(RuntimeError, match="power cut"):
-        run(tmp_path, live, student(live), protocol=Interrupted(at=6), ema=ema)
+        run(tmp_path, live, student(live), protocol=InterruptedAgreement(at=6), ema=ema)
     assert sorted(history(tmp_path, "val/miou/point")) == [0]
-    for cut in (2, 99):  # when it goes on, it is cut short there again
+    for cut in (2, 99):  # the first resumed run is cut short at step 3 again
         with nullcontext() if cut == 99 else pytest.raises(RuntimeError, match="power cut"):
-            run(tmp_path, live, student(live), protocol=Interrupted(at=cut), resume=str(tmp_path), ema=ema)
+            run(tmp_path, live, student(live), protocol=InterruptedAgreement(at=cut), resume=str(tmp_path), ema=ema)
     assert sorted(history(tmp_path, "val/miou/point")) == [0, 3, 6]
     assert sorted(history(tmp_path, "train/loss")) == [1, 2, 3, 4, 5, 6]
     if ema is None:
@@ -283,16 +283,16 @@ def test_a_damaged_training_image_is_left_out(
     assert "The first 4 images wait for the teacher" in caplog.text
 
 
-def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path, live: LiveTeacher) -> None:
+def test_nan_loss_stops_the_run(tmp_path: Path, live: LiveTeacher) -> None:
     with pytest.raises(UserError, match=r"the loss is nan at step 1 \(images drawing\d, drawing\d\)"):
-        run(tmp_path, live, student(live), strategy=Stumbling(2, nan=True))
+        run(tmp_path, live, student(live), strategy=FailingStrategy(2, nan=True))
 
 
 class Demanding(Decoupled):
     requires = frozenset({"teacher_embedding", "moonlight"})
 
 
-def test_what_nobody_provides_is_missed_before_step_0(tmp_path: Path, live: LiveTeacher) -> None:
+def test_unavailable_requirement_is_refused_before_step_0(tmp_path: Path, live: LiveTeacher) -> None:
     with pytest.raises(UserError, match="needs moonlight, which no one provides"):
         run(tmp_path, live, student(live), strategy=Demanding())
 
@@ -306,8 +306,8 @@ PARTS = {
 
 
 @pytest.mark.parametrize("name", PARTS)
-def test_a_mask_strategy(name: str, finished: tuple[Path, Sam], tmp_path: Path, live: LiveTeacher) -> None:
-    """It starts from a distilled run, changes what it says and no BatchNorm statistics beside, and is saved whole."""
+def test_mask_strategy_in_training(name: str, finished: tuple[Path, Sam], tmp_path: Path, live: LiveTeacher) -> None:
+    """It starts from a distilled run. Only its own parts change, no BatchNorm statistics of others. All is saved."""
     strategy, trains = PARTS[name]
     theirs = {key: value.clone() for key, value in live.sam.state_dict().items()}
     start, sam = load_sam(finished[0]).state_dict(), student(live)
@@ -323,12 +323,12 @@ def test_a_mask_strategy(name: str, finished: tuple[Path, Sam], tmp_path: Path, 
     assert {"train/mask_loss", "train/iou_error", "train/miou"} <= set(columns(tmp_path))
 
 
-def test_what_finetunes_needs_a_start(tmp_path: Path, live: LiveTeacher) -> None:
+def test_finetuning_without_init_is_refused(tmp_path: Path, live: LiveTeacher) -> None:
     with pytest.raises(UserError, match="strategy=finetune_decoder starts from a distilled student: give init=RUN_DIR"):
         run(tmp_path, live, student(live), strategy=FinetuneDecoder())
 
 
-def test_annotations_where_there_are_none(tmp_path: Path, live: LiveTeacher) -> None:
+def test_targets_of_annotations_need_annotated_data(tmp_path: Path, live: LiveTeacher) -> None:
     strategy = SemiCoupled(targets="annotations", tokens="minimum")
     with pytest.raises(UserError, match=r"take prompts=boxes .* with prompts.masks=annotations"):
         run(tmp_path, live, student(live), strategy=strategy)
@@ -337,19 +337,19 @@ def test_annotations_where_there_are_none(tmp_path: Path, live: LiveTeacher) -> 
 
 
 def test_batches_accumulate(tmp_path: Path, live: LiveTeacher) -> None:
-    """Two batches of two images make one step of four, and a resumed run goes on with the images that come next."""
+    """Two batches of two images make one step of four images."""
     run(tmp_path, live, student(live), accumulate=2, budget="8 images", validate_every="1 step")
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert (metrics["steps"], metrics["images"], metrics["images_per_step"]) == (2, 8, 4)
     assert sorted(history(tmp_path, "val/miou/point")) == [0, 1, 2]
 
 
-def test_a_step_of_several_batches_is_told_as_one(
+def test_accumulated_batches_are_logged_as_one_step(
     tmp_path: Path, live: LiveTeacher, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The loss is the mean of its batches', the images are all of them, and there is one line."""
+    """The loss is the mean over the batches, the images of all batches count, and each step has one log line."""
 
-    class Told(Decoupled):
+    class Recorder(Decoupled):
         losses: list[float] = []  # noqa: RUF012
 
         def step(self, sam: Sam, batch: Batch) -> StepOutput:
@@ -358,8 +358,8 @@ def test_a_step_of_several_batches_is_told_as_one(
             return out
 
     caplog.set_level(logging.INFO)
-    run(tmp_path, live, student(live), strategy=Told(), accumulate=3, budget="3 steps", step_times=True, ema=0.9)
-    expected = [sum(Told.losses[first : first + 3]) / 3 for first in (0, 3, 6)]
+    run(tmp_path, live, student(live), strategy=Recorder(), accumulate=3, budget="3 steps", step_times=True, ema=0.9)
+    expected = [sum(Recorder.losses[first : first + 3]) / 3 for first in (0, 3, 6)]
     assert list(history(tmp_path, "train/loss").values()) == pytest.approx(expected, rel=1e-4)
     assert [line.partition("  ")[0] for line in caplog.messages if "images/s" in line] == [
         f"step {number}/3" for number in (1, 2, 3)
@@ -369,38 +369,38 @@ def test_a_step_of_several_batches_is_told_as_one(
 
 
 def test_stopped_between_two_batches_of_a_step(tmp_path: Path, live: LiveTeacher) -> None:
-    """The step is finished first, and what it logs is written; going on gives what an undisturbed run gives."""
+    """The step is finished and logged first; the resumed run then gives the same losses as an undisturbed one."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     whole.mkdir()
     broken.mkdir()
     asked: dict[str, Any] = {"accumulate": 3, "budget": "4 steps", "validate_every": "4 steps"}
-    run(whole, live, student(live), strategy=Called(at=0), **asked)
+    run(whole, live, student(live), strategy=StoppedBySignal(at=0), **asked)
     with pytest.raises(SystemExit):
-        run(broken, live, student(live), strategy=Called(at=5), **asked)
+        run(broken, live, student(live), strategy=StoppedBySignal(at=5), **asked)
     assert torch.load(broken / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
     assert sorted(history(broken, "train/loss")) == [1, 2]
-    run(broken, live, student(live), strategy=Called(at=0), resume=str(broken), **asked)
+    run(broken, live, student(live), strategy=StoppedBySignal(at=0), resume=str(broken), **asked)
     for column in ("train/loss", "train/luck"):
         assert history(broken, column) == pytest.approx(history(whole, column), rel=1e-4), column
 
 
-class Called(Decoupled):
-    """Decoupled, until the terminal is closed."""
+class StoppedBySignal(Decoupled):
+    """Decoupled strategy that sends its own process a stop signal at batch number `at`."""
 
     def __init__(self, at: int) -> None:
         super().__init__()
-        self.left = at
+        self.calls_left = at
 
     def step(self, sam: Sam, batch: Batch) -> StepOutput:
-        self.left -= 1
-        if not self.left:
-            os.kill(os.getpid(), STOP_SIGNALS[-1])  # SIGHUP, unless these tests ignore it, too
+        self.calls_left -= 1
+        if not self.calls_left:
+            os.kill(os.getpid(), STOP_SIGNALS[-1])  # SIGHUP, unless this process ignores it
         out = super().step(sam, batch)
         return replace(out, logs={"luck": torch.rand(())})
 
 
-def test_chance_is_another_on_each_rank(live: LiveTeacher) -> None:
-    """In a student with DropPath, whose outputs tell which blocks were left out; and the same if it is repeated."""
+def test_random_numbers_differ_by_rank_step_and_batch(live: LiveTeacher) -> None:
+    """At the same place they repeat exactly. Outputs of a student with DropPath show which blocks were left out."""
     sam = new_student(TinyViT("11m", pretrained=False), live.sam, image_size=64, neck_from_teacher=False)
     module = Distillation(sam, Decoupled(), live, Points(1, 0), AdamW(), Agreement())
     batch: Any = collate([Drawings().load(0), Drawings().load(3)])
@@ -427,8 +427,8 @@ def test_parts_learn_at_their_own_rates(finished: tuple[Path, Sam], tmp_path: Pa
         run(tmp_path, live, student(live), optim=optim)
 
 
-def test_the_average_is_what_is_judged_and_saved(tmp_path: Path, live: LiveTeacher) -> None:
-    """And training goes on without it, also after a crash; with Muon, whose momentum must come back as well."""
+def test_averaged_weights_are_evaluated_and_saved(tmp_path: Path, live: LiveTeacher) -> None:
+    """Training itself goes on with the plain weights, also after a crash; Muon's momentum must be restored as well."""
     asked: dict[str, Any] = {"ema": 0.9, "optim": Muon(lr=1e-3)}
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     whole.mkdir()
@@ -445,7 +445,7 @@ def test_the_average_is_what_is_judged_and_saved(tmp_path: Path, live: LiveTeach
     )  # fmt: skip
     assert metrics["embedding_mse"] == pytest.approx(history(whole, "val/embedding_mse")[6], rel=1e-5)
     with pytest.raises(RuntimeError, match="power cut"):
-        run(broken, live, student(live), strategy=Stumbling(5), **asked)
+        run(broken, live, student(live), strategy=FailingStrategy(5), **asked)
     run(broken, live, student(live), resume=str(broken), **asked)
     for column in ("train/loss", "val/embedding_mse"):
         assert history(broken, column) == pytest.approx(history(whole, column), rel=1e-4), column
@@ -476,7 +476,7 @@ def test_a_plan_trains_nothing(tmp_path: Path, live: LiveTeacher, capfd: pytest.
     assert not list(tmp_path.iterdir())
 
 
-def test_resuming_nothing(tmp_path: Path, live: LiveTeacher) -> None:
+def test_resume_without_a_checkpoint_is_refused(tmp_path: Path, live: LiveTeacher) -> None:
     with pytest.raises(UserError, match=r"there is no .*last\.ckpt"):
         run(tmp_path, live, student(live), resume=str(tmp_path))
 
@@ -498,8 +498,8 @@ def test_a_resumed_run_takes_new_rates_but_no_other_images(
         run(tmp_path / "run", live, student(live), source=other, **there)
 
 
-def test_runs_of_the_first_days_go_on(tmp_path: Path) -> None:
-    """They have a hash of all keys where later ones have a fingerprint."""
+def test_runs_with_the_old_hash_of_keys_can_be_resumed(tmp_path: Path) -> None:
+    """Early runs recorded a hash of all keys instead of the data's fingerprint."""
     source, other = Drawings(), Drawings()
     other.train = range(3)
     keys = "\n".join(sorted(source.keys(source.train))).encode()
@@ -510,7 +510,7 @@ def test_runs_of_the_first_days_go_on(tmp_path: Path) -> None:
         _check_same_run(tmp_path, facts | {"data_keys": other.fingerprint}, other)
 
 
-def test_nothing_held_out_is_told(finished: tuple[Path, Sam], tmp_path: Path, live: LiveTeacher) -> None:
+def test_empty_validation_set_is_refused(finished: tuple[Path, Sam], tmp_path: Path, live: LiveTeacher) -> None:
     source = Drawings()
     source.val = range(0)
     with pytest.raises(UserError, match=r"data\.val_images: 0 images are held out to judge the student on"):
@@ -522,7 +522,7 @@ def test_nothing_held_out_is_told(finished: tuple[Path, Sam], tmp_path: Path, li
         )  # fmt: skip
 
 
-def test_a_student_that_says_nan_is_no_zero(live: LiveTeacher) -> None:
+def test_nan_embeddings_are_an_error_not_a_score_of_zero(live: LiveTeacher) -> None:
     batch = collate([Drawings().load(0), Drawings().load(3)])
     agreement = Agreement(points=1)
     own = torch.zeros(2, 256, 64, 64)
@@ -540,7 +540,7 @@ def test_resuming_another_architecture(finished: tuple[Path, Sam], tmp_path: Pat
         run(tmp_path, live, other, resume=str(finished[0]))
 
 
-def test_a_hint_can_be_pasted() -> None:
+def test_printed_options_are_quoted_for_the_shell() -> None:
     assert _option("checkpoint", Path("outputs/a_1-b.c")) == "checkpoint=outputs/a_1-b.c"
     assert shlex.split(_option("checkpoint", Path("my runs/seed=0"))) == ['checkpoint="my runs/seed=0"']
 
@@ -588,7 +588,7 @@ def test_a_single_image_has_no_blind_baseline(tmp_path: Path, live: LiveTeacher)
 
 
 def test_the_blind_baseline_leaves_out_the_image_itself(live: LiveTeacher) -> None:
-    """Two images: each is answered with the other's embedding, whichever order they come in."""
+    """With two images, each is decoded from the other's embedding, in whatever order they come."""
     batch = collate([Drawings().load(0), Drawings().load(3)])
     agreement = Agreement(points=2)
     own = live.sam.encode(batch.images, batch.sizes)

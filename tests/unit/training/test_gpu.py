@@ -1,6 +1,6 @@
-"""What only a GPU shows: `make gpu-check` runs these. Random weights, no network, seconds each.
+"""Tests that need a GPU; `make gpu-check` runs them. Random weights, no network, seconds each.
 
-SAM_DISTILL_GPU_TESTS=cpu runs them on the CPU instead, small, so that they are no news to anybody when a GPU comes.
+SAM_DISTILL_GPU_TESTS=cpu runs them on the CPU instead, at small sizes, so that they are tried before there is a GPU.
 """
 
 import copy
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_fit import Drawings, Stumbling, history, run
+from test_fit import Drawings, FailingStrategy, history, run
 from torch import Tensor, distributed, nn
 
 from sam_distill.data.base import collate
@@ -69,7 +69,7 @@ class RandomTeacher(LiveTeacher):
 
 @pytest.fixture(autouse=True)
 def exact() -> Iterator[None]:
-    """fp32 means fp32 here, for matrix products as for convolutions."""
+    """Turn off TF32 in matrix products and convolutions, so that fp32 means fp32."""
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
@@ -95,21 +95,23 @@ def new_sam(encoder: ImageEncoder, size: int = SIZE) -> Sam:
 
 
 def prompts() -> Prompts:
-    """Points for one image, a box and nothing for the other: [2, 2, 3]."""
+    """Return two prompts for each of two images, one of a point and a box, one of a point alone: labels [2, 2, 3]."""
     points = torch.tensor([[[300.0, 200.0]], [[700.0, 500.0]]]).expand(2, 2, 1, 2)
     boxes = torch.tensor([[100.0, 80.0, 600.0, 400.0], [torch.nan] * 4]).expand(2, 2, 4)
     return box_prompts(boxes, points, torch.ones(2, 2, 1, dtype=torch.int64))
 
 
-def alike(there: Tensor, here: Tensor, share: float) -> None:
-    """Within a share of how much the values vary."""
-    assert there.device.type == DEVICE
-    assert (there.cpu().float() - here).abs().max() < share * here.std(), (there.cpu().float() - here).abs().max()
+def assert_close_to_cpu(on_device: Tensor, on_cpu: Tensor, share: float) -> None:
+    """Assert that both differ by less than `share` of the CPU values' standard deviation."""
+    assert on_device.device.type == DEVICE
+    assert (on_device.cpu().float() - on_cpu).abs().max() < share * on_cpu.std(), (
+        (on_device.cpu().float() - on_cpu).abs().max()
+    )
 
 
 @contextmanager
 def never_waiting() -> Iterator[None]:
-    """A GPU raises where the CPU would have to wait for it."""
+    """Raise an error wherever the CPU would have to wait for the GPU."""
     if ON_GPU:
         torch.cuda.set_sync_debug_mode("error")
     try:
@@ -121,28 +123,28 @@ def never_waiting() -> Iterator[None]:
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ENCODERS)
-def test_the_cpus_embeddings(name: str, batch: Batch) -> None:
+def test_embeddings_match_the_cpu(name: str, batch: Batch) -> None:
     sam = new_sam(ENCODERS[name]())
-    here = sam.encode(batch.images, batch.sizes)
-    sam, there = sam.to(DEVICE).to(memory_format=torch.channels_last), batch.to(DEVICE)
-    alike(sam.encode(there.images, there.sizes), here, 5e-3)
+    on_cpu = sam.encode(batch.images, batch.sizes)
+    sam, on_device = sam.to(DEVICE).to(memory_format=torch.channels_last), batch.to(DEVICE)
+    assert_close_to_cpu(sam.encode(on_device.images, on_device.sizes), on_cpu, 5e-3)
     with torch.autocast(DEVICE, torch.bfloat16):
-        half = sam.encode(there.images, there.sizes)
-    assert torch.cosine_similarity(half.cpu(), here, dim=1).mean() > 0.99
+        half = sam.encode(on_device.images, on_device.sizes)
+    assert torch.cosine_similarity(half.cpu(), on_cpu, dim=1).mean() > 0.99
 
 
 @torch.no_grad()
-def test_the_cpus_masks(batch: Batch) -> None:
-    """Of prompts with absent points among them, which a GPU masks and a CPU may leave out."""
+def test_masks_match_the_cpu(batch: Batch) -> None:
+    """Some prompts have absent points, which a GPU masks and a CPU may leave out."""
     sam, embedding = new_sam(TinyViT(pretrained=False)), torch.randn(2, 256, 64, 64)
-    here = sam.decode(embedding, prompts(), ALL)
+    on_cpu = sam.decode(embedding, prompts(), ALL)
     sam = sam.to(DEVICE)
-    there = sam.decode(embedding.to(DEVICE), prompts().to(DEVICE), ALL)
-    alike(there.low_res, here.low_res, 1e-2)
-    alike(there.iou, here.iou, 1e-2)
+    on_device = sam.decode(embedding.to(DEVICE), prompts().to(DEVICE), ALL)
+    assert_close_to_cpu(on_device.low_res, on_cpu.low_res, 1e-2)
+    assert_close_to_cpu(on_device.iou, on_cpu.iou, 1e-2)
     with torch.autocast(DEVICE, torch.bfloat16):
         half = sam.decode(embedding.to(DEVICE), prompts().to(DEVICE), ALL)
-    alike(half.low_res, here.low_res, 0.5)
+    assert_close_to_cpu(half.low_res, on_cpu.low_res, 0.5)
     assert half.low_res.dtype == torch.float32
 
 
@@ -153,27 +155,27 @@ def test_many_prompts_at_a_time_and_one_by_one() -> None:
     labels = torch.ones(points.shape[:3], dtype=torch.int64, device=DEVICE)
     together = sam.decode(embedding, point_prompts(points, labels))
     last = sam.decode(embedding, point_prompts(points[:, -1:], labels[:, -1:]))
-    alike(together.low_res[:, -1], last.low_res[:, 0].cpu(), 1e-2)
+    assert_close_to_cpu(together.low_res[:, -1], last.low_res[:, 0].cpu(), 1e-2)
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_a_step(name: str, dtype: torch.dtype | None, teacher: LiveTeacher, batch: Batch) -> None:
-    """The CPU's loss, gradients that are numbers, and no waiting on the way forward."""
+def test_step_matches_the_cpu(name: str, dtype: torch.dtype | None, teacher: LiveTeacher, batch: Batch) -> None:
+    """The loss is that of the CPU, gradients are finite, and neither the forward nor the backward pass waits."""
     strategy, sampler = STRATEGIES[name], Boxes(count=2, seed=0)
     requires = requirements(strategy, sampler)
-    torch.manual_seed(1)  # not the teacher's
+    torch.manual_seed(1)  # other weights than the teacher's
     student = new_student(TinyViT(pretrained=False), teacher.sam.cpu(), min(SIZE, 256), neck_from_teacher=True)
     strategy.prepare(student)
     student.requires_grad_(False).eval()
     losses = []
     for device in ("cpu", DEVICE):
-        student, on = student.to(device), batch.to(device)
+        student, device_batch = student.to(device), batch.to(device)
         teacher.sam.to(device)
         parameters = [p for part in strategy.trainable(student).values() for p in part.requires_grad_().parameters()]
         with never_waiting() if device == "cuda" else nullcontext():
             with torch.autocast(device, dtype=dtype, enabled=dtype is not None):
-                filled = teacher.fill(on, requires)
+                filled = teacher.fill(device_batch, requires)
                 if "prompts" in requires:
                     filled = replace(filled, prompts=sampler.draw(filled))
                 loss = strategy.step(student, filled).loss
@@ -185,7 +187,7 @@ def test_a_step(name: str, dtype: torch.dtype | None, teacher: LiveTeacher, batc
 
 
 class OneDevice(Hardware):
-    """As one process of a data-parallel run, with all that this brings: NCCL on a GPU."""
+    """Hardware of one process of a data-parallel run, with all that this involves, such as NCCL on a GPU."""
 
     def trainer_arguments(self) -> dict[str, Any]:
         return super().trainer_arguments() | {"strategy": "ddp"}
@@ -193,7 +195,7 @@ class OneDevice(Hardware):
 
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A group of one process, which meets itself at a free port."""
+    """Set address and port of a process group of one process; destroy the group after the test."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         monkeypatch.setenv("MASTER_PORT", str(probe.getsockname()[1]))
@@ -211,14 +213,14 @@ def train(run_dir: Path, teacher: LiveTeacher, hardware: Hardware, **options: An
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_resumed_run(precision: Any, teacher: LiveTeacher, tmp_path: Path) -> None:
-    """Losses, scores and the student, broken off and not; the average of the weights takes part."""
+    """Losses and scores are the same whether the run was interrupted or not, with averaged weights."""
     hardware = Hardware("gpu" if ON_GPU else "cpu", precision=precision, workers=2 if ON_GPU else 0)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     for folder in (whole, broken):
         folder.mkdir()
     train(whole, teacher, hardware, ema=0.9)
     with pytest.raises(RuntimeError, match="power cut"):
-        train(broken, teacher, hardware, ema=0.9, strategy=Stumbling(4))
+        train(broken, teacher, hardware, ema=0.9, strategy=FailingStrategy(4))
     train(broken, teacher, hardware, ema=0.9, resume=str(broken))
     for column in ("train/loss", "val/embedding_mse"):
         expected = pytest.approx(history(whole, column), rel=1e-3 if precision == "fp32" else 3e-2)
@@ -227,7 +229,7 @@ def test_a_resumed_run(precision: Any, teacher: LiveTeacher, tmp_path: Path) -> 
 
 @pytest.mark.usefixtures("alone")
 def test_data_parallel_on_one_device(teacher: LiveTeacher, tmp_path: Path) -> None:
-    """Ranks that ask each other whether to stop, losses over all ranks, metrics over all ranks: here all are one."""
+    """Ranks agree on whether to stop and combine their losses and metrics; here there is only one rank."""
     for name, kind in (("plain", Hardware), ("ddp", OneDevice)):
         (tmp_path / name).mkdir()
         train(tmp_path / name, teacher, kind("gpu" if ON_GPU else "cpu", precision="fp32", workers=0))
@@ -260,12 +262,12 @@ def test_a_compiled_encoder(batch: Batch) -> None:
     torch.testing.assert_close(torch.compile(encoder)(pixels), encoder(pixels), rtol=1e-2, atol=1e-2)
 
 
-def test_everything_the_cpu_finds() -> None:
-    """The same masks, in fp32: their number within a tenth, their mean IoU above 0.95."""
+def test_segment_everything_finds_the_cpus_masks() -> None:
+    """In fp32 the number of masks is the CPU's within a tenth, and the mean IoU with them is above 0.95."""
     sam, image = new_sam(TinyViT(pretrained=False)), np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8)
     options: dict[str, Any] = {"pred_iou_thresh": -10.0, "stability_score_thresh": 0.0, "output_mode": "coco_rle"}
     options |= {"points_per_side": 4 if ON_GPU else 1, "box_nms_thresh": 1.0}
-    here = SamAutomaticMaskGenerator(sam, **options).generate(image)
-    there = SamAutomaticMaskGenerator(sam.to(DEVICE), **options).generate(image)
-    assert len(there) == pytest.approx(len(here), rel=0.1)
-    assert np.mean([row.iou for row in nearest("", here, there)]) > 0.95
+    on_cpu = SamAutomaticMaskGenerator(sam, **options).generate(image)
+    on_device = SamAutomaticMaskGenerator(sam.to(DEVICE), **options).generate(image)
+    assert len(on_device) == pytest.approx(len(on_cpu), rel=0.1)
+    assert np.mean([row.iou for row in nearest("", on_cpu, on_device)]) > 0.95

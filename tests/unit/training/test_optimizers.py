@@ -6,7 +6,7 @@ from sam_distill.training.optimizers import AdamW, Muon
 
 
 def test_no_decay_on_biases_norms_and_attention_biases() -> None:
-    """Design, numerics rule 16."""
+    """Only matrices and filters decay."""
     encoder = TinyViT(pretrained=False)
     optimizer, _ = AdamW(weight_decay=0.05).build({"image_encoder": encoder}, 10)
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
@@ -31,7 +31,7 @@ def test_warm_up_and_cosine() -> None:
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.01)
 
 
-def test_muon_turns_matrices_and_leaves_the_rest_to_adamw() -> None:
+def test_muon_orthogonalises_matrices_and_leaves_the_rest_to_adamw() -> None:
     torch.manual_seed(0)
     part = torch.nn.Linear(64, 32)
     before = {name: parameter.detach().clone() for name, parameter in part.named_parameters()}
@@ -50,7 +50,7 @@ def test_muon_turns_matrices_and_leaves_the_rest_to_adamw() -> None:
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.05])
-def test_muon_takes_what_decays(weight_decay: float) -> None:
+def test_muon_updates_only_the_weights_that_decay(weight_decay: float) -> None:
     part = torch.nn.Module()
     part.pos_embed = torch.nn.Parameter(torch.zeros(1, 4, 4, 8))
     part.filters = torch.nn.Conv2d(3, 8, 3)
@@ -58,5 +58,5 @@ def test_muon_takes_what_decays(weight_decay: float) -> None:
     for parameter in part.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    turned = {name for name, p in part.named_parameters() if "momentum_buffer" in optimizer.state[p]}
-    assert turned == {"filters.weight"}
+    by_muon = {name for name, p in part.named_parameters() if "momentum_buffer" in optimizer.state[p]}
+    assert by_muon == {"filters.weight"}

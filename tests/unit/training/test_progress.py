@@ -12,7 +12,7 @@ from sam_distill.runs.progress import new_bar
 from sam_distill.training import progress
 
 
-def test_the_bar_tells_steps_and_loss_and_lets_lines_scroll_by(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bar_shows_steps_and_loss_below_printed_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     screen, before = io.StringIO(), sys.stdout
     console = Console(file=screen, force_terminal=True, color_system=None, width=100)
     monkeypatch.setattr(progress, "new_bar", partial(new_bar, console=console))

@@ -1,4 +1,4 @@
-"""Two processes that normalise together do what one does with both their batches."""
+"""Two processes with SyncBatchNorm compute the same as one process with both batches."""
 
 from pathlib import Path
 
@@ -30,11 +30,11 @@ def inputs(name: str) -> Tensor:
     x = torch.randn(RANKS * BATCH, 4, *(() if name == "1d" else (5, 6))) * torch.arange(1, 5).view(
         4, *(() if name == "1d" else (1, 1))
     )
-    return x + (1000 if name == "large" else 0)  # where E[x^2] - E[x]^2 has no digits left
+    return x + (1000 if name == "large" else 0)  # so large that E[x^2] - E[x]^2 would lose all digits
 
 
 def outcome(name: str, layer: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """Output, gradients of a loss that cares for every element, and all buffers."""
+    """Return the output, the gradients of a loss that depends on every element, and all buffers."""
     x = x.requires_grad_()
     out = layer(x)
     (out * torch.linspace(-1, 1, out[0].numel()).view_as(out[0]) + out**2 / 2).sum().backward()
@@ -54,7 +54,7 @@ def work(rank: int, folder: str) -> None:
     distributed.destroy_process_group()
 
 
-def test_as_one_process_with_both_batches(tmp_path: Path) -> None:
+def test_two_ranks_match_one_process_with_both_batches(tmp_path: Path) -> None:
     spawn(work, (str(tmp_path),), nprocs=RANKS)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(RANKS)]
     for name, layer in layers().items():

@@ -1,4 +1,4 @@
-"""Training lets a GPU run ahead: nothing waits for it between log lines, and yet no broken weights are kept."""
+"""Training does not wait for the GPU between log lines, and still never saves weights with NaN or infinity."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +11,7 @@ import torch
 from pretended import pretended_gpu
 from pytorch_lightning.accelerators import CPUAccelerator
 from pytorch_lightning.strategies import SingleDeviceStrategy
-from test_fit import Drawings, Stumbling, run, student
+from test_fit import Drawings, FailingStrategy, run, student
 
 from sam_distill.errors import UserError
 from sam_distill.evaluate.agreement import Agreement
@@ -26,15 +26,15 @@ from sam_distill.training.lightning_module import Distillation
 from sam_distill.types import Batch, StepOutput
 
 
-class Pretended(Hardware):
-    """A GPU for Lightning's trainer."""
+class PretendedHardware(Hardware):
+    """Hardware that looks like a GPU to Lightning's trainer."""
 
     kind, device_name, num_workers = "cuda", "a pretended GPU", 0  # type: ignore[assignment]
 
     def trainer_arguments(self) -> dict[str, Any]:
         class Accelerator(CPUAccelerator):
             def setup_device(self, device: torch.device) -> None:
-                """Another than the CPU will do."""
+                """Accept devices other than the CPU."""
 
         place = SingleDeviceStrategy(torch.device("cuda", 0), accelerator=Accelerator())
         return {"strategy": place, "precision": "bf16-mixed", "use_distributed_sampler": False}
@@ -50,20 +50,20 @@ class RandomTeacher(LiveTeacher):
 
 @pytest.fixture
 def one_log_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a run of up to 50 steps."""
+    """Write only one log line in a run of up to 50 steps."""
     monkeypatch.setattr(training, "LOG_LINES", 1)
 
 
 @pytest.fixture
 def teacher() -> LiveTeacher:
-    """A new one for each test: a pretended GPU keeps what it gets."""
+    """Return a new teacher for each test, as the pretended GPU keeps the tensors that are moved to it."""
     torch.manual_seed(0)
     return RandomTeacher()
 
 
 @pytest.mark.usefixtures("one_log_line")
 def test_no_step_waits_between_log_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, teacher: LiveTeacher) -> None:
-    """The whole loop, but for the backward pass, which pretended tensors can't do. Strategies have tests apart."""
+    """The whole loop except the backward pass, which pretended tensors can't do. Other tests cover the strategies."""
     begun: list[int] = []
 
     def backward(self: Distillation, loss: torch.Tensor) -> None:
@@ -84,7 +84,7 @@ def test_no_step_waits_between_log_lines(tmp_path: Path, monkeypatch: pytest.Mon
             tmp_path,
             teacher,
             student(teacher),
-            hardware=Pretended(precision="bf16"),
+            hardware=PretendedHardware(precision="bf16"),
             validate_every="4 steps",
             **options,
         )
@@ -93,8 +93,8 @@ def test_no_step_waits_between_log_lines(tmp_path: Path, monkeypatch: pytest.Mon
         assert len(gpu.waits) > begun[3], "the last step is logged and judged"
 
 
-def test_the_average_lies_where_training_is() -> None:
-    """Which is where the module will be moved to."""
+def test_averaged_weights_lie_on_the_training_device() -> None:
+    """The module itself is moved there later."""
     module, averaged = pl.LightningModule(), Averaged(decay=0.9)
     module.layer = torch.nn.Linear(2, 2)
     trainer: Any = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cuda", 0)))
@@ -105,16 +105,16 @@ def test_the_average_lies_where_training_is() -> None:
 
 
 @pytest.mark.usefixtures("one_log_line")
-def test_a_loss_that_is_no_number_is_found_before_anything_is_kept(tmp_path: Path, teacher: LiveTeacher) -> None:
-    """And named with the step and the images of its time."""
+def test_nan_loss_is_found_before_anything_is_saved(tmp_path: Path, teacher: LiveTeacher) -> None:
+    """The message names the step and the images of that loss, although it is found later."""
     with pytest.raises(UserError, match=r"the loss is nan at step 1 \(images drawing\d, drawing\d\)"):
-        run(tmp_path, teacher, student(teacher), strategy=Stumbling(2, nan=True))
+        run(tmp_path, teacher, student(teacher), strategy=FailingStrategy(2, nan=True))
     assert not (tmp_path / "student.pt").exists()
     assert not list(tmp_path.glob("checkpoints/*"))
 
 
 class Overflowing(Decoupled):
-    """At the third step the loss is a number, its gradient is not."""
+    """Decoupled strategy whose loss at the third step is a number, but whose gradient is not."""
 
     steps = 0
 
@@ -124,7 +124,7 @@ class Overflowing(Decoupled):
         return StepOutput(loss if self.steps != 3 else loss + (loss - loss.detach()).abs().sqrt())
 
 
-def test_weights_that_are_no_numbers_are_not_kept(tmp_path: Path, teacher: LiveTeacher) -> None:
+def test_nan_weights_are_not_saved(tmp_path: Path, teacher: LiveTeacher) -> None:
     with pytest.raises(UserError, match="weights are no numbers any more after step 3, though all losses were"):
         run(tmp_path, teacher, student(teacher), strategy=Overflowing(), validate_every="3 steps", source=Drawings())
     assert not (tmp_path / "student.pt").exists()
