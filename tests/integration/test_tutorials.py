@@ -58,7 +58,7 @@ def test_commands_and_code_of_start_md(photos: Path, capfd: pytest.CaptureFixtur
         "seen.json",
         "student.safetensors",
     }
-    assert 0 <= json.loads(Path("outputs/judged/metrics.json").read_text())["miou/point"] <= 1
+    assert 0 <= json.loads(Path("outputs/evaluated/metrics.json").read_text())["miou/point"] <= 1
 
 
 def test_files_and_commands_of_add_md(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:

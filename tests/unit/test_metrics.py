@@ -22,7 +22,7 @@ def test_iou_is_intersection_over_union(prediction: object, target: object) -> N
 
 
 def test_empty_prediction_counts_as_0_and_empty_target_is_skipped() -> None:
-    """Design, numerics rule 7: an empty prediction counts as 0, an empty target is left out."""
+    """An empty prediction counts as 0, an empty target is left out."""
     empty, full = torch.zeros(4, 4, dtype=torch.bool), torch.ones(4, 4, dtype=torch.bool)
     metric = MeanIoU()
     metric.update(mask_iou(torch.stack([empty, full, empty]), torch.stack([full, full, empty])))

@@ -28,7 +28,7 @@ class SkippedSamples:
     """Record of what could not be read: each is counted and logged once.
 
     unreadable: [training images] bool in shared memory, seen by all loader workers. Ranks merge theirs now and then.
-    others: reasons for everything else, known to this process only.
+    other_reasons: reasons for everything else, known to this process only.
     """
 
     def __init__(self, train_images: int) -> None:

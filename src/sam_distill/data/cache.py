@@ -1,4 +1,4 @@
-"""The distillation cache: images with their teacher's embeddings in self-contained tars (design, section 5).
+"""The distillation cache: images with their teacher's embeddings in self-contained tars.
 
     manifest.json          the settings that made it, and every tar's image count, size and hash
     teacher.pt             the teacher without its backbone: all that is needed to turn an embedding into masks

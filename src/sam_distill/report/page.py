@@ -22,7 +22,7 @@ LEGEND = (
     "**paper**: the numbers of MobileSAM's paper ([arXiv:2306.14289](https://arxiv.org/abs/2306.14289), version 2);"
     " **ours**: measured by the runs of this report; **not run**: the paper has a number, we have no run for it yet.",
     "A row of ours beside one of the paper has the same setting, named in the first columns. Data, teacher and budget"
-    " may be others: they are told below each table.",
+    " may be others: they are listed below each table.",
     "**mIoU**: the mean IoU between the masks of teacher and student for the same prompts, over prompts. Every number"
     " is the mean over the runs of its setting, with the least and the greatest of them; for a single run, with the"
     " middle 95% of a bootstrap over its images. Error bars are the same; bands are the least and the greatest.",

@@ -109,7 +109,7 @@ def test_experiment_of_another_command_is_a_one_line_error(
 
 
 def test_all_mistakes_are_reported_at_once() -> None:
-    """Design, section 3: one line per mistake, before anything slow begins."""
+    """One line per mistake, before anything slow begins."""
     lines = mistakes(
         "train", "encoder=tinyvt", "optim.lrr=1", "batch_size=many", "image_size=1000", "+strategy.typo=1", "budget=8"
     )

@@ -5,8 +5,6 @@ import torch
 from sam_distill.data.base import SkippedSamples, collate
 from sam_distill.types import Sample
 
-KEYS = [f"key{number}" for number in range(1000)]
-
 
 def test_skipped_samples_created_in_inference_mode_can_be_updated() -> None:
     """Lightning validates in inference mode; tensors created in it can't be modified outside."""

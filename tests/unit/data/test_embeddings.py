@@ -13,7 +13,7 @@ EMBEDDING = NOISE * torch.linspace(0.01, 3, 256)[:, None, None]
 @pytest.mark.parametrize(("dtype", "megabytes"), [("int8", 0.72), ("fp16", 1.44), ("fp32", 4.2)])
 @pytest.mark.parametrize("size", [SIZE, SIZE[::-1]], ids=["landscape", "portrait"])
 def test_packed_size_and_rounding_error(dtype: Dtype, megabytes: float, size: tuple[int, int]) -> None:
-    """Design, section 9: at most 0.72 MB for a 3:2 image, as int8, which has a scale per channel."""
+    """At most 0.72 MB for a 3:2 image, as int8, which has a scale per channel."""
     content = pack(EMBEDDING, size, dtype)
     assert len(content) <= megabytes * 1e6
     error = (unpack(content, "a") - EMBEDDING).abs() * valid_area(torch.tensor([size]), 64)[0]
