@@ -174,6 +174,8 @@ def _checked(description: Any, path: Path) -> dict[str, Any]:
     kinds = {"encoder": dict, "image_size": int}
     if not (isinstance(description, dict) and all(isinstance(description.get(n), k) for n, k in kinds.items())):
         raise UserError(f"{path} describes its model as no version of sam-distill does ({str(description)[:60]})")
+    if description["encoder"].get("class") == "TimmEncoder":
+        description["encoder"].setdefault("neck", "coarse")  # files from before this option have no entry
     return description
 
 

@@ -163,8 +163,6 @@ def build_encoder(spec: dict[str, Any]) -> ImageEncoder:
     arguments = {name: value for name, value in spec.items() if name != "class"}
     if spec["class"] != "SamViT":
         arguments["pretrained"] = False
-    if spec["class"] == "TimmEncoder":
-        arguments.setdefault("neck", "coarse")  # files from before this option have no entry
     return kinds[spec["class"]](**arguments)
 
 

@@ -104,6 +104,20 @@ def test_checkpoint_of_a_later_version_is_refused(tmp_path: Path, encoder: dict[
         checkpoints.load_sam(tmp_path / "last.ckpt")
 
 
+def test_file_from_before_the_neck_option_has_a_coarse_neck(tmp_path: Path) -> None:
+    sam = Sam(TimmEncoder("resnet18", pretrained=False, neck="coarse"), image_size=64)
+    description = {"encoder": {"class": "TimmEncoder", "name": "resnet18"}, "image_size": 64}
+    held = {
+        "state_dict": {f"student.{k}": v for k, v in sam.state_dict().items()},
+        checkpoints.DESCRIPTION: description,
+    }
+    torch.save(held, tmp_path / "last.ckpt")
+    assert not checkpoints.load_sam(tmp_path / "last.ckpt").image_encoder.fine_neck
+    checkpoints.load_weights(sam, tmp_path / "last.ckpt")
+    with pytest.raises(UserError, match="holds the encoder TimmEncoder"):
+        checkpoints.load_weights(Sam(TimmEncoder("resnet18", pretrained=False), image_size=64), tmp_path / "last.ckpt")
+
+
 def test_a_foreign_loader_sees_a_plain_state_dict(tmp_path: Path) -> None:
     """The model description in the file must not break strict loading by other code."""
     sam = Sam(TimmEncoder("resnet18", pretrained=False))

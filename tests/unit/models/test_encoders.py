@@ -75,8 +75,6 @@ def test_a_fine_neck_keeps_the_detail_of_small_inputs() -> None:
     with torch.no_grad():
         sharp, smooth = ((e - e.roll(1, -1)).square().mean() for e in (fine(x), coarse(x)))
     assert sharp > 1.5 * smooth
-    old = {"class": "TimmEncoder", "name": "resnet18"}  # as in checkpoints from before this option existed
-    assert not encoders.build_encoder(old).fine_neck
 
 
 def test_same_seed_same_model() -> None:
