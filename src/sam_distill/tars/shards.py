@@ -34,7 +34,7 @@ class Shard:
     """Tar, or a selection of its images; never empty.
 
     rows: the selected rows of the index, ascending; None: all.
-    shared: short keys that several images of the dataset have; the keys of these images are "tar name/member" instead.
+    ambiguous_keys: short keys that several images of the dataset have; these images have the key "tar name/member".
     """
 
     tar: Tar
@@ -123,7 +123,7 @@ def index_tars(path: str | list[str], option: str, local: str | None = None) -> 
     if not shards:
         reason = next(iter(problems), "none of them holds a jpg or png")
         raise UserError(f"{option}={path}: no image in {len(tars)} tars ({reason})")
-    ambiguous_keys = _shared_keys(shards)
+    ambiguous_keys = _ambiguous_keys(shards)
     shards = [replace(shard, ambiguous_keys=ambiguous_keys) for shard in shards]
     long_keys = Counter(
         shard.key(m) for shard in shards if ambiguous_keys for m in shard.members() if short_key(m) in ambiguous_keys
@@ -191,7 +191,7 @@ def _indices(tars: list[Tar]) -> list[TarIndex]:
     return [found[number] for number in range(len(tars))]
 
 
-def _shared_keys(shards: list[Shard]) -> frozenset[str]:
+def _ambiguous_keys(shards: list[Shard]) -> frozenset[str]:
     """Return the short keys that several images have."""
     digests = all_digests(shards)
     digests.sort()
