@@ -38,7 +38,7 @@ def evaluate_prompts(
 ) -> dict[str, Any]:
     """Compare `student` and `teacher` on the images of `source`; write metrics.json, prompts.csv and pictures/."""
     started = time.perf_counter()
-    total = prepare(source, split, [student, teacher.sam], hardware)
+    total = prepare(source, split, student, teacher, hardware)
     annotated, images = protocol.reference != "teacher", 0
     if annotated:
         source.load_json()
@@ -78,13 +78,13 @@ def evaluate_prompts(
     return metrics
 
 
-@torch.inference_mode(False)  # weights that are moved in inference mode can't be trained any more
-def prepare(source: DataSource, split: Split, models: Sequence[Sam | OtherModel], hardware: Hardware) -> int:
+@torch.inference_mode(False)  # weights that are loaded or moved in inference mode can't be trained any more
+def prepare(source: DataSource, split: Split, student: Sam | OtherModel, teacher: Teacher, hardware: Hardware) -> int:
     """Move the models to the device and return the number of images to evaluate on. UserError if there is none."""
     total = source.count(source.eval_items(split))
     if not total:
         raise UserError(f"split={split}: there is no such image; are any held out, by data.val_images?")
-    for model in models:
+    for model in (student, teacher.sam):
         if isinstance(model, Sam):
             model.to(hardware.kind).to(memory_format=torch.channels_last)
     return total

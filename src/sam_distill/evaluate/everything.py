@@ -177,7 +177,7 @@ def evaluate_everything(
     hardware: Hardware, batch_size: int, run_dir: Path,
 ) -> dict[str, Any]:  # fmt: skip
     """Compare `student` and `teacher`; write metrics.json, prompts.csv with a row per teacher mask, and pictures/."""
-    started, total = time.perf_counter(), prepare(source, split, [student, teacher.sam], hardware)
+    started, total = time.perf_counter(), prepare(source, split, student, teacher, hardware)
     teacher_id, detections = f"{teacher.sha256} {hardware.resolved_precision}", Detections()
     rows: list[Image.Image] = []
     with CountProgress(total, "Segmenting everything") as progress, hardware.autocast():
