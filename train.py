@@ -2,7 +2,7 @@
 
 import sys
 
-from sam_distill.cli.app import run
+from sam_distill.cli.app import main
 
 if __name__ == "__main__":
-    sys.exit(run("train", sys.argv[1:]))
+    sys.exit(main(["train", *sys.argv[1:]]))

@@ -30,6 +30,7 @@ def test_all_suites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pyte
     assert all(timing["median"] > 0 for timing in timings)
     report = (tmp_path / "bench.md").read_text()
     assert all(timing["name"] in report for timing in timings)
+    assert "--- |\n| ---" not in report
     assert "bench.md" in capfd.readouterr().out
 
 

@@ -119,6 +119,24 @@ def test_two_processes_share_the_work(images: Path, cached: Path, tmp_path: Path
     assert hashes(tmp_path) == hashes(cached)
 
 
+def test_a_killed_process_is_reported(images: Path, tmp_path: Path) -> None:
+    arguments = command(images, tmp_path / "cache", "trainer.devices=2")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, PROGRAM, *arguments], env=environment, text=True, **pipes) as first:
+        children, second = Path(f"/proc/{first.pid}/task/{first.pid}/children"), None
+        while second is None and first.poll() is None:
+            time.sleep(0.1)
+            for child in children.read_text().split():
+                if b"LOCAL_RANK=1" in Path(f"/proc/{child}/environ").read_bytes():
+                    second = int(child)
+        assert second is not None
+        os.kill(second, signal.SIGKILL)
+        _, errors = first.communicate(timeout=300)
+    assert first.returncode == 1
+    assert "error: the process of device 1 was killed by SIGKILL" in errors
+
+
 def test_only_one_process_writes_a_cache(
     images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,6 +7,7 @@ from tempfile import TemporaryDirectory
 from typing import Annotated, Literal
 
 import numpy as np
+import torch
 from pydantic import Field
 from rich.console import Console
 
@@ -15,7 +16,7 @@ from sam_distill.benchmark.everything import bench_everything
 from sam_distill.benchmark.models import bench_decoder, bench_encoder, bench_fastsam, bench_image, parameter_finding
 from sam_distill.benchmark.peak import bench_peak
 from sam_distill.benchmark.steps import bench_step
-from sam_distill.benchmark.tables import Finding, machine, show, write
+from sam_distill.benchmark.tables import Finding, show, write
 from sam_distill.data.base import DataSource
 from sam_distill.errors import UserError
 from sam_distill.evaluate.agreement import Agreement
@@ -91,13 +92,14 @@ def bench(
         if chosen("step"):
             yield _step(load_sam(checkpoint) if encoder is None else sam, jpegs(), trainer, batch_size)
 
-    facts, found = machine(trainer), []
+    facts = {"device": trainer.device_name, "threads": torch.get_num_threads(), "torch": str(torch.__version__)}
+    found: list[Finding] = []
     Console().print(", ".join(f"{name}: {value}" for name, value in facts.items()), highlight=False)
     for finding in findings():
         show(finding)
         found.append(finding)
         write(found, facts, run_dir)
-    Console().print(f"table  {run_dir / 'bench.md'}", highlight=False, soft_wrap=True)
+    Console().print(f"table  {run_dir / 'bench.md'}", highlight=False, soft_wrap=True, markup=False)
 
 
 def _step(sam: Sam, jpegs: list[bytes], trainer: Hardware, batch_size: int) -> Finding:

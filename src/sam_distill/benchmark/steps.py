@@ -4,9 +4,9 @@ import time
 from itertools import pairwise
 
 from sam_distill.benchmark.tables import Finding
-from sam_distill.benchmark.timing import Timing, wait_for
+from sam_distill.benchmark.timing import Timing
 from sam_distill.data.base import collate
-from sam_distill.runs.hardware import Hardware
+from sam_distill.runs.hardware import Hardware, wait_for
 from sam_distill.training.datamodule import DistillationData
 from sam_distill.training.lightning_module import Distillation
 from sam_distill.training.plan import WARM_UP, measure_steps

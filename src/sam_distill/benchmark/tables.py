@@ -5,14 +5,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from sam_distill.benchmark.timing import Timing
 from sam_distill.files import write_json, write_text
 from sam_distill.report.tables import markdown_table
-from sam_distill.runs.hardware import Hardware
 
 _SCALES = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"))
 COLUMNS = ("", "time", "middle half", "per s", "vs peer", "memory")
@@ -71,14 +69,9 @@ def write(findings: Sequence[Finding], facts: dict[str, Any], folder: Path) -> N
     lines = [", ".join(f"{name}: {value}" for name, value in facts.items()), ""]
     for finding in findings:
         lines += [f"**{finding.title}**", ""]
-        lines += [markdown_table([COLUMNS, ["---"] * len(COLUMNS), *finding.rows()])] if finding.timings else []
+        lines += [markdown_table([COLUMNS, *finding.rows()])] if finding.timings else []
         lines += [finding.note, ""] if finding.note else []
     write_text(folder / "bench.md", "\n".join(lines))
-
-
-def machine(hardware: Hardware) -> dict[str, Any]:
-    """Return the device, number of threads and version of PyTorch that the numbers were measured with."""
-    return {"device": hardware.device_name, "threads": torch.get_num_threads(), "torch": str(torch.__version__)}
 
 
 def _time(seconds: float) -> str:

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from sam_distill.runs.hardware import wait_for
+
 MIN_ROUNDS = 5  # rounds; fewer if they take more than ...
 _PATIENCE = 12  # ... so many times the requested seconds
 
@@ -73,14 +75,6 @@ def time_in_turns(
         Timing.of(contender.name, contender.ours, times, used)
         for contender, times, used in zip(contenders, spent, memory, strict=True)
     ]
-
-
-def wait_for(device: str) -> None:
-    """Wait until the device has finished its queued work."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    elif device == "mps":
-        torch.mps.synchronize()
 
 
 def _timed(run: Callable[[], object], device: str) -> float:

@@ -8,9 +8,11 @@ from itertools import islice
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from sam_distill.caching.write_cache import CacheJob
 from sam_distill.errors import UserError
+from sam_distill.runs import processes
 from sam_distill.runs.hardware import peak_memory
 
 BATCHES = 4  # batches to measure, after one that is not measured
@@ -39,6 +41,7 @@ def plan_cache(job: CacheJob) -> bool:
     table.add_row("disk", f"{needed / 1e9:.2f} GB, {needed / images / 1e3:.0f} kB per image; free: {free / 1e9:.1f} GB")
     table.add_row("time", f"{timedelta(seconds=seconds)} at {1 / seconds_per_image:.1f} images/s per process")
     table.add_row("memory", f"{peak_memory(hardware.kind) / 1e9:.1f} GB so far")
-    table.add_row("teacher", f"{job.teacher.checkpoint}, {hardware.resolved_precision} on {hardware.kind}")
-    Console().print(table)
+    table.add_row("teacher", Text(f"{job.teacher.checkpoint}, {hardware.resolved_precision} on {hardware.kind}"))
+    if processes.is_first():
+        Console().print(table)
     return needed < free

@@ -108,9 +108,7 @@ class CacheJob:
 
     def loader(self, todo: list[int]) -> DataLoader[CacheBatch]:
         """Return a loader of the batches for the tars with the numbers `todo`."""
-        stream = CacheStream(self, todo)
-        workers = self.hardware.num_workers
-        return DataLoader(stream, batch_size=None, num_workers=workers, worker_init_fn=processes.begin_worker)
+        return self.hardware.loader(CacheStream(self, todo), batch_size=None)
 
     def members(self, images: CacheBatch, embeddings: Sequence[Tensor]) -> Iterator[dict[str, bytes]]:
         """Yield the tar members of each readable image: name -> content. embeddings: of these images, from `embed`."""

@@ -41,14 +41,13 @@ def evaluate(
         log.warning(doubt)
     if split == "val" and data.shortage:
         log.warning(data.shortage)
-    options: dict[str, Any] = {"source": data, "split": split, "hardware": trainer, "batch_size": batch_size}
     student = fastsam(checkpoint) if is_fastsam(checkpoint) else load_sam(checkpoint)
+    options: dict[str, Any] = {"student": student, "source": data, "split": split, "hardware": trainer}
+    options |= {"batch_size": batch_size, "run_dir": run_dir}
     if isinstance(protocol, Everything):
-        evaluate_everything(student=student, teacher=teacher, protocol=protocol, run_dir=run_dir, **options)
+        evaluate_everything(teacher=teacher, protocol=protocol, **options)
     else:
-        evaluate_prompts(
-            student=student, teacher=teacher_for(teacher, data), protocol=protocol, run_dir=run_dir, **options
-        )
+        evaluate_prompts(teacher=teacher_for(teacher, data), protocol=protocol, **options)
 
 
 def _seen_in_training(checkpoint: str, split: Split, run_dir: Path) -> str:

@@ -16,8 +16,6 @@ from sam_distill.teachers import LiveTeacher
 from sam_distill.training.fit import ImageSize, Options, Setup, fit, new_student
 from sam_distill.training.optimizers import AdamW
 
-OPTIONS = "sam_distill.training.fit.Options"
-
 
 def train(
     *,
@@ -34,7 +32,7 @@ def train(
     neck_from_teacher: bool,
     scale: Literal["paper", "small"],
     run_dir: Path,
-    **options: Annotated[Any, OPTIONS],
+    **options: Annotated[Any, "sam_distill.training.fit.Options"],
 ) -> None:
     """Distil `teacher` into `encoder`; conf/train.yaml says what each option means. Only experiments read `scale`."""
     learned_from = teacher_for(teacher, data)

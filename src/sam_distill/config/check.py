@@ -111,8 +111,7 @@ def _check_call(node: DictConfig, key: str, expected: Any) -> Iterator[Mistake]:
     known = {n: p for n, p in parameters(target).items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
     anything = any(p.kind is p.VAR_KEYWORD for p in parameters(target).values())
     accepted = {n: p for n, p in known.items() if key or n != RUN_DIR}
-    for field in node:
-        field = str(field)
+    for field in map(str, node):
         if field in RESERVED or (not key and field == "hydra"):
             continue
         if field in accepted or anything:
@@ -148,7 +147,7 @@ def _check_value(
     except InterpolationToMissingValueError:
         return  # the missing value is reported at its own key
     except OmegaConfBaseException as error:
-        yield Mistake(key, _raw(parent)[field], f"can't be resolved: {first_line(error)}")
+        yield Mistake(key, raw, f"can't be resolved: {first_line(error)}")
         return
     if isinstance(value, (DictConfig, ListConfig)) and _holds_nodes(plain):
         entry = _entry(expected, type(plain))

@@ -55,12 +55,15 @@ class Everything:
         """Return the settings that must be equal for two scores to be comparable."""
         return {"generator": ", ".join(f"{name} {value}" for name, value in self.generator.keywords.items())}
 
-    def masks(self, model: Sam | OtherModel, frame: np.ndarray) -> Records:
-        """Return the non-empty masks, at the size of `frame`: [h, w, 3] uint8, an unpadded image in the frame."""
+    def masks(self, model: Sam | OtherModel, frame: np.ndarray, device: str = "cpu") -> Records:
+        """Return the non-empty masks, at the size of `frame`: [h, w, 3] uint8, an unpadded image in the frame.
+
+        device: to run a model on that is no SAM.
+        """
         if isinstance(model, Sam):
             records = self.generator(model, output_mode="coco_rle").generate(frame)
         else:
-            records = _records(model.everything(torch.from_numpy(frame).permute(2, 0, 1)))
+            records = _records(model.everything(torch.from_numpy(frame).permute(2, 0, 1).to(device)))
         return [record for record in records if record["area"] > 0]
 
     def cached_masks(self, teacher: str, sam: Sam, frame: np.ndarray) -> Records:
@@ -184,7 +187,10 @@ def evaluate_everything(
         for batch in hardware.loader(EvalStream(source, split), batch_size=batch_size, collate_fn=collate):
             for key, image, (height, width) in zip(batch.keys, batch.images, batch.sizes.tolist(), strict=True):
                 frame = image[:, :height, :width].permute(1, 2, 0).contiguous().numpy()
-                theirs, ours = protocol.cached_masks(teacher_id, teacher.sam, frame), protocol.masks(student, frame)
+                theirs, ours = (
+                    protocol.cached_masks(teacher_id, teacher.sam, frame),
+                    protocol.masks(student, frame, hardware.kind),
+                )
                 detections.add(key, theirs, ours)
                 if len(rows) < PICTURES:
                     rows.append(_row(frame, ours, theirs))
@@ -215,5 +221,5 @@ def _print_scores(metrics: dict[str, Any], run_dir: Path) -> None:
             table.add_row(label, f"{metrics[name]:.4f}")
     console = Console()
     console.print(table)
-    console.print(f"a row per mask  {run_dir / 'prompts.csv'}", highlight=False, soft_wrap=True)
-    console.print(f"pictures        {run_dir / 'pictures'}", highlight=False, soft_wrap=True)
+    console.print(f"a row per mask  {run_dir / 'prompts.csv'}", highlight=False, soft_wrap=True, markup=False)
+    console.print(f"pictures        {run_dir / 'pictures'}", highlight=False, soft_wrap=True, markup=False)

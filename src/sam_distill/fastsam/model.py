@@ -126,10 +126,9 @@ def _is_pickled_by_ultralytics(path: Path) -> bool:
 
 def _ultralytics() -> Any:
     """Import the package, and undo what it changes globally: torch.save, Image.open, warnings and more."""
-    settings = {"YOLO_CONFIG_DIR": str(weights.home())}
     try:
         with (
-            patch.dict(os.environ, _ENVIRONMENT | settings),
+            patch.dict(os.environ, _ENVIRONMENT, YOLO_CONFIG_DIR=str(weights.home())),
             patch.object(torch, "save", torch.save),
             patch.object(Image, "open", Image.open),
             np.printoptions(),

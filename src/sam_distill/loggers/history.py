@@ -2,7 +2,6 @@
 
 import csv
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from sam_distill.files import write_csv
 Rows = Mapping[int, Mapping[str, float]]  # metrics by step
 
 
-@dataclass(frozen=True)
 class CsvOnly:
     """Logger option that adds no logger: history.csv alone."""
 
@@ -42,7 +40,6 @@ class History(Logger):
         """Drop the rows after `step`, which a resumed run writes again."""
         self.rows = {s: row for s, row in self.rows.items() if s <= step}
 
-    @rank_zero_only
     def log_hyperparams(self, *_: Any, **__: Any) -> None:
         """Do nothing: config.yaml has the hyperparameters."""
 

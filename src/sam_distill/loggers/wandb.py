@@ -12,7 +12,6 @@ import wandb
 from PIL import Image
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.loggers.logger import Logger
-from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from requests.utils import get_netrc_auth
 
 from sam_distill.errors import UserError, one_line
@@ -44,7 +43,6 @@ class ByStep(WandbLogger):
     if their number is not higher than those before.
     """
 
-    @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         self.experiment.log({**metrics, STEP: step}, step=step)
 

@@ -18,8 +18,8 @@ PAPER = "#8c959f"
 COLOURS = ("#2f6fb5", "#d1690e", "#2e8b57", "#b03a6b", "#7256b3", "#a67c00", "#2a9aa8", "#7a5c48", "#5d6b2f", "#c0504d")
 _LINES = ("-", "--", ":", "-.")
 _STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10, "axes.titlesize": 10.5,
-    "axes.titlelocation": "left", "axes.titleweight": "bold", "axes.spines.top": False,
+    "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10, "figure.constrained_layout.use": True,
+    "axes.titlesize": 10.5, "axes.titlelocation": "left", "axes.titleweight": "bold", "axes.spines.top": False,
     "axes.spines.right": False, "axes.edgecolor": FAINT, "axes.labelcolor": INK, "axes.titlecolor": INK,
     "text.color": INK, "xtick.color": INK, "ytick.color": INK, "xtick.labelcolor": INK, "ytick.labelcolor": INK,
     "grid.color": FAINT, "grid.linewidth": 0.6, "axes.grid": True, "axes.axisbelow": True, "legend.frameon": False,
@@ -32,7 +32,7 @@ def learning_curves(table: Table, experiment: Experiment) -> str | None:
     rows = [row for row in table.rows if any(run.curves for run in row.runs)]
     columns = max(1, min(6, 120 // max((len(table.name(row)) + 8 for row in rows), default=1)))
     with matplotlib.rc_context(_STYLE):
-        figure = _figure(9.8, 3.1 + 0.2 * -(-len(rows) // columns))
+        figure = Figure((9.8, 3.1 + 0.2 * -(-len(rows) // columns)))
         axes = figure.subplots(1, 2)
         for number, row in enumerate(rows):
             style = {"color": COLOURS[number % len(COLOURS)], "linestyle": _LINES[number // len(COLOURS) % len(_LINES)]}
@@ -63,7 +63,7 @@ def against(table: Table, experiment: Experiment, x: str) -> str | None:
     blind = next((row.ours.get(score.name) for row in table.rows if row.baseline), None)
     with matplotlib.rc_context(_STYLE):
         names = max(len(_name(table, row)) for row in rows)
-        figure = _figure(5.3, 3.2) if numeric else _figure(max(5.3, 3.4 + 0.075 * names), 1.1 + 0.36 * len(rows))
+        figure = Figure((5.3, 3.2)) if numeric else Figure((max(5.3, 3.4 + 0.075 * names), 1.1 + 0.36 * len(rows)))
         axis = figure.subplots()
         if numeric:
             _scatter(axis, table, rows, places, score, x)
@@ -88,7 +88,7 @@ def across(table: Table, experiment: Experiment) -> str | None:
     if not any(end == "ours" for _, end, _ in lines):
         return None
     with matplotlib.rc_context(_STYLE):
-        figure = _figure(6.2, 3.6)
+        figure = Figure((6.2, 3.6))
         axis = figure.subplots()
         for number, (name, end, values) in enumerate(lines):
             style: dict[str, Any] = {"color": COLOURS[number % len(COLOURS)], "ls": "--" if end == "paper" else "-"}
@@ -185,10 +185,6 @@ def _name(table: Table, row: Row, besides: str = "") -> str:
 
 def _with_unit(shown: Measure) -> str:
     return f"{shown.label} ({shown.unit})" if shown.unit else shown.label
-
-
-def _figure(width: float, height: float) -> Figure:
-    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _svg(figure: Figure, salt: str) -> str:

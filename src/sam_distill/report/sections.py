@@ -76,11 +76,9 @@ def sections(found: Found, names: Sequence[str]) -> list[Section]:
         about = experiments.get(name) or undescribed(name, name.replace("_", " "), chosen)
         if committed and name not in experiments:
             about = replace(about, claim=next(_paragraphs(committed.readme), "").replace("**", ""))
-        section = _section(about, chosen, committed, notes)
-        if committed and not runs:
-            finding = next((text for text in _paragraphs(committed.readme) if _FINDING.match(text)), "")
-            section = replace(section, finding=finding)
-        result.append(section)
+        paragraphs = _paragraphs(committed.readme) if committed and not runs else ()
+        finding = next(filter(_FINDING.match, paragraphs), "")
+        result.append(replace(_section(about, chosen, committed, notes), finding=finding))
     return result
 
 

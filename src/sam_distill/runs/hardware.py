@@ -13,7 +13,6 @@ from torch.utils.data import DataLoader
 from sam_distill.errors import UserError
 from sam_distill.runs import processes
 
-LIGHTNING = "pytorch_lightning.trainer.trainer.Trainer"
 _OWN_OPTIONS = {  # argument of Lightning's Trainer -> our option to give instead
     "max_epochs": "budget", "max_steps": "budget", "accumulate_grad_batches": "accumulate", "logger": "logger",
     "val_check_interval": "validate_every", "check_val_every_n_epoch": "validate_every", "num_nodes": "trainer.nodes",
@@ -35,7 +34,7 @@ class Hardware:
         precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
         workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto",
         sync_batchnorm: bool = False,
-        **lightning: Annotated[Any, LIGHTNING],
+        **lightning: Annotated[Any, "pytorch_lightning.trainer.trainer.Trainer"],
     ) -> None:
         self.accelerator, self.devices, self.nodes, self.precision = accelerator, devices, nodes, precision
         self.workers, self.sync_batchnorm = workers, sync_batchnorm
@@ -130,3 +129,9 @@ def peak_memory(kind: str) -> int:
     if kind == "cuda":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def wait_for(kind: str) -> None:
+    """Wait until the device has finished its queued work."""
+    if kind != "cpu":
+        torch.accelerator.synchronize()

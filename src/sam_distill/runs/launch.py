@@ -108,7 +108,7 @@ def _watch(children: list[subprocess.Popen[bytes]], parent: int, run_dir: Path, 
         if finished.wait(PATIENCE if codes and codes[0] in STOPPED else PATIENCE / 3):
             return
         why = "the first process has ended" if orphaned else _exit_report(children)
-        if status.fail(run_dir, why):
+        if status.fail(run_dir, why) or not (is_child or (run_dir / "status.json").exists()):  # caching has no record
             print(f"error: {why}", file=sys.stderr, flush=True)
         for child in children:
             child.kill()

@@ -4,7 +4,6 @@ import logging
 import time
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 log = logging.getLogger(__name__)
@@ -27,7 +26,7 @@ class CountProgress:
         self.total, self.what, self.completed = total, what, 0
         self._bar = new_bar()
         self._task = self._bar.add_task(what, total=total, note="")
-        self._is_terminal = Console().is_terminal
+        self._is_terminal = self._bar.console.is_terminal
         self._started = self._logged_at = time.perf_counter()
 
     def __enter__(self) -> "CountProgress":

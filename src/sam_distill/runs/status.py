@@ -46,7 +46,7 @@ class Status:
     def end(self, why: str | None) -> bool:
         """Record the job's end. Return whether to print `why`: not if another process failed first and caused this."""
         if not self.recorded:
-            return self.first
+            return True
         if not self.first:
             return why is not None and fail(self.run_dir, why)
         is_first_failure = why is None or read(self.run_dir).get("status") != "failed"

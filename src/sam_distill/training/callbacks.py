@@ -29,9 +29,6 @@ log = logging.getLogger(__name__)
 class Throughput(pl.Callback):
     """Callback that logs images/s over all devices, the share of time spent waiting for data, and the learning rate."""
 
-    def __init__(self) -> None:
-        self._reset()
-
     def _reset(self) -> None:
         self._images, self._waited, self._worked = 0, 0.0, 0.0
         self._mark = time.perf_counter()

@@ -137,7 +137,7 @@ def fit(setup: Setup, options: Options, run_dir: Path) -> dict[str, Any]:
             close(trainer.loggers)
         if first:
             write_prompts(run_dir / "prompts.csv", module.evaluator.comparisons)
-            print_summary(folder, module, run_dir)
+            print_summary(folder, module)
         return module.metrics
 
 
@@ -206,7 +206,6 @@ def _trainer(setup: Setup, options: Options, run_dir: Path, steps: int, folder: 
         callbacks.append(StepTimes())
     last = run_dir / LAST_CHECKPOINT
     saved: dict[str, Any] = {"dirpath": last.parent, "filename": last.stem, "enable_version_counter": False}
-    saved["save_on_train_epoch_end"] = False
     callbacks += [
         Stopping(last),
         CheckpointCallback(**saved, every_n_train_steps=interval),
@@ -216,7 +215,6 @@ def _trainer(setup: Setup, options: Options, run_dir: Path, steps: int, folder: 
         callbacks.append(TrainingBar())
     arguments: dict[str, Any] = {
         "max_steps": steps,
-        "max_epochs": -1,
         "val_check_interval": interval * options.accumulate,  # in batches
         "accumulate_grad_batches": options.accumulate,
         "check_val_every_n_epoch": None,

@@ -77,7 +77,7 @@ class Distillation(pl.LightningModule):
         self.evaluator = Evaluator(agreement)
         self.metrics: dict[str, float] = {}  # of the latest validation
         self.validated_at: int | None = None  # step of the latest validation
-        self._teacher = (teacher,)  # in a tuple, to hide it from nn.Module
+        self.teacher = teacher
         self._step_logs: list[Mapping[str, Any]] = []  # of the current optimizer step, one per batch
         self._teacher_cache: dict[tuple[str, ...], tuple[Batch, Tensor, list[Target]]] = {}
         self._unchecked: list[tuple[int, list[str], Tensor]] = []  # (step, image keys, loss)
@@ -87,10 +87,6 @@ class Distillation(pl.LightningModule):
         for part in self.trainable.values():
             part.requires_grad_(True)
         self.train()  # Lightning does not call it: it restores the modes that it finds
-
-    @property
-    def teacher(self) -> Teacher:
-        return self._teacher[0]
 
     def train(self, mode: bool = True) -> "Distillation":
         """Set the mode of the trainable parts. Frozen parts stay in eval mode: BatchNorm's statistics would drift."""

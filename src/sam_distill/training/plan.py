@@ -6,12 +6,12 @@ from itertools import pairwise
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from pytorch_lightning.callbacks import LambdaCallback
 from rich.console import Console
 from rich.table import Table
 
-from sam_distill.runs.hardware import Hardware, peak_memory
+from sam_distill.runs import processes
+from sam_distill.runs.hardware import Hardware, peak_memory, wait_for
 from sam_distill.training.datamodule import DistillationData
 from sam_distill.training.lightning_module import Distillation, silence_lightning
 
@@ -28,13 +28,12 @@ def measure_steps(
     ends: list[float] = []  # when each step ended
 
     def end(*_: Any) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        wait_for(hardware.kind)
         ends.append(time.perf_counter())
 
     clock = LambdaCallback(on_train_batch_start=lambda *_: starts.append(time.perf_counter()), on_train_batch_end=end)
     arguments: dict[str, Any] = {
-        "max_steps": WARM_UP + steps, "max_epochs": -1, "limit_val_batches": 0, "callbacks": [clock], "logger": False,
+        "max_steps": WARM_UP + steps, "limit_val_batches": 0, "callbacks": [clock], "logger": False,
         "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False,
     }  # fmt: skip
     trainer = pl.Trainer(**hardware.trainer_arguments() | arguments)
@@ -59,6 +58,8 @@ def plan_training(
     table.add_row("memory", f"{peak_memory(hardware.kind) / 1e9:.1f} GB so far")
     table.add_row("data", f"{100 * waited:.0f}% of the time is waiting for images")
     table.add_row("with", f"{hardware.resolved_precision} on {hardware.processes} x {hardware.kind}")
+    if not processes.is_first():
+        return
     console = Console()
     console.print(table)
     if module.requires & module.teacher.provides and module.teacher.capacity >= epoch:

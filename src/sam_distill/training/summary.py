@@ -38,9 +38,9 @@ def log_start(module: Distillation, source: DataSource, hardware: Hardware, step
         log.warning(source.shortage)
 
 
-def print_summary(folder: RunFolder, module: Distillation, run_dir: Path) -> None:
+def print_summary(folder: RunFolder, module: Distillation) -> None:
     """Print the scores before and after training, and commands to try the student."""
-    skipped = folder.source.skipped
+    skipped, run_dir = folder.source.skipped, folder.run_dir
     table = Table("", "before", "blind", "after", title="Agreement with the teacher on images the student never saw")
     for kind in module.evaluator.protocol.kinds:
         name = f"miou/{kind}"
@@ -51,7 +51,7 @@ def print_summary(folder: RunFolder, module: Distillation, run_dir: Path) -> Non
     console.print(f"blind: {BLIND}")
     console.print(f"{folder.seconds:.0f} seconds" + (f"; {skipped} damaged images or tars skipped" if skipped else ""))
     for tar, images in folder.source.skipped_by_tar.items():
-        console.print(f"  {images} of {tar}", highlight=False, soft_wrap=True)
+        console.print(f"  {images} of {tar}", highlight=False, soft_wrap=True, markup=False)
     student = _option("checkpoint", run_dir)
     try_it = "sam-distill segment image=PHOTO.jpg 'point=[x,y]' path=seen.png"
     for name, what in {
