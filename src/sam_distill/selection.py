@@ -65,9 +65,8 @@ def digests(keys: Iterable[str]) -> NDArray[np.uint64]:
 
 def lowest(digests: NDArray[np.uint64], number: int) -> NDArray[np.bool_]:
     """Return which images have the `number` lowest digests: [images] -> [images] bool. Of equal ones, the first win."""
-    limit = np.partition(digests, number - 1)[number - 1]
-    wins = digests < limit
-    wins[np.flatnonzero(digests == limit)[: number - int(wins.sum())]] = True
+    wins = np.zeros(len(digests), bool)
+    wins[digests.argsort(kind="stable")[:number]] = True
     return wins
 
 

@@ -134,7 +134,7 @@ class CachedTeacher(Teacher):
 
     @cached_property
     def sam(self) -> Sam:
-        sam = Sam(_NoEncoder())
+        sam = _without_backbone()
         try:
             sam.load_state_dict(torch.load(self.checkpoint, map_location="cpu", weights_only=True))
         except Exception as error:  # torch.load raises whatever a broken file makes it raise
@@ -152,17 +152,14 @@ class CachedTeacher(Teacher):
         return batch.teacher_embedding
 
 
-class _NoEncoder(nn.Module):
-    """Image encoder reduced to the part of its neck that has the same shape in all encoders."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.neck = Neck([])
+def _without_backbone() -> Sam:
+    """Return a new SAM, its image encoder reduced to the part of the neck that has the same shape in all encoders."""
+    return Sam(nn.ModuleDict({"neck": Neck([])}))
 
 
 def save_teacher(sam: Sam, cache: Path) -> None:
     """Write a teacher without its backbone into the folder of a cache, for `CachedTeacher`."""
-    ours = Sam(_NoEncoder()).state_dict().keys()
+    ours = _without_backbone().state_dict().keys()
     with atomic_write(cache / TEACHER_FILE) as draft, draft.open("wb") as file:
         torch.save({key: value.detach().cpu() for key, value in sam.state_dict().items() if key in ours}, file)
 

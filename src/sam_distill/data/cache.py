@@ -148,7 +148,7 @@ def update_manifest(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
 def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{folder} holds no cache: there is no {MANIFEST} in it") from None
     except ValueError as error:
         raise UserError(f"{folder / MANIFEST} can't be read ({error})") from None

@@ -44,15 +44,15 @@ class Folder(IndexedSource[ImageFile]):
         rest = [files[index] for index in sorted(order[held_out:])]
         self.files, self.images, self.fraction = files, images, fraction
         self.val = [files[index] for index in order[:held_out]]
-        self.train = [rest[index] for index in choose([file.key for file in rest], images, fraction)]
+        self.train = [rest[index] for index in choose(self.keys(rest), images, fraction)]
 
     def eval_items(self, split: Split) -> Sequence[ImageFile]:
         if split == "val":
             return self.val
-        return [self.files[i] for i in choose([file.key for file in self.files], self.images, self.fraction)]
+        return [self.files[i] for i in choose(self.keys(self.files), self.images, self.fraction)]
 
-    def key(self, item: ImageFile) -> str:
-        return item.key
+    def keys(self, items: Sequence[ImageFile]) -> list[str]:
+        return [file.key for file in items]
 
     def load(self, item: ImageFile) -> Sample:
         image, original_size = decode(item.path)

@@ -1,4 +1,4 @@
-"""Data sources with random access: a subclass implements only `key` and `load`."""
+"""Data sources with random access: a subclass implements only `keys` and `load`."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,15 +18,8 @@ class IndexedSource(DataSource[T]):
     """Data source with images that can be loaded one by one in any order. A subclass sets `train` and `val`."""
 
     @abstractmethod
-    def key(self, item: T) -> str:
-        """Return the key that the item's sample will have."""
-
-    @abstractmethod
     def load(self, item: T) -> Sample:
         """Decode one image; raise UserError if it is damaged."""
-
-    def keys(self, items: Sequence[T]) -> list[str]:
-        return [self.key(item) for item in items]
 
     def loads(self, items: Sequence[T]) -> Iterator[Callable[[], Sample]]:
         return (partial(self.load, item) for item in items)

@@ -11,6 +11,7 @@ chelsea (Stefan van der Walt), coffee (Rachel Michetti), grass, gravel, retina.
 matplotlib states none for grace_hopper, the US Navy's official portrait: public domain as a federal work.
 """
 
+from collections.abc import Sequence
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Annotated
@@ -47,20 +48,16 @@ class Photos(IndexedSource[str]):
     ) -> None:
         self.seed = seed
         self.train = [f"train_{number:05d}" for number in range(max(1, round(images * (fraction or 1))))]
-        self.val = [f"val_{number:03d}_{source(number)}" for number in range(val_images)]
+        shown = [Path(VAL_PHOTOS[number % len(VAL_PHOTOS)]).stem for number in range(val_images)]
+        self.val = [f"val_{number:03d}_{name}" for number, name in enumerate(shown)]
 
-    def key(self, item: str) -> str:
-        return item
+    def keys(self, items: Sequence[str]) -> list[str]:
+        return list(items)
 
     def load(self, item: str) -> Sample:
         split, number = item.split("_")[0], int(item.split("_")[1])
         image = val_image(number) if split == "val" else train_image(self.seed, number)
         return Sample(item, to_frame(image), (image.height, image.width))
-
-
-def source(number: int) -> str:
-    """Return the name of the photograph that a validation image shows."""
-    return Path(VAL_PHOTOS[number % len(VAL_PHOTOS)]).stem
 
 
 def val_image(number: int) -> Image.Image:

@@ -59,9 +59,7 @@ class TensorSpec:
         return torch.zeros([int(side) for side in self.example or self.shape], dtype=getattr(torch, self.dtype))
 
     def as_json(self) -> dict[str, Any]:
-        values = asdict(self)
-        del values["example"]
-        return values | {"shape": list(self.shape)}
+        return {name: value for name, value in asdict(self).items() if name != "example"}
 
 
 def image(side: int, normalize: Normalize) -> TensorSpec:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from sam_distill.export.contract import Settings
 from sam_distill.models.sam import PIXEL_MEAN, PIXEL_STD, preprocess
+from sam_distill.prompts.forms import point_prompts
 from sam_distill.types import BOX_TOP_LEFT, FRAME, LOW_RES, NOT_A_POINT, Prompts, Sample
 
 Run = Callable[[Sequence[np.ndarray]], Sequence[np.ndarray]]  # runs a graph; arrays in the contract's order
@@ -29,11 +30,9 @@ class Prompt:
         return len(self.labels) == 1 and self.mask is None
 
     def to_prompts(self) -> Prompts:
-        """Return the prompt as SAM's prompt encoder takes it: a NOT_A_POINT is appended to points without a box."""
-        padding = 0 if (self.labels >= BOX_TOP_LEFT).any() else 1
-        points = F.pad(self.points, (0, 0, 0, padding))[None, None]
-        labels = F.pad(self.labels, (0, padding), value=NOT_A_POINT)[None, None]
-        return Prompts(points, labels, None if self.mask is None else self.mask[None, None])
+        form = Prompts if (self.labels >= BOX_TOP_LEFT).any() else point_prompts
+        mask = None if self.mask is None else self.mask[None, None]
+        return form(self.points[None, None], self.labels[None, None], mask)
 
 
 class Runner(Protocol):
@@ -55,7 +54,11 @@ class ContractRunner:
     settings: Settings
 
     def encode(self, sample: Sample) -> np.ndarray:
-        return self.encoder([contract_image(sample, self.settings)])[0]
+        image = preprocess(*in_frame(sample), self.settings.image_size)  # the values that PyTorch's encoder gets
+        if self.settings.normalize == "inside":
+            mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (PIXEL_MEAN, PIXEL_STD))
+            image = image * std + mean
+        return self.encoder([image.contiguous(memory_format=torch.contiguous_format).numpy()])[0]
 
     def decode(self, embedding: np.ndarray, prompt: Prompt) -> tuple[np.ndarray, np.ndarray]:
         free = self.settings.points - len(prompt.labels)
@@ -63,15 +66,6 @@ class ContractRunner:
         labels = F.pad(prompt.labels.float(), (0, free), value=NOT_A_POINT).unsqueeze(0).numpy()
         masks, iou = self.decoder([embedding, points, labels, *mask_inputs(prompt)])
         return masks[0], iou[0]
-
-
-def contract_image(sample: Sample, settings: Settings) -> np.ndarray:
-    """Return the encoder graph's input, [1, 3, S, S] float32, with exactly the values that PyTorch's encoder gets."""
-    image = preprocess(*in_frame(sample), settings.image_size)
-    if settings.normalize == "inside":
-        mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (PIXEL_MEAN, PIXEL_STD))
-        image = image * std + mean
-    return image.contiguous(memory_format=torch.contiguous_format).numpy()
 
 
 def in_frame(sample: Sample) -> tuple[Tensor, Tensor]:

@@ -40,7 +40,7 @@ def _checked(
     if runtime is None:
         log.warning("format=%s was not run: nothing here can. Compare its masks on a device", settings.format)
         return None
-    found = check.compare(sam, module.open_runner(folder, settings), samples)
+    found = check.compare(sam, module.open_runner(folder, settings), samples, settings.points)
     _show(found, runtime, least_iou)
     if not found.good(least_iou):
         agree = f"agree to a mask IoU of {found.mask_iou:.4f} and a cosine of {found.cosine:.4f} only"

@@ -63,7 +63,8 @@ def with_fused_layers(encoder: nn.Module) -> nn.Module:
         if name in activations.values():
             replace_layer(fused, name, identity)
         elif _can_fuse(layer, identity):
-            _fuse(layer, layers[activations[name]] if name in activations else identity)
+            layer.__class__ = LAYERS[type(layer)]  # its tensors and their names stay the same
+            layer.activation = layers[activations[name]] if name in activations else identity
     return fused if equal_outputs(fused, encoder) else encoder
 
 
@@ -71,12 +72,6 @@ def _can_fuse(layer: nn.Module, activation: nn.Module) -> bool:
     plain = type(layer) in LAYERS and getattr(layer, "padding_mode", "zeros") == "zeros"
     exact = getattr(activation, "approximate", "none") == "none"  # an option of GELU
     return plain and exact and type(activation) in ACTIVATIONS and "AVX" in torch.backends.cpu.get_cpu_capability()
-
-
-def _fuse(layer: Any, activation: nn.Module) -> None:
-    """Make a layer apply the activation as well. Its tensors and their names stay the same."""
-    layer.__class__ = LAYERS[type(layer)]
-    layer.activation = activation
 
 
 def _can_compute(x: Tensor) -> bool:

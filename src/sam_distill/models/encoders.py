@@ -80,9 +80,6 @@ class TinyViT(ImageEncoder):
         self.spec = {"class": "TinyViT", "size": size}
         self.register_load_state_dict_post_hook(_clear_attention_bias_cache)
 
-    def features(self, x: Tensor) -> Sequence[Tensor]:
-        return [self.backbone.forward_features(x)]  # type: ignore[operator]
-
 
 class SamViT(ImageEncoder):
     """SAM's ViT (Kirillov et al. 2023): attention in windows of 14, but global in the blocks `global_blocks`.

@@ -65,9 +65,6 @@ class Sam(nn.Module):
         image_pe = self.prompt_encoder.dense_positions()
         return self.mask_decoder(embedding, image_pe, tokens, dense, prompts.labels, wanted, min_pred_iou)
 
-    def forward(self, images: Tensor, sizes: Tensor, prompts: Prompts, wanted: slice = SINGLE) -> Masks:
-        return self.decode(self.encode(images, sizes), prompts, wanted)
-
 
 def _better_one_by_one(images: Tensor) -> bool:
     """Whether single images run faster (1.2x in fp32, 1.9x in bf16), as a CPU's cache holds one image's activations."""

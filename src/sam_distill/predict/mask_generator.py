@@ -39,11 +39,8 @@ class FoundMask:
     stability: float
     point: tuple[float, float]
 
-    @property
-    def crop(self) -> Box:
-        return self.upsampler.crop
 
-
+@dataclass(eq=False, repr=False)
 class SamAutomaticMaskGenerator:
     """Generator of masks for everything in an image.
 
@@ -63,55 +60,41 @@ class SamAutomaticMaskGenerator:
         (TinySAM skips all points in a confident mask, and so misses objects inside it.) Not in segment-anything.
     """
 
-    def __init__(
-        self,
-        model: Sam,
-        points_per_side: Annotated[int, Field(ge=1)] | None = 32,
-        points_per_batch: Annotated[int, Field(ge=1)] = 64,
-        pred_iou_thresh: Annotated[float, Field(le=1)] = 0.88,
-        stability_score_thresh: Annotated[float, Field(le=1)] = 0.95,
-        stability_score_offset: float = 1.0,
-        box_nms_thresh: Annotated[float, Field(ge=0)] = 0.7,
-        crop_n_layers: Annotated[int, Field(ge=0)] = 0,
-        crop_nms_thresh: Annotated[float, Field(ge=0)] = 0.7,
-        crop_overlap_ratio: Annotated[float, Field(ge=0, lt=1)] = 512 / 1500,
-        crop_n_points_downscale_factor: Annotated[int, Field(ge=1)] = 1,
-        point_grids: list[np.ndarray] | None = None,
-        min_mask_region_area: int = 0,
-        output_mode: Literal["binary_mask", "uncompressed_rle", "coco_rle"] = "binary_mask",
-        fast: bool = False,
-    ) -> None:
-        if output_mode not in ("binary_mask", "uncompressed_rle", "coco_rle"):
-            raise ValueError(f"output_mode must be binary_mask, uncompressed_rle or coco_rle, not {output_mode}")
-        for name, value, least in (
-            ("points_per_side", points_per_side, 1),
-            ("points_per_batch", points_per_batch, 1),
-            ("crop_n_layers", crop_n_layers, 0),
-            ("crop_n_points_downscale_factor", crop_n_points_downscale_factor, 1),
-        ):
+    model: Sam
+    points_per_side: Annotated[int, Field(ge=1)] | None = 32
+    points_per_batch: Annotated[int, Field(ge=1)] = 64
+    pred_iou_thresh: Annotated[float, Field(le=1)] = 0.88
+    stability_score_thresh: Annotated[float, Field(le=1)] = 0.95
+    stability_score_offset: float = 1.0
+    box_nms_thresh: Annotated[float, Field(ge=0)] = 0.7
+    crop_n_layers: Annotated[int, Field(ge=0)] = 0
+    crop_nms_thresh: Annotated[float, Field(ge=0)] = 0.7
+    crop_overlap_ratio: Annotated[float, Field(ge=0, lt=1)] = 512 / 1500
+    crop_n_points_downscale_factor: Annotated[int, Field(ge=1)] = 1
+    point_grids: list[np.ndarray] | None = None
+    min_mask_region_area: int = 0
+    output_mode: Literal["binary_mask", "uncompressed_rle", "coco_rle"] = "binary_mask"
+    fast: bool = False
+
+    def __post_init__(self) -> None:
+        if self.output_mode not in ("binary_mask", "uncompressed_rle", "coco_rle"):
+            raise ValueError(f"output_mode must be binary_mask, uncompressed_rle or coco_rle, not {self.output_mode}")
+        limits = {"points_per_side": 1, "points_per_batch": 1, "crop_n_layers": 0, "crop_n_points_downscale_factor": 1}
+        for name, least in limits.items():
+            value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} is {least} at least, not {value}")
-        if not 0 <= crop_overlap_ratio < 1:
-            raise ValueError(f"crop_overlap_ratio is a share, from 0 to below 1, not {crop_overlap_ratio}")
-        if points_per_side is not None and point_grids is None:
-            sides = [max(1, int(points_per_side / crop_n_points_downscale_factor**i)) for i in range(crop_n_layers + 1)]
-            self.point_grids = [point_grid(side) for side in sides]
-        elif points_per_side is None and point_grids is not None:
-            self.point_grids = checked_grids(point_grids, crop_n_layers)
+        if not 0 <= self.crop_overlap_ratio < 1:
+            raise ValueError(f"crop_overlap_ratio is a share, from 0 to below 1, not {self.crop_overlap_ratio}")
+        if self.points_per_side is not None and self.point_grids is None:
+            shrinking = [self.crop_n_points_downscale_factor**layer for layer in range(self.crop_n_layers + 1)]
+            self._grids = [point_grid(max(1, int(self.points_per_side / times))) for times in shrinking]
+        elif self.points_per_side is None and self.point_grids is not None:
+            self._grids = checked_grids(self.point_grids, self.crop_n_layers)
         else:
             raise ValueError("give points_per_side or point_grids, and None for the other")
-        self.predictor = SamPredictor(model)
-        self.points_per_batch = points_per_batch
-        self.pred_iou_thresh = pred_iou_thresh
-        self.stability_score_thresh = stability_score_thresh
-        self.stability_score_offset = stability_score_offset
-        self.box_nms_thresh = box_nms_thresh
-        self.crop_n_layers = crop_n_layers
-        self.crop_nms_thresh = crop_nms_thresh
-        self.crop_overlap_ratio = crop_overlap_ratio
-        self.min_mask_region_area = min_mask_region_area
-        self.output_mode = output_mode
-        self.fast = fast
+        self.point_grids = self._grids  # as in segment-anything
+        self.predictor = SamPredictor(self.model)
 
     @torch.no_grad()
     def generate(self, image: ImageLike) -> list[dict[str, Any]]:
@@ -123,10 +106,10 @@ class SamAutomaticMaskGenerator:
         """
         image = to_pil(image)
         crops = crop_boxes((image.height, image.width), self.crop_n_layers, self.crop_overlap_ratio)
-        found = [mask for layer, crop in crops for mask in self._masks_in_crop(image, crop, self.point_grids[layer])]
+        found = [mask for layer, crop in crops for mask in self._masks_in_crop(image, crop, self._grids[layer])]
         self.predictor.reset_image()
         if len(crops) > 1:
-            sizes = [(x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in (mask.crop for mask in found)]
+            sizes = [(x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in (mask.upsampler.crop for mask in found)]
             found = _nms(found, [mask.box for mask in found], [1 / size for size in sizes], self.crop_nms_thresh)
         with torch.autocast(self.predictor.device.type, enabled=False):
             masks = [(mask, mask.upsampler.runs(mask.patch)) for mask in found]
@@ -198,7 +181,7 @@ class SamAutomaticMaskGenerator:
             "predicted_iou": mask.iou,
             "point_coords": [list(mask.point)],
             "stability_score": mask.stability,
-            "crop_box": _xywh(mask.crop),
+            "crop_box": _xywh(mask.upsampler.crop),
         }
 
 

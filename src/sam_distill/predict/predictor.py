@@ -149,10 +149,7 @@ class SamPredictor:
         """
         check_several(point_coords, point_labels, boxes, mask_input)
         index = self._single_index("predict_torch")
-        given = [
-            None if part is None else part.to(self.device) for part in (point_coords, point_labels, boxes, mask_input)
-        ]
-        return self._decode(index, given, multimask_output, return_logits)
+        return self._decode(index, (point_coords, point_labels, boxes, mask_input), multimask_output, return_logits)
 
     def get_image_embedding(self) -> Tensor:
         """Return the image embedding, [1, 256, 64, 64]; [B, 256, 64, 64] for several images."""
@@ -164,10 +161,7 @@ class SamPredictor:
         if any(parameter.dtype != torch.float32 for parameter in self.model.parameters()):
             raise TypeError("the weights are no longer float32: .float() mends it; torch.autocast computes in bf16")
         sizes = [(frame.shape[1], frame.shape[2]) for frame in frames]
-        padded = [
-            F.pad(frame, (0, FRAME - width, 0, FRAME - height))
-            for frame, (height, width) in zip(frames, sizes, strict=True)
-        ]
+        padded = [F.pad(frame, (0, FRAME - frame.shape[2], 0, FRAME - frame.shape[1])) for frame in frames]
         self.features = self.model.encode(torch.stack(padded), torch.tensor(sizes, device=self.device))
         self.original_sizes, self.input_sizes = original_sizes, sizes
 
@@ -181,7 +175,7 @@ class SamPredictor:
         boxes = None if box is None else self.transform.apply_boxes(box, size)
         masks = None if mask_input is None else np.asarray(mask_input).reshape(1, 1, LOW_RES, LOW_RES)
         given = [
-            None if part is None else torch.as_tensor(part.astype(np.float32), device=self.device)
+            None if part is None else torch.from_numpy(part.astype(np.float32))
             for part in (points, labels, boxes, masks)
         ]
         answer = self._decode(index, given, arguments["multimask_output"], arguments["return_logits"])
@@ -193,7 +187,7 @@ class SamPredictor:
         self, index: int, given: Sequence[Tensor | None], multimask_output: bool, return_logits: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the result of `predict_torch` for one of the images. given: its points, labels, boxes and masks."""
-        points, labels, boxes, masks = given
+        points, labels, boxes, masks = (None if part is None else part.to(self.device) for part in given)
         check_values(points, labels, boxes, masks, self.input_sizes[index])
         prompts = _prompts(points, labels, boxes, masks)
         embedding = self._require_features("predict")[index : index + 1]

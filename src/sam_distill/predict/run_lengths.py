@@ -33,9 +33,7 @@ class Runs:
 
     def mask(self) -> np.ndarray:
         """Return the mask: [H, W] bool."""
-        change = np.zeros(self.size[0] * self.size[1] + 1, np.int8)
-        change[self.edges[::2]], change[self.edges[1::2]] = 1, -1
-        return change[:-1].cumsum(dtype=np.int8).view(bool).reshape(self.size[::-1]).T
+        return coco.decode(coco.frPyObjects(self.uncompressed(), *self.size)).view(bool)
 
 
 def runs_of(strips: Iterable[tuple[int, np.ndarray]], y: int, size: Size) -> Runs:

@@ -26,12 +26,8 @@ class SimilarPoints:
         """Return the points similar to `point` that lie in the smallest of its masks (if it has any): [n] bool."""
         similar = self._embeddings @ self._embeddings[point] > SIMILAR
         if masks:
-            similar &= _contains(min(masks, key=_area), self._cells)
+            similar &= _contains(min(masks, key=lambda mask: int((mask.logits > 0).sum())), self._cells)
         return similar
-
-
-def _area(mask: Patch) -> int:
-    return int((mask.logits > 0).sum())
 
 
 def _contains(mask: Patch, cells: np.ndarray) -> np.ndarray:

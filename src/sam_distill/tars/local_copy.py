@@ -40,9 +40,12 @@ class LocalCopy(Tar):
         lock = FileLock(self.copy.with_suffix(".lock"))
         try:
             lock.acquire(timeout=0)
+            return io.BufferedReader(CopyingReader(self.source.stream(), self.copy, lock))
         except Timeout:  # another process is copying it
             return self.source.stream()
-        return io.BufferedReader(CopyingReader(self.source.stream(), self.copy, lock))
+        except OSError as error:
+            log.warning("data.local: %s is not kept: %s", self.copy.name, error)
+            return self.source.stream()
 
     def index(self) -> TarIndex:
         return self.source.index()

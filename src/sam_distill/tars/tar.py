@@ -112,7 +112,7 @@ class HttpTar(RemoteTar):
         _raise_for_status(response)
         skip = 0 if response.status_code == 206 else position
         length = response.headers.get("Content-Length")
-        response.raw.read(skip)
+        _read_off(response.raw, skip)
         return response.raw, None if length is None else position + int(length) - skip
 
     def open_headers(self) -> tuple[Any, int | None]:
@@ -133,9 +133,14 @@ class PipedTar(Tar):
 
     def open_at(self, position: int) -> tuple[Any, None]:
         output = _CommandOutput(self.address.removeprefix("pipe:"))
-        while position:
-            position -= len(output.pipe.read(min(position, 1 << 20))) or position
+        _read_off(output.pipe, position)
         return output, None
+
+
+def _read_off(file: Any, size: int) -> None:
+    """Read this many bytes, or to the end, a part at a time, and forget them."""
+    while size:
+        size -= len(file.read(min(size, 1 << 20))) or size
 
 
 class _CommandOutput:
@@ -233,13 +238,12 @@ class _HttpRanges(AbstractBufferedFile):
         retry_after = iter(RETRY_AFTER[:RETRIES_AT_START])
         while True:
             try:
-                options: dict[str, Any] = {"headers": headers, "timeout": TIMEOUT, "allow_redirects": True}
-                response = self._session.request(method, self._address, **options)
+                response = self._session.request(method, self._address, headers=headers, timeout=TIMEOUT)
                 _raise_for_status(response)
                 return response
-            except requests.RequestException:
-                if (seconds := next(retry_after, None)) is None:
-                    raise
+            except requests.RequestException as error:
+                if (seconds := next(retry_after, None)) is None:  # without its headers, the tar would count as damaged
+                    raise UserError(f"{self._address}: no connection ({one_line(error)})") from error
                 time.sleep(seconds)
 
 

@@ -22,3 +22,9 @@ def test_damaged_teacher_file_is_an_error(tmp_path: Path) -> None:
         UserError, match=r"teacher\.pt can't be read \(.*: the sam-distill cache that wrote it, run again"
     ):
         _ = CachedTeacher(str(tmp_path)).sam
+
+
+def test_a_file_is_no_cache(tmp_path: Path) -> None:
+    (tmp_path / "cache.tar").touch()
+    with pytest.raises(UserError, match=r"cache\.tar holds no cache"):
+        Cache(str(tmp_path / "cache.tar"))

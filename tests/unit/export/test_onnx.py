@@ -91,6 +91,7 @@ def test_check_detects_a_difference(teacher: Sam, decoder: InferenceSession, tmp
     runner = onnx.OnnxRunner(onnx.open_session(tmp_path / "encoder.onnx"), decoder)
     samples = [sample(683, 1024, (321, 481))]
     assert check.compare(sam, runner, samples).good(0.999)
+    assert check.compare(sam, runner, samples, points=1).prompts == 2, "the two clicks"
     sam.image_encoder.neck.norm2.bias[:64] += 1
     found = check.compare(sam, runner, samples)
     assert not found.good(0.999)

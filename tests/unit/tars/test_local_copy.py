@@ -56,3 +56,13 @@ def test_full_disk_stops_the_copy_but_not_the_reading(
         assert file.read() == shard.read_bytes()
     assert "is not kept" in caplog.text
     assert not tar.copy.exists()
+
+
+def test_folder_that_cannot_be_written_stops_the_copy_but_not_the_reading(
+    shard: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tar = local_copy(shard, tmp_path / "copies")
+    tar.copy.with_suffix(".part").mkdir()
+    with tar.stream() as file:
+        assert file.read() == shard.read_bytes()
+    assert "is not kept" in caplog.text

@@ -7,7 +7,7 @@ import logging
 import os
 import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partialmethod
@@ -56,15 +56,15 @@ class Drawings(IndexedSource[int]):
         self.train, self.val = range(4), range(4, 6)
         self.damaged = damaged
 
-    def key(self, item: int) -> str:
-        return f"drawing{item}"
+    def keys(self, items: Sequence[int]) -> list[str]:
+        return [f"drawing{item}" for item in items]
 
     def load(self, item: int) -> Sample:
         if item == self.damaged:
-            raise UserError(f"{self.key(item)} is torn")
+            raise UserError(f"drawing{item} is torn")
         image = Image.new("RGB", (96, 64), (40 * item, 120, 200))
         ImageDraw.Draw(image).ellipse((10 + 6 * item, 8, 50 + 6 * item, 50), fill=(200, 40 * item, 20))
-        return Sample(self.key(item), to_frame(image), (64, 96))
+        return Sample(f"drawing{item}", to_frame(image), (64, 96))
 
 
 @pytest.fixture(scope="module")
