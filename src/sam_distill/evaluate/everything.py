@@ -91,7 +91,7 @@ class Detections:
     def add(self, image: str, teacher: Records, student: Records) -> None:
         self.teacher.append(teacher)
         self.student.append(student)
-        self.rows += nearest(image, teacher, student)
+        self.rows += match_masks(image, teacher, student)
 
     def compute(self) -> dict[str, float]:
         """Return flat metrics by their names in metrics.json; scores only if the teacher has found a mask."""
@@ -107,7 +107,7 @@ class Detections:
         return metrics
 
 
-def nearest(image: str, teacher: Records, student: Records) -> list[Comparison]:
+def match_masks(image: str, teacher: Records, student: Records) -> list[Comparison]:
     """Compare each teacher mask with the student mask of the highest IoU; the prompt is the teacher mask's box."""
     iou = _iou(teacher, student)
     rows = []

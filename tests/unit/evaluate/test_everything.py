@@ -8,7 +8,7 @@ from pycocotools import mask as coco
 from skimage import data
 
 from sam_distill.cli.app import main
-from sam_distill.evaluate.everything import Detections, average_precision, nearest
+from sam_distill.evaluate.everything import Detections, average_precision, match_masks
 
 
 def square(x: int, y: int, side: int, score: float = 0.9) -> dict:
@@ -22,7 +22,7 @@ def square(x: int, y: int, side: int, score: float = 0.9) -> dict:
 
 def test_each_teacher_mask_is_compared_with_the_nearest_student_mask() -> None:
     teacher, student = [square(0, 0, 10), square(40, 20, 20)], [square(0, 5, 10), square(42, 20, 20), square(0, 0, 8)]
-    first, second = nearest("a", teacher, student)
+    first, second = match_masks("a", teacher, student)
     assert first.iou == pytest.approx(64 / 100)
     assert (first.teacher_area, first.student_area) == (100, 64)
     assert second.iou == pytest.approx(18 * 20 / (22 * 20))
