@@ -9,7 +9,7 @@ from sam_distill.benchmark.models import FP32
 from sam_distill.benchmark.peers import MISSING, peer_of
 from sam_distill.benchmark.tables import Finding
 from sam_distill.benchmark.timing import Contender, time_in_turns
-from sam_distill.evaluate.everything import Records, nearest
+from sam_distill.evaluate.everything import Records, match_masks
 from sam_distill.inference.optimize import optimize_for_inference
 from sam_distill.models.sam import Sam
 from sam_distill.predict.mask_generator import SamAutomaticMaskGenerator
@@ -45,9 +45,9 @@ def bench_everything(sam: Sam, image: np.ndarray[Any, Any], points_per_side: int
 
 
 def similarity(ours: Records, theirs: Records) -> str:
-    """Describe two sets of masks (coco_rle): their counts, and the mean IoU of each of `theirs` with our nearest."""
+    """Describe two sets of masks (coco_rle): their counts, and the mean IoU of each of `theirs` with our match_masks."""
     counts = f"{len(ours)} masks, theirs {len(theirs)}"
     if not ours or not theirs:
         return counts
-    iou = np.mean([row.iou for row in nearest("", theirs, ours)])
-    return f"{counts}; mean IoU of theirs with our nearest: {iou:.4f}"
+    iou = np.mean([row.iou for row in match_masks("", theirs, ours)])
+    return f"{counts}; mean IoU of theirs with our match_masks: {iou:.4f}"
