@@ -45,9 +45,9 @@ def bench_everything(sam: Sam, image: np.ndarray[Any, Any], points_per_side: int
 
 
 def similarity(ours: Records, theirs: Records) -> str:
-    """Describe two sets of masks (coco_rle): their counts, and the mean IoU of each of `theirs` with our match_masks."""
+    """Describe two sets of masks (coco_rle): their counts, and the mean IoU of each of `theirs` with our nearest."""
     counts = f"{len(ours)} masks, theirs {len(theirs)}"
     if not ours or not theirs:
         return counts
     iou = np.mean([row.iou for row in match_masks("", theirs, ours)])
-    return f"{counts}; mean IoU of theirs with our match_masks: {iou:.4f}"
+    return f"{counts}; mean IoU of theirs with our nearest: {iou:.4f}"
