@@ -19,7 +19,7 @@ from test_fit import Drawings, FailingStrategy, history, run
 from torch import Tensor, distributed, nn
 
 from sam_distill.data.base import collate
-from sam_distill.evaluate.everything import nearest
+from sam_distill.evaluate.everything import match_masks
 from sam_distill.models.encoders import EfficientViT, ImageEncoder, SamViT, TinyViT
 from sam_distill.models.sam import Sam
 from sam_distill.predict.mask_generator import SamAutomaticMaskGenerator
@@ -270,4 +270,4 @@ def test_segment_everything_finds_the_cpus_masks() -> None:
     on_cpu = SamAutomaticMaskGenerator(sam, **options).generate(image)
     on_device = SamAutomaticMaskGenerator(sam.to(DEVICE), **options).generate(image)
     assert len(on_device) == pytest.approx(len(on_cpu), rel=0.1)
-    assert np.mean([row.iou for row in nearest("", on_cpu, on_device)]) > 0.95
+    assert np.mean([row.iou for row in match_masks("", on_cpu, on_device)]) > 0.95
