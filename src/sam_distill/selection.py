@@ -65,8 +65,9 @@ def digests(keys: Iterable[str]) -> NDArray[np.uint64]:
 
 def lowest(digests: NDArray[np.uint64], number: int) -> NDArray[np.bool_]:
     """Return which images have the `number` lowest digests: [images] -> [images] bool. Of equal ones, the first win."""
-    wins = np.zeros(len(digests), bool)
-    wins[digests.argsort(kind="stable")[:number]] = True
+    limit = np.partition(digests, number - 1)[number - 1]
+    wins = digests < limit
+    wins[np.flatnonzero(digests == limit)[: number - int(wins.sum())]] = True
     return wins
 
 

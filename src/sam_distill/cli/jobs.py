@@ -72,9 +72,9 @@ class Task:
                 return True
             if outcome is not None and "resume" in cfg and (run_dir / LAST_CHECKPOINT).is_file():
                 cfg.resume = str(run_dir)
-        if swept and recorded and cfg.get("resume") is None and (line := why_occupied(run_dir, self.command)):
-            print_errors(f"{which}: {line}")
-            return False
+            if cfg.get("resume") is None and (line := why_occupied(run_dir, self.command)):
+                print_errors(f"{which}: {line}")
+                return False
         words = [self.command, *(task_overrides(settings) if swept else self.argv)]
         choices = {g: c for g, c in settings.runtime.choices.items() if c and not g.startswith("hydra/")}
         first = processes.is_first()

@@ -88,12 +88,11 @@ class SamAutomaticMaskGenerator:
             raise ValueError(f"crop_overlap_ratio is a share, from 0 to below 1, not {self.crop_overlap_ratio}")
         if self.points_per_side is not None and self.point_grids is None:
             shrinking = [self.crop_n_points_downscale_factor**layer for layer in range(self.crop_n_layers + 1)]
-            self._grids = [point_grid(max(1, int(self.points_per_side / times))) for times in shrinking]
+            self.point_grids = [point_grid(max(1, int(self.points_per_side / times))) for times in shrinking]
         elif self.points_per_side is None and self.point_grids is not None:
-            self._grids = checked_grids(self.point_grids, self.crop_n_layers)
+            self.point_grids = checked_grids(self.point_grids, self.crop_n_layers)
         else:
             raise ValueError("give points_per_side or point_grids, and None for the other")
-        self.point_grids = self._grids  # as in segment-anything
         self.predictor = SamPredictor(self.model)
 
     @torch.no_grad()
@@ -104,9 +103,10 @@ class SamAutomaticMaskGenerator:
         segmentation: see `output_mode`; area: in pixels; bbox: [x, y, width, height]; predicted_iou, stability_score;
         point_coords: [[x, y]] of its prompt; crop_box: [x, y, width, height] of the crop where it was found.
         """
+        assert self.point_grids is not None
         image = to_pil(image)
         crops = crop_boxes((image.height, image.width), self.crop_n_layers, self.crop_overlap_ratio)
-        found = [mask for layer, crop in crops for mask in self._masks_in_crop(image, crop, self._grids[layer])]
+        found = [mask for layer, crop in crops for mask in self._masks_in_crop(image, crop, self.point_grids[layer])]
         self.predictor.reset_image()
         if len(crops) > 1:
             sizes = [(x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in (mask.upsampler.crop for mask in found)]

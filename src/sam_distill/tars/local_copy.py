@@ -41,11 +41,11 @@ class LocalCopy(Tar):
         try:
             lock.acquire(timeout=0)
             return io.BufferedReader(CopyingReader(self.source.stream(), self.copy, lock))
-        except Timeout:  # another process is copying it
-            return self.source.stream()
+        except Timeout:
+            pass  # another process is copying it
         except OSError as error:
             log.warning("data.local: %s is not kept: %s", self.copy.name, error)
-            return self.source.stream()
+        return self.source.stream()
 
     def index(self) -> TarIndex:
         return self.source.index()
