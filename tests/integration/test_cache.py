@@ -1,5 +1,6 @@
 """The distillation cache as users create and use it, with the real teacher."""
 
+import contextlib
 import csv
 import hashlib
 import io
@@ -128,8 +129,9 @@ def test_a_killed_process_is_reported(images: Path, tmp_path: Path) -> None:
         while second is None and first.poll() is None:
             time.sleep(0.1)
             for child in children.read_text().split():
-                if b"LOCAL_RANK=1" in Path(f"/proc/{child}/environ").read_bytes():
-                    second = int(child)
+                with contextlib.suppress(OSError):  # a child that has ended by now
+                    if b"LOCAL_RANK=1" in Path(f"/proc/{child}/environ").read_bytes():
+                        second = int(child)
         assert second is not None
         os.kill(second, signal.SIGKILL)
         _, errors = first.communicate(timeout=300)

@@ -323,7 +323,7 @@ def test_help_of_a_command(toy: Callable[..., int], capsys: pytest.CaptureFixtur
 
 def test_train_py_is_the_train_command() -> None:
     done = subprocess.run(
-        [sys.executable, "train.py", "--no-such-flag"], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "train.py", "--no-such-flag"], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: --no-such-flag: no such flag; see sam-distill train --help\n"
@@ -331,4 +331,4 @@ def test_train_py_is_the_train_command() -> None:
 
 def test_help_does_not_import_torch() -> None:
     code = "import sys; from sam_distill.cli.app import main; main(['segment', '-h']); sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, timeout=300)

@@ -93,8 +93,8 @@ class Run:
             self.process.communicate()
 
     def left_over(self) -> bool:
-        """Whether any process of its group is still running after ten seconds."""
-        for _ in range(100):
+        """Whether any process of its group is still running after a minute."""
+        for _ in range(600):
             try:
                 os.killpg(self.process.pid, 0)
             except ProcessLookupError:

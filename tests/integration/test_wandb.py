@@ -92,7 +92,7 @@ def test_steps_go_on_in_a_resumed_run(tmp_path: Path, monkeypatch: pytest.Monkey
         for step in steps:
             logger.log_metrics({"train/loss": 1.0}, step)
         close([logger])
-    seen, deadline = [], time.monotonic() + 60  # W&B's own process may take a moment to write the last of it
+    seen, deadline = [], time.monotonic() + 300  # W&B's own process may take a moment to write the last of it
     while seen != [[1, 2, 3], [3, 4]] and time.monotonic() < deadline:
         files = sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"))
         seen = [[r.history.step.num for r in records(file) if r.HasField("history")] for file in files]

@@ -48,7 +48,7 @@ def test_content_of_the_report(script: ModuleType, name: str) -> None:
 
 def run(*argv: str, **environment: str) -> tuple[int, str]:
     env = {key: value for key, value in os.environ.items() if key != "WANDB_API_KEY"} | environment
-    done = subprocess.run([sys.executable, *argv], capture_output=True, text=True, timeout=120, env=env)
+    done = subprocess.run([sys.executable, *argv], capture_output=True, text=True, timeout=300, env=env)
     return done.returncode, done.stderr
 
 

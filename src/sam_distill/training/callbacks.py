@@ -27,7 +27,11 @@ log = logging.getLogger(__name__)
 
 
 class Throughput(pl.Callback):
-    """Callback that logs images/s over all devices, the share of time spent waiting for data, and the learning rate."""
+    """Callback that logs images/s over all devices, the share of time spent waiting for data, and the learning rate.
+
+    Time between the end of a batch and the start of the next counts as waiting, so that callbacks which work at the end
+    of a batch, such as `Averaged`, have to come before this one.
+    """
 
     def _reset(self) -> None:
         self._images, self._waited, self._worked = 0, 0.0, 0.0
@@ -61,6 +65,13 @@ class Throughput(pl.Callback):
             if len(rates) > 1:
                 module.log_dict({f"train/lr/{part}": rate for part, rate in rates.items()})
             self._reset()
+            if trainer.is_global_zero:
+                m = trainer.callback_metrics
+                log.info(
+                    "step %d/%d  loss %.4f  %.1f images/s  data wait %.0f%%  lr %.2e",
+                    trainer.global_step, trainer.max_steps, m["train/loss"], m["train/images_per_second"],
+                    100 * m["train/data_wait"], m["train/lr"],
+                )  # fmt: skip
 
 
 class ProgressiveResizing(pl.Callback):
@@ -121,7 +132,7 @@ class Averaged(WeightAveraging):
 
 
 class RunFolder(pl.Callback):
-    """Callback that updates student.pt, metrics.json and pictures/ at every validation, and logs progress."""
+    """Callback that updates student.pt, metrics.json and pictures/ at every validation, and logs the scores."""
 
     def __init__(self, run_dir: Path, history: History, source: DataSource, facts: dict[str, Any]) -> None:
         self.run_dir = run_dir
@@ -154,18 +165,6 @@ class RunFolder(pl.Callback):
             trainer.validating = True  # as Lightning sets it for validations during training
             trainer.fit_loop.epoch_loop.val_loop.run()
             trainer.training = True
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Batch, index: int
-    ) -> None:
-        step = trainer.global_step
-        if ends_logged_step(trainer, index) and trainer.is_global_zero:
-            m = trainer.callback_metrics
-            log.info(
-                "step %d/%d  loss %.4f  %.1f images/s  data wait %.0f%%  lr %.2e",
-                step, trainer.max_steps, m["train/loss"], m["train/images_per_second"],
-                100 * m["train/data_wait"], m["train/lr"],
-            )  # fmt: skip
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         assert isinstance(module, Distillation)

@@ -197,13 +197,14 @@ def _trainer(setup: Setup, options: Options, run_dir: Path, steps: int, folder: 
         images_per_step = folder.facts["images_per_step"]
         interval = min(steps, in_steps(options.validate_every, images_per_step, setup.source.num_train_images))
     given = setup.hardware.trainer_arguments()
-    callbacks: list[pl.Callback] = [Throughput(), folder]  # the run folder before `Averaged`: it saves the average
+    callbacks: list[pl.Callback] = [folder]  # before `Averaged`: it saves the average
     if options.progressive_resizing:
         callbacks.append(ProgressiveResizing(options.progressive_resizing, setup.student.image_size))
     if options.ema:
         callbacks.append(Averaged(decay=options.ema))
     if options.step_times:
         callbacks.append(StepTimes())
+    callbacks.append(Throughput())
     last = run_dir / LAST_CHECKPOINT
     saved: dict[str, Any] = {"dirpath": last.parent, "filename": last.stem, "enable_version_counter": False}
     callbacks += [

@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.hooks import RemovableHandle
 
+from sam_distill.runs.hardware import wait_for
 from sam_distill.training.lightning_module import Distillation, ends_logged_step, ends_step
 from sam_distill.types import Masks
 
@@ -27,13 +28,13 @@ class StepTimes(pl.Callback):
         self._steps = 0
         self._last = time.perf_counter()
         self._training = False
+        self._device = "cpu"
         self._handles: list[RemovableHandle] = []
 
     def _mark(self, part: str | None) -> None:
         if not self._training:
             return
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        wait_for(self._device)
         now = time.perf_counter()
         if part is not None:
             self._spent[part] += now - self._last
@@ -67,7 +68,7 @@ class StepTimes(pl.Callback):
             teacher.mask_decoder.register_forward_pre_hook(mark("loss")),
             teacher.mask_decoder.register_forward_hook(mark("teacher")),
         ]
-        self._training = True
+        self._training, self._device = True, module.device.type
         self._mark(None)
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, index: int) -> None:
@@ -87,7 +88,7 @@ class StepTimes(pl.Callback):
         if not ends_step(trainer, index):
             return
         self._steps += 1
-        if trainer.global_step == _WARM_UP:
+        if trainer.global_step <= _WARM_UP:
             self._reset()
         elif ends_logged_step(trainer, index):
             module.log_dict({f"time/{part}": 1000 * s / self._steps for part, s in self._spent.items()})
