@@ -1,10 +1,11 @@
 """scripts/device_check.py, with this machine as the device."""
 
 import json
-import os
-import subprocess
+import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from sam_distill.models.encoders import TimmEncoder
 from sam_distill.models.sam import Sam
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
+Checked = tuple[Any, str, str]
 WORKER = [sys.executable, str(SCRIPTS / "device_worker.py")]
 
 
@@ -34,17 +36,22 @@ def place(teacher: Sam, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def check(place: Path, checkpoint: str, *command: str) -> tuple[int, str, str]:
-    words = [place / "page", place / checkpoint, "--images=1", f"--json={place}/found.json", "--", *command]
-    done = subprocess.run(
-        [sys.executable, SCRIPTS / "device_check.py", *words],
-        capture_output=True, text=True, timeout=600, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    return done.returncode, done.stdout, done.stderr
+@pytest.fixture
+def check(place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Checked]:
+    """Return a function that runs the script -> exit status, output, errors."""
+
+    def run(checkpoint: str, *command: str) -> Checked:
+        words = [f"{place}/page", f"{place}/{checkpoint}", "--images=1", f"--json={place}/found.json", "--", *command]
+        monkeypatch.setattr(sys, "argv", [str(SCRIPTS / "device_check.py"), *words])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        return ended.value.code, *capfd.readouterr()
+
+    return run
 
 
-def test_the_device_is_compared_with_pytorch(place: Path) -> None:
-    code, out, error = check(place, "64.pt", *WORKER)
+def test_the_device_is_compared_with_pytorch(place: Path, check: Callable[..., Checked]) -> None:
+    code, out, error = check("64.pt", *WORKER)
     assert (code, error) == (0, "")
     assert "ONNX Runtime on the device and PyTorch here, 1 photographs, 5 prompts" in out
     assert json.loads((place / "found.json").read_text())["mask_iou"] > 0.999
@@ -59,8 +66,10 @@ def test_the_device_is_compared_with_pytorch(place: Path) -> None:
         ("64.pt", ["/no/such/program"], "/no/such/program: cannot be started"),
     ],
 )
-def test_mistakes_are_one_line(place: Path, checkpoint: str, command: list[str], message: str) -> None:
-    code, out, error = check(place, checkpoint, *command)
+def test_mistakes_are_one_line(
+    checkpoint: str, command: list[str], message: str, check: Callable[..., Checked]
+) -> None:
+    code, out, error = check(checkpoint, *command)
     assert (code, out) == (1, "")
     assert error.startswith("error: ")
     assert message in error
