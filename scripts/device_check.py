@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.progress import Progress
 
 from sam_distill.data.folder import Folder
 from sam_distill.data.photos import Photos
@@ -54,8 +55,11 @@ class Device:
             self._send((name, [(value.shape, np.ascontiguousarray(value, np.float32).tobytes()) for value in values]))
             try:
                 outputs, seconds = pickle.load(self._worker.stdout)  # type: ignore[arg-type]
-            except (EOFError, pickle.UnpicklingError) as error:
+            except EOFError as error:
                 raise self._ended() from error
+            except Exception as error:  # whatever pickle makes of other words
+                self._worker.kill()
+                raise UserError("the command printed other words than the worker's, such as a greeting") from error
             self.seconds[name].append(seconds)
             return [np.frombuffer(content, np.float32).reshape(shape).copy() for shape, content in outputs]
 
@@ -74,8 +78,7 @@ class Device:
             raise self._ended() from error
 
     def _ended(self) -> UserError:
-        self._worker.kill()
-        return UserError(f"the worker has ended with exit status {self._worker.wait()}; see its own words above")
+        return UserError(f"the worker has ended with exit status {self._worker.wait()}; see above for the reason")
 
 
 def open_export(folder: Path) -> tuple[Settings, Path, Path, float]:
@@ -97,8 +100,16 @@ def check(folder: Path, checkpoint: str, samples: Sequence[Sample], command: Seq
         raise UserError(f"{checkpoint} is for {sam.image_size} px, {folder} for {settings.image_size}: not the same")
     device = Device(command, settings.format, [encoder, decoder])
     try:
-        runner = ContractRunner(device.graph(encoder.name), device.graph(decoder.name), settings)
-        with Console(stderr=True).status(f"{len(samples)} photographs, five prompts each"):
+        console = Console(stderr=True)
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+            counted = bar.add_task("photographs", total=len(samples))
+            encode = device.graph(encoder.name)
+
+            def encode_next(values: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
+                bar.advance(counted)
+                return encode(values)
+
+            runner = ContractRunner(encode_next, device.graph(decoder.name), settings)
             found = compare(sam, runner, samples, settings.points)
     finally:
         device.close()

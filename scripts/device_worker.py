@@ -56,7 +56,10 @@ def main():
             path = os.path.join(folder, name)
             with open(path, "wb") as file:
                 file.write(content)
-            graphs[name] = OPEN[format](path)
+            try:
+                graphs[name] = OPEN[format](path)
+            except ImportError as error:
+                sys.exit(f"error: {error}: install the runtime of format={format} here")
         while True:
             try:
                 name, values = pickle.load(requests)

@@ -17,6 +17,7 @@ from sam_distill.models.encoders import TimmEncoder
 from sam_distill.models.sam import Sam
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
+GREETING = "import sys; print('hello', flush=True); sys.stdin.buffer.read()"
 Checked = tuple[Any, str, str]
 WORKER = [sys.executable, str(SCRIPTS / "device_worker.py")]
 
@@ -57,12 +58,21 @@ def test_the_device_is_compared_with_pytorch(place: Path, check: Callable[..., C
     assert json.loads((place / "found.json").read_text())["mask_iou"] > 0.999
 
 
+def test_a_missing_runtime_is_named(check: Callable[..., Checked]) -> None:
+    hidden = "import runpy, sys; sys.modules['onnxruntime'] = None; runpy.run_path(sys.argv[1])"
+    code, _, error = check("64.pt", sys.executable, "-c", hidden, WORKER[1])
+    assert code == 1
+    first, second = error.splitlines()
+    assert first.endswith("install the runtime of format=web here")
+    assert second == "error: the worker has ended with exit status 1; see above for the reason"
+
+
 @pytest.mark.parametrize(
     ("checkpoint", "command", "message"),
     [
         ("96.pt", WORKER, "96.pt is for 96 px, "),
         ("64.pt", [sys.executable, "-c", "raise SystemExit(3)"], "the worker has ended with exit status 3"),
-        ("64.pt", [sys.executable, "-c", "print('hello')"], "the worker has ended with exit status"),
+        ("64.pt", [sys.executable, "-c", GREETING], "the command printed other words"),
         ("64.pt", ["/no/such/program"], "/no/such/program: cannot be started"),
     ],
 )
