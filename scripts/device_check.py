@@ -1,12 +1,12 @@
 """Run an export on another device, and compare its masks with PyTorch's here, as `sam-distill export` does.
 
-The device needs scripts/device_worker.py, Python, numpy and the runtime: ai-edge-litert; executorch and torch; or
-onnxruntime for format=web. The words after `--` are the command that starts the worker there:
+The device needs scripts/device_worker.py, Python 3.10 or later, numpy and the runtime: ai-edge-litert; executorch and
+torch; or onnxruntime for format=web. The words after `--` are the command that starts the worker there:
 
     scp scripts/device_worker.py pi:
     python scripts/device_check.py student_litert RUN_DIR -- ssh pi python3 device_worker.py
 
-Exits with 1 if the masks agree less than the export's contract.json asks for.
+Exits with 1 if masks or embeddings agree less than the export's contract.json asks for.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -36,6 +37,7 @@ from sam_distill.files import write_json
 from sam_distill.models.checkpoints import load_sam
 from sam_distill.types import Sample
 
+READY = b"device_worker.py is ready\n"  # its first line
 FORMATS_RUN = ("litert", "executorch", "web")  # those with the contract's two graphs that have a runtime on Linux
 
 
@@ -44,41 +46,48 @@ class Device:
 
     def __init__(self, command: Sequence[str], format: str, files: Sequence[Path]) -> None:
         self.seconds: dict[str, list[float]] = defaultdict(list)
+        content = {file.name: file.read_bytes() for file in files}
         try:
             self._worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         except OSError as error:
             raise UserError(f"{command[0]}: cannot be started ({error.strerror})") from error
-        self._send((format, {file.name: file.read_bytes() for file in files}))
+        try:
+            if READY not in self._worker.stdout:  # reads lines up to it: a login shell may print some first
+                raise self._ended()
+            self._send((format, content))
+        except BaseException:
+            self.close()
+            raise
 
     def graph(self, name: str) -> Run:
         def run(values: Sequence[np.ndarray]) -> list[np.ndarray]:
             self._send((name, [(value.shape, np.ascontiguousarray(value, np.float32).tobytes()) for value in values]))
             try:
-                outputs, seconds = pickle.load(self._worker.stdout)  # type: ignore[arg-type]
-            except EOFError as error:
+                outputs, seconds = pickle.load(self._worker.stdout)
+            except (EOFError, pickle.UnpicklingError) as error:
                 raise self._ended() from error
-            except Exception as error:  # whatever pickle makes of other words
-                self._worker.kill()
-                raise UserError("the command printed other words than the worker's, such as a greeting") from error
             self.seconds[name].append(seconds)
             return [np.frombuffer(content, np.float32).reshape(shape).copy() for shape, content in outputs]
 
         return run
 
     def close(self) -> None:
+        self._worker.stdout.close()  # ends a worker that is still answering, too
         with suppress(BrokenPipeError):
-            self._worker.stdin.close()  # type: ignore[union-attr]
+            self._worker.stdin.close()
         self._worker.wait()
 
     def _send(self, message: Any) -> None:
         try:
-            pickle.dump(message, self._worker.stdin)  # type: ignore[arg-type]
-            self._worker.stdin.flush()  # type: ignore[union-attr]
+            pickle.dump(message, self._worker.stdin)
+            self._worker.stdin.flush()
         except BrokenPipeError as error:
             raise self._ended() from error
 
     def _ended(self) -> UserError:
-        return UserError(f"the worker has ended with exit status {self._worker.wait()}; see above for the reason")
+        self.close()
+        status = self._worker.returncode
+        return UserError(f"the worker has ended with exit status {status}; its own message, if any, is above")
 
 
 def open_export(folder: Path) -> tuple[Settings, Path, Path, float]:
@@ -89,11 +98,13 @@ def open_export(folder: Path) -> tuple[Settings, Path, Path, float]:
     if settings.format not in FORMATS_RUN:
         raise UserError(f"{folder} has format={settings.format}: this script runs {', '.join(FORMATS_RUN)}")
     encoder, decoder = (folder / content[part]["file"] for part in ("encoder", "decoder"))
+    if missing := [str(file) for file in (encoder, decoder) if not file.is_file()]:
+        raise UserError(f"{', '.join(missing)}: missing, so the export is not complete")
     return settings, encoder, decoder, content["checked"]["least_iou"]
 
 
 def check(folder: Path, checkpoint: str, samples: Sequence[Sample], command: Sequence[str]) -> dict[str, Any]:
-    """Return contract.json's entry `checked`, measured on the device, and whether it is `good`; print it."""
+    """Return contract.json's entry `checked`, with the times of the device, and whether it is `good`; print it."""
     settings, encoder, decoder, least_iou = open_export(folder)
     sam, runtime = load_sam(checkpoint), FORMATS[settings.format].runtime
     if sam.image_size != settings.image_size:
@@ -124,6 +135,15 @@ def check(folder: Path, checkpoint: str, samples: Sequence[Sample], command: Seq
     return {"runtime": runtime, "least_iou": least_iou, "good": found.good(least_iou)} | found.as_json()
 
 
+def photographs(folder: str | None, number: int) -> list[Sample]:
+    """Return the first images of a folder, or of the built-in ones; held-out ones come first."""
+    source = Folder(folder, val_images=number) if folder else Photos(val_images=number)
+    samples = list(islice(source.readable(source.loads([*source.val, *source.train])), number))
+    if not samples:
+        raise UserError("no photograph to compare on: --photographs needs a readable one")
+    return samples
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("exported", type=Path, help="folder of an export")
@@ -134,15 +154,17 @@ def main() -> int:
     parser.add_argument("command", nargs="+", help="starts device_worker.py on the device")
     options = parser.parse_args()
     try:
-        source = Folder(options.photographs, val_images=options.images) if options.photographs else Photos()
-        samples = source.val_samples()[: options.images]
+        samples = photographs(options.photographs, options.images)
         found = check(options.exported, options.checkpoint, samples, options.command)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if options.json:
         write_json(options.json, found)
-    return 0 if found["good"] else 1
+    if not found["good"]:
+        print(f"error: masks or embeddings agree less than {found['least_iou']:g}, the least wanted", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""Run an export's graphs on this device, for scripts/device_check.py. Needs Python, numpy and the export's runtime.
+"""Run an export's graphs on this device, for scripts/device_check.py. Needs Python 3.10, numpy and the runtime.
 
-Standard input and output carry pickled lists of (shape, float32 bytes), so that numpy's version does not matter.
+Pickled messages: (format, files) once; then (graph's name, arrays) in and (arrays, seconds) out. An array is (shape,
+float32 bytes), so that numpy's version does not matter.
 """
 
 import os
@@ -43,12 +44,15 @@ def open_web(file):
     return lambda *values: session.run(None, dict(zip(names, values, strict=True)))
 
 
+READY = b"device_worker.py is ready\n"
 OPEN = {"litert": open_litert, "executorch": open_executorch, "web": open_web}
 
 
 def main():
     requests, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a runtime prints must not get between the replies
+    replies.write(b"\n" + READY)  # the newline ends a greeting that has none
+    replies.flush()
     format, files = pickle.load(requests)
     graphs = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -2,13 +2,14 @@
 # Write FOLDER/python: an ARM64 Python with the runtimes of exports, run by QEMU. For a container with Debian, as root.
 #   bash experiments/export/emulated_arm.sh FOLDER
 #   python scripts/device_check.py EXPORT CHECKPOINT -- FOLDER/python scripts/device_worker.py
-# The newest runtimes crash in Debian 12's QEMU 7.2, so these are the newest that run; later torch needs CUDA on ARM.
+# Debian 12's QEMU 7.2 crashes on the newest runtimes: these are the newest that run. Later torch for ARM needs CUDA.
 set -euo pipefail
 runtimes="numpy ai-edge-litert==2.1.6 onnxruntime==1.27.0 executorch==1.1.0 torch==2.10.0"
 runtimes+=" typing_extensions sympy mpmath networkx jinja2 markupsafe filelock fsspec flatbuffers packaging pyyaml"
 
-mkdir -p "$1/debs"
-cd "$1"
+folder=${1:?give the folder to write to}
+mkdir -p "$folder/debs"
+cd "$folder"
 dpkg --add-architecture arm64
 apt-get update -q
 apt-get install -yq --no-install-recommends qemu-user-static
@@ -23,9 +24,9 @@ python3 -m pip install -q --no-deps --only-binary=:all: --python-version "$versi
 
 cat >python <<EOF
 #!/usr/bin/env bash
-# A Cortex-A76 is in phones of 2019; CPU=max has every instruction that QEMU knows.
-exec qemu-aarch64-static -cpu "\${CPU:-cortex-a76}" -L $PWD/root -E PYTHONPATH=$PWD/site \\
-    -E LD_LIBRARY_PATH=$PWD/root/lib/aarch64-linux-gnu:$PWD/root/usr/lib/aarch64-linux-gnu \\
-    $PWD/root/usr/bin/python$version "\$@"
+# Phones have had the Cortex-A76 since 2019; CPU=max has every instruction that QEMU knows.
+exec qemu-aarch64-static -cpu "\${CPU:-cortex-a76}" -L "$PWD/root" -E PYTHONPATH="$PWD/site" \\
+    -E LD_LIBRARY_PATH="$PWD/root/lib/aarch64-linux-gnu:$PWD/root/usr/lib/aarch64-linux-gnu" \\
+    "$PWD/root/usr/bin/python$version" "\$@"
 EOF
 chmod +x python

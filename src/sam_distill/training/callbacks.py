@@ -29,8 +29,8 @@ log = logging.getLogger(__name__)
 class Throughput(pl.Callback):
     """Callback that logs images/s over all devices, the share of time spent waiting for data, and the learning rate.
 
-    Time between the end of a batch and the start of the next counts as waiting, so that callbacks which work at the end
-    of a batch, such as `Averaged`, have to come before this one.
+    Time from here at the end of a batch to the start of the next counts as waiting, so `Averaged`, which works at the
+    end of every step, has to come before. Saving a checkpoint every ten minutes still counts as waiting.
     """
 
     def _reset(self) -> None:

@@ -362,7 +362,7 @@ class Clock:
         return hook
 
 
-def after(first: Callable[[], None], then: Callable[..., Any]) -> Callable[..., Any]:
+def in_turn(first: Callable[[], None], then: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *args, **kwargs: (first(), then(*args, **kwargs))[1]
 
 
@@ -498,9 +498,8 @@ def test_step_times(
     """Each part has its own time, forward and backward; validations count nowhere, and an average is no data wait."""
     sam, strategy = student(live), Coupled(decoder="teacher")  # a new decoder would have no hooks
     for owner, name, seconds in ((Drawings, "load", 1), (callbacks.Averaged, "on_train_batch_end", 2)):
-        monkeypatch.setattr(owner, name, after(clock.takes(seconds), getattr(owner, name)))
-    teacher = live.sam.mask_decoder.register_forward_hook(clock.takes(4))
-    request.addfinalizer(teacher.remove)
+        monkeypatch.setattr(owner, name, in_turn(clock.takes(seconds), getattr(owner, name)))
+    request.addfinalizer(live.sam.mask_decoder.register_forward_hook(clock.takes(4)).remove)
     sam.image_encoder.register_forward_hook(clock.takes(8))
     sam.mask_decoder.register_forward_hook(clock.takes(16))
     sam.image_encoder.neck.register_full_backward_hook(clock.takes(32))
