@@ -18,11 +18,6 @@ torch.manual_seed(0)  # for networks that are built while tests are collected
 torch.set_num_threads(1)  # pytest-xdist runs two processes, whose OpenMP threads would compete for the cores
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the slow files first, so that both processes of pytest-xdist end at about the same time."""
-    items.sort(key=lambda item: {"integration", "training"}.isdisjoint(item.path.parts))
-
-
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
     """Seed all random numbers, so that a test and its fixtures draw the same ones whatever ran before."""

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -57,7 +58,7 @@ def packaged(name: str) -> dict[str, Tensor]:
     The file uses the names of another code base, but in the same order.
     """
     theirs = torch.load(weights.fetch(name), map_location="cpu", weights_only=True)
-    return dict(zip(timm.create_model(name).state_dict(), theirs.values(), strict=True))
+    return dict(zip(_random(name).state_dict(), theirs.values(), strict=True))
 
 
 def _read(path: str) -> Mapping[str, Tensor]:
@@ -74,7 +75,7 @@ def _read(path: str) -> Mapping[str, Tensor]:
 def _built_with(name: str, build: Callable[..., nn.Module], state: Mapping[str, Tensor], source: str) -> nn.Module:
     """Build the backbone with `state`; UserError if tensors are missing or misshapen, as timm ignores missing ones."""
     with torch.device("meta"):
-        whole = timm.create_model(name, num_classes=0)
+        whole = _random(name, num_classes=0)
     wanted = {key: value.shape for key, value in whole.state_dict().items()}
     absent = [key for key, shape in wanted.items() if key not in state or state[key].shape != shape]
     if absent:
@@ -86,6 +87,13 @@ def _built_with(name: str, build: Callable[..., nn.Module], state: Mapping[str, 
     backbone.pretrained_cfg = backbone.default_cfg = {}  # type: ignore[assignment] # they hold on to the state dict
     log.info("ImageNet weights for %s: from %s", name, source)
     return backbone
+
+
+def _random(name: str, **options: Any) -> nn.Module:
+    """Build timm's own model with random weights: importing MobileSAM's code overwrites TinyViT in timm's registry."""
+    own = getattr(timm.models, name.partition(".")[0], None)
+    model: nn.Module = own(**options) if own else timm.create_model(name, **options)
+    return model
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import logging
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from timm.models import _registry, tiny_vit
 
 from sam_distill.errors import UserError
 from sam_distill.images import to_frame
@@ -71,6 +73,17 @@ def test_weights_of_a_file(name: str, suffix: str, tmp_path: Path) -> None:
     found = [any(torch.equal(value, other) for other in theirs.values()) for value in ours.values()]
     assert all(found)
     assert len(found) > 30
+
+
+def test_weights_of_a_file_after_importing_mobile_sam(
+    mobile_sam: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = tiny_vit.tiny_vit_5m_224().state_dict()
+    torch.save(theirs, tmp_path / "weights.pt")
+    overwritten = mobile_sam.modeling.tiny_vit_sam.tiny_vit_5m_224
+    monkeypatch.setitem(_registry._model_entrypoints, "tiny_vit_5m_224", overwritten)
+    ours = TinyViT(pretrained=str(tmp_path / "weights.pt")).backbone.state_dict()
+    assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
 
 
 def test_a_file_that_does_not_fit_is_refused(tmp_path: Path) -> None:
